@@ -1,0 +1,57 @@
+"""What every command shares: a frozen dataclass becomes the command line, an error of the user's
+becomes one line. No command's own logic is here."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from fastdcgan.errors import InputError, RunError
+
+Options = TypeVar("Options")
+
+
+def parse(
+    options: type[Options],
+    *,
+    prog: str,
+    description: str,
+    args: Sequence[str],
+    default: Options | None = None,
+) -> Options:
+    """The dataclass `options` filled from `args`. Its fields are the flags, its field docs the help.
+
+    Args:
+        options: a dataclass type whose fields are documented by a string under each of them.
+        prog: the name that the help shows, e.g. "python -m fastdcgan.train".
+        description: the help's first lines, with two worked examples.
+        args: the command line without the program's name.
+        default: an instance whose values stand for flags that are not given.
+
+    Raises:
+        SystemExit: on --help (status 0) or on flags that do not parse (status 2).
+    """
+    import tyro
+
+    extra = {} if default is None else {"default": default}
+    return tyro.cli(
+        options,
+        prog=prog,
+        description=description,
+        args=list(args),
+        **extra,
+    )
+
+
+def run(command: Callable[[Sequence[str]], None], args: Sequence[str] | None = None) -> int:
+    """Runs `command(args)` and returns its exit status: 0, or 1 after one line on stderr.
+
+    Args:
+        command: takes the command line without the program's name.
+        args: defaults to the process's own.
+    """
+    try:
+        command(sys.argv[1:] if args is None else args)
+    except (InputError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
