@@ -1,0 +1,1 @@
+"""The latent space: drawing from a trained generator."""

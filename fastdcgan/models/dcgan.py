@@ -1,0 +1,149 @@
+"""The DCGAN nets of the PyTorch example, for 32 to 256 pixels: same modules, state-dict keys and
+initial bits. Not here: losses, the training step, and the reading of checkpoints."""
+
+import torch
+from torch import Tensor, nn
+
+from fastdcgan.errors import InputError
+from fastdcgan.models.arguments import check_channels, check_counts, check_images, flat_latents
+
+SIZES = (32, 64, 128, 256)
+
+
+def weights_init(module: nn.Module) -> None:
+    """Initialise one module as the DCGAN paper does (Radford et al. 2016, section 4); give it to
+    `net.apply`. Convolution weights become N(0, 0.02), BatchNorm weights N(1, 0.02) and biases 0;
+    any other module is left alone. The constructors below have already applied it.
+    """
+    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+    elif isinstance(module, nn.BatchNorm2d):
+        nn.init.normal_(module.weight, 1.0, 0.02)
+        nn.init.zeros_(module.bias)
+
+
+class Generator(nn.Module):
+    """Latent vectors to images: one 4x4 projection, then stages that double the side to `size`.
+
+    `main` is ConvTranspose2d(k4), BatchNorm2d, ReLU repeated, with ConvTranspose2d, Tanh at the
+    end; no convolution has a bias. The widths are ngf * size/8, ..., 2 ngf, ngf. At size 64 the
+    keys, the shapes and, under one seed, the initial bits are those of the PyTorch example after
+    its `netG.apply(weights_init)`.
+
+    Args:
+        size: side of the square images in pixels: 32, 64, 128 or 256. Default 64 (the example).
+        nz: length of a latent vector. Default 100 (the example).
+        ngf: feature maps ahead of the image layer. Default 64 (the example).
+        channels: image channels, 1 to 4. Default 3 (the example).
+
+    Raises:
+        InputError: for any other value.
+    """
+
+    def __init__(self, size: int = 64, nz: int = 100, ngf: int = 64, channels: int = 3) -> None:
+        super().__init__()
+        _check_size(size)
+        check_counts(nz=nz, ngf=ngf)
+        check_channels(channels)
+        self.size, self.nz, self.ngf, self.channels = size, nz, ngf, channels
+        width = ngf * size // 8
+        layers: list[nn.Module] = [
+            nn.ConvTranspose2d(nz, width, 4, stride=1, padding=0, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+        ]
+        while width > ngf:
+            layers += [
+                nn.ConvTranspose2d(width, width // 2, 4, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(width // 2),
+                nn.ReLU(inplace=True),
+            ]
+            width //= 2
+        layers += [nn.ConvTranspose2d(ngf, channels, 4, stride=2, padding=1, bias=False), nn.Tanh()]
+        self.main = nn.Sequential(*layers)
+        self.apply(weights_init)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Return images in [-1, 1].
+
+        Args:
+            z: latent vectors ~ N(0, 1), shape (B, nz) or (B, nz, 1, 1), dtype of the weights.
+
+        Returns:
+            Shape (B, channels, size, size), dtype of `z`; channels_last where the weights are
+            (`net.to(memory_format=torch.channels_last)`).
+
+        Raises:
+            InputError: if `z` has another shape.
+        """
+        images: Tensor = self.main(flat_latents(z, self.nz)[:, :, None, None])
+        return images
+
+
+class Discriminator(nn.Module):
+    """Images to one logit each: stages that halve the side to 4x4, then one 4x4 convolution.
+
+    `main` is Conv2d(k4, s2), LeakyReLU(0.2), then Conv2d, BatchNorm2d, LeakyReLU repeated, with
+    Conv2d(k4, s1) at the end; no convolution has a bias. The widths are ndf, 2 ndf, ...,
+    ndf * size/8. Keys, shapes and initial bits at size 64 are those of the PyTorch example. Its
+    closing Sigmoid has no state and is left to `probability`: losses take logits.
+
+    Args:
+        size: side of the square images in pixels: 32, 64, 128 or 256. Default 64 (the example).
+        ndf: feature maps after the image layer. Default 64 (the example).
+        channels: image channels, 1 to 4. Default 3 (the example).
+
+    Raises:
+        InputError: for any other value.
+    """
+
+    def __init__(self, size: int = 64, ndf: int = 64, channels: int = 3) -> None:
+        super().__init__()
+        _check_size(size)
+        check_counts(ndf=ndf)
+        check_channels(channels)
+        self.size, self.ndf, self.channels = size, ndf, channels
+        layers: list[nn.Module] = [
+            nn.Conv2d(channels, ndf, 4, stride=2, padding=1, bias=False),
+            nn.LeakyReLU(0.2, inplace=True),
+        ]
+        width = ndf
+        while width < ndf * size // 8:
+            layers += [
+                nn.Conv2d(width, width * 2, 4, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(width * 2),
+                nn.LeakyReLU(0.2, inplace=True),
+            ]
+            width *= 2
+        layers.append(nn.Conv2d(width, 1, 4, stride=1, padding=0, bias=False))
+        self.main = nn.Sequential(*layers)
+        self.apply(weights_init)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logit of "real" for each image.
+
+        Args:
+            x: images in [-1, 1], shape (B, channels, size, size), any memory format, dtype of the
+                weights.
+
+        Returns:
+            Shape (B,), dtype of `x`.
+
+        Raises:
+            InputError: if `x` has another shape.
+        """
+        check_images(x, self.channels, self.size)
+        logits: Tensor = self.main(x)
+        return logits.flatten()
+
+    def probability(self, x: Tensor) -> Tensor:
+        """Return sigmoid(forward(x)), shape (B,): what the example's discriminator returns."""
+        return torch.sigmoid(self(x))
+
+
+def _check_size(size: int) -> None:
+    if size not in SIZES:
+        raise InputError(
+            f"image size {size!r} was given; the DCGAN nets make 32, 64, 128 or 256: "
+            "resize the images to one of these"
+        )

@@ -1,0 +1,194 @@
+"""The 28x28 nets of the TensorFlow DCGAN tutorial, with Keras's padding, order and statistics.
+Not here: its training step, and any reading of Keras files.
+
+A Keras weight fits by transposition alone: Dense (in, out) by `.T`, Conv2D (kh, kw, in, out) and
+Conv2DTranspose (kh, kw, out, in) by `.permute(3, 2, 0, 1)`, all others as they are. For that, the
+12544 features after the generator's Dense layer, and the 6272 ahead of the discriminator's, keep
+Keras's order: row, column, channel.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdcgan.errors import InputError
+from fastdcgan.models.arguments import check_channels, check_counts, check_images, flat_latents
+
+SIZE = 28
+
+# Keras's defaults, where PyTorch has 0.01, 1e-5 and 0.1.
+LEAKY_SLOPE = 0.3
+BATCH_NORM_EPS = 1e-3
+BATCH_NORM_MOMENTUM = 0.01  # the share of the new value: Keras's 0.99 is the share of the old one
+
+
+class KerasBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm over dimension 1 with Keras's constants and Keras's moving variance.
+
+    Keras 3 moves `moving_variance` by the biased batch variance sum((x - mean)^2) / n
+    (keras/src/layers/normalization/batch_normalization.py), nn.BatchNorm by the unbiased one,
+    n/(n-1) times as large. n is the batch size after a Dense layer, so it shows. Keras 2 took the
+    unbiased one after convolutions, where n is so large that the two hardly differ.
+
+    The state-dict keys are nn.BatchNorm's. Gradients of every order are F.batch_norm's.
+    """
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__(num_features, eps=BATCH_NORM_EPS, momentum=BATCH_NORM_MOMENTUM)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Any rank will do."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise `input` of shape (B, C) or (B, C, H, W); shape and dtype stay.
+
+        Raises:
+            InputError: in training, if there is one value a channel only.
+        """
+        if not self.training:
+            return super().forward(input)
+        count = input.numel() // self.num_features
+        if count < 2:
+            raise InputError(
+                "one image was given, and one value has no batch statistics; "
+                "give 2 images or more, or use running statistics"
+            )
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        # With momentum 1 these receive the batch's own statistics from the pass that normalises.
+        mean, unbiased = torch.empty_like(self.running_mean), torch.empty_like(self.running_var)
+        output = F.batch_norm(
+            input, mean, unbiased, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps
+        )
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean, BATCH_NORM_MOMENTUM)
+            self.running_var.lerp_(unbiased * ((count - 1) / count), BATCH_NORM_MOMENTUM)
+        return output
+
+
+class Permute(nn.Module):
+    """`Tensor.permute` as a layer, between PyTorch's NCHW and the order of Keras's features."""
+
+    def __init__(self, *dims: int) -> None:
+        super().__init__()
+        self.dims = dims
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(self.dims)
+
+
+class TF28Generator(nn.Module):
+    """Latent vectors to 28x28 images: Dense to 7x7x256, then 5x5 transposed convolutions.
+
+    Args:
+        nz: length of a latent vector. Default 100 (the tutorial's noise_dim).
+        channels: image channels, 1 to 4. Default 1 (the tutorial).
+
+    Raises:
+        InputError: for any other value.
+    """
+
+    def __init__(self, nz: int = 100, channels: int = 1) -> None:
+        super().__init__()
+        check_counts(nz=nz)
+        check_channels(channels)
+        self.size, self.nz, self.channels = SIZE, nz, channels
+        # "same" at stride 2 cuts 1 pixel before and 2 after; `padding` cuts 1 on either side, and
+        # the negative pad the last row and column.
+        self.main = nn.Sequential(
+            nn.Linear(nz, 7 * 7 * 256, bias=False),
+            KerasBatchNorm(7 * 7 * 256),
+            nn.LeakyReLU(LEAKY_SLOPE, inplace=True),
+            nn.Unflatten(1, (7, 7, 256)),
+            Permute(0, 3, 1, 2),
+            nn.ConvTranspose2d(256, 128, 5, stride=1, padding=2, bias=False),
+            KerasBatchNorm(128),
+            nn.LeakyReLU(LEAKY_SLOPE, inplace=True),
+            nn.ConvTranspose2d(128, 64, 5, stride=2, padding=1, bias=False),
+            nn.ZeroPad2d((0, -1, 0, -1)),
+            KerasBatchNorm(64),
+            nn.LeakyReLU(LEAKY_SLOPE, inplace=True),
+            nn.ConvTranspose2d(64, channels, 5, stride=2, padding=1, bias=False),
+            nn.ZeroPad2d((0, -1, 0, -1)),
+            nn.Tanh(),
+        )
+        self.apply(keras_init)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Return images in [-1, 1].
+
+        Args:
+            z: latent vectors ~ N(0, 1), shape (B, nz) or (B, nz, 1, 1), dtype of the weights.
+
+        Returns:
+            Shape (B, channels, 28, 28), dtype of `z`, channels_last.
+
+        Raises:
+            InputError: if `z` has another shape, or holds one vector in training mode.
+        """
+        images: Tensor = self.main(flat_latents(z, self.nz))
+        return images
+
+
+class TF28Discriminator(nn.Module):
+    """28x28 images to one logit each: two 5x5 convolutions with Dropout 0.3, then Dense.
+
+    Args:
+        channels: image channels, 1 to 4. Default 1 (the tutorial).
+
+    Raises:
+        InputError: for any other value.
+    """
+
+    def __init__(self, channels: int = 1) -> None:
+        super().__init__()
+        check_channels(channels)
+        self.size, self.channels = SIZE, channels
+        # "same" at stride 2 pads 1 pixel before and 2 after; Conv2d alone pads both sides alike.
+        self.main = nn.Sequential(
+            nn.ZeroPad2d((1, 2, 1, 2)),
+            nn.Conv2d(channels, 64, 5, stride=2),
+            nn.LeakyReLU(LEAKY_SLOPE, inplace=True),
+            nn.Dropout(0.3),
+            nn.ZeroPad2d((1, 2, 1, 2)),
+            nn.Conv2d(64, 128, 5, stride=2),
+            nn.LeakyReLU(LEAKY_SLOPE, inplace=True),
+            nn.Dropout(0.3),
+            Permute(0, 2, 3, 1),
+            nn.Flatten(),
+            nn.Linear(7 * 7 * 128, 1),
+        )
+        self.apply(keras_init)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logit of "real" for each image.
+
+        Args:
+            x: images in [-1, 1], shape (B, channels, 28, 28), any memory format, dtype of the
+                weights.
+
+        Returns:
+            Shape (B,), dtype of `x`.
+
+        Raises:
+            InputError: if `x` has another shape.
+        """
+        check_images(x, self.channels, self.size)
+        logits: Tensor = self.main(x)
+        return logits.flatten()
+
+    def probability(self, x: Tensor) -> Tensor:
+        """Return sigmoid(forward(x)), shape (B,)."""
+        return torch.sigmoid(self(x))
+
+
+def keras_init(module: nn.Module) -> None:
+    """Initialise one module as Keras does; give it to `net.apply`. Kernels become Glorot uniform,
+    biases 0; any other module is left alone. The constructors above have already applied it.
+    """
+    if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

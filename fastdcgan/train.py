@@ -1,0 +1,90 @@
+"""`python -m fastdcgan.train`: trains the DCGAN. The options are `TrainConfig`'s fields."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastdcgan import command
+from fastdcgan.errors import InputError
+from fastdcgan.training.config import PRESETS, TrainConfig, preset
+from fastdcgan.training.example_flags import translate
+
+DESCRIPTION = f"""Train the standard DCGAN on your own images.
+
+Examples:
+
+  python -m fastdcgan.train --amp --compile
+      trains on the built-in photographic map of the Earth
+
+  python -m fastdcgan.train --data path/to/photos --image-size 128 --out runs/photos
+      trains on a folder of images; with --resume auto it goes on after a stop
+
+--preset {{{",".join(PRESETS)}}} (dcgan) chooses the published recipe whose values stand for the flags
+that are not given: dcgan is the PyTorch example's, tf28 the TensorFlow tutorial's (Fashion-MNIST).
+The flags of the PyTorch example (--dataroot, --batchSize, --niter, --outf, --netG ...) work too.
+"""
+
+
+def _take(args: list[str], flag: str) -> str | None:
+    """Removes "flag value" or "flag=value" from `args`; the last one counts."""
+    value = None
+    for index in reversed(range(len(args))):
+        name, equals, text = args[index].partition("=")
+        if name == flag:
+            if not equals and index + 1 == len(args):
+                raise InputError(f"{flag} was given without a value")
+            found = text if equals else args.pop(index + 1)
+            args.pop(index)
+            value = found if value is None else value
+    return value
+
+
+def options(args: Sequence[str]) -> TrainConfig:
+    """The configuration that a command line asks for.
+
+    Flags that are not given take the values of --preset; with --resume, those of the run that is
+    resumed.
+    """
+    rest = translate(args)
+    default = preset(_take(rest, "--preset") or "dcgan")
+
+    def parse(default: TrainConfig) -> TrainConfig:
+        return command.parse(
+            TrainConfig,
+            prog="python -m fastdcgan.train",
+            description=DESCRIPTION,
+            args=rest,
+            default=default,
+        )
+
+    config = parse(default)
+    if config.resume is not None:
+        from fastdcgan.training.loop import resolve_resume, run_folder
+
+        target = resolve_resume(config.resume, config.out)
+        if target is not None and (run_folder(target) / "config.json").is_file():
+            before = (run_folder(target) / "config.json").read_text(encoding="utf-8")
+            resumed = dataclasses.replace(
+                TrainConfig.from_json(before), out=run_folder(target), resume=config.resume
+            )
+            config = parse(resumed)
+            if config.resume == "auto":
+                config = dataclasses.replace(config, resume=str(target))
+    return config
+
+
+def _train(args: Sequence[str]) -> None:
+    config = options(args)
+    from fastdcgan.training.loop import train
+
+    train(config)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    return command.run(_train, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""Checkpoints of a run: written whole or not at all, found again, and checked before they are
+trusted. What is in one is `TrainState`'s affair."""
+
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdcgan.data.picture import atomic_write
+from fastdcgan.errors import InputError
+
+_NAME = re.compile(r"step-(\d{8})\.pt")
+
+
+class Checkpoints:
+    """The checkpoints in `folder`: the last `keep`, and for good every `milestone_every` steps."""
+
+    def __init__(self, folder: Path, *, keep: int = 3, milestone_every: int | None = None) -> None:
+        self.folder = folder
+        self.keep = keep
+        self.milestone_every = milestone_every
+
+    def paths(self) -> list[Path]:
+        """The checkpoints, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(p for p in self.folder.iterdir() if _NAME.fullmatch(p.name))
+
+    def save(self, state: dict[str, Any]) -> Path:
+        """Writes `state` as the checkpoint of its step and removes those no longer kept.
+
+        The file appears under its name only when all of it is on the disk.
+
+        Raises:
+            OSError: the disk is full, or the folder cannot be written; older checkpoints stay.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step-{state['step']:08d}.pt"
+        try:
+            atomic_write(path, lambda file: torch.save(state, file), fsync=True)
+        except RuntimeError as error:
+            # torch.save's own complaint about a write that came back short.
+            raise OSError(f"could not write {path}: {error}") from error
+        recent = self.paths()[-self.keep :]
+        for old in self.paths():
+            if old not in recent and not self._is_milestone(old):
+                old.unlink()
+        return path
+
+    def _is_milestone(self, path: Path) -> bool:
+        return self.milestone_every is not None and step_of(path) % self.milestone_every == 0
+
+    def newest(self, say: Any = print) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint that is whole, with its content; None where there is none at all.
+
+        Args:
+            say: is called with one line for each damaged checkpoint passed over.
+
+        Raises:
+            InputError: there are checkpoints, and all are damaged.
+        """
+        paths = self.paths()
+        for path in reversed(paths):
+            try:
+                return path, load(path)
+            except InputError as error:
+                say(f"{error}; trying the one before it")
+        if paths:
+            raise InputError(f"none of the {len(paths)} checkpoints in {self.folder} is whole")
+        return None
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The content of one checkpoint, on the CPU.
+
+    Raises:
+        InputError: there is no such file, it is damaged, or it is no checkpoint of a run.
+    """
+    if not path.is_file():
+        raise InputError(f"there is no checkpoint {path}")
+    try:
+        # torch.load does not compare checksums; the zip around its tensors has them.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise InputError(f"checkpoint {path} is damaged ({damaged} has a wrong checksum)")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
+    except Exception as error:  # zipfile and torch.load raise many kinds for damaged bytes
+        raise InputError(f"checkpoint {path} is damaged ({_first_line(error)})") from None
+    if not isinstance(state, dict) or not {"step", "config", "netG", "optG"} <= state.keys():
+        raise InputError(f"{path} is no checkpoint of a run (bare weights start one: --init-g)")
+    return state
+
+
+def runs(folder: Path) -> Iterator[Path]:
+    """The run folders in `folder` that hold a checkpoint, newest first."""
+    if folder.is_dir():
+        held = [(p, Checkpoints(p / "checkpoints").paths()) for p in folder.iterdir()]
+        dated = [(paths[-1].stat().st_mtime, p) for p, paths in held if paths]
+        yield from (p for _, p in sorted(dated, reverse=True))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,223 @@
+"""A run is one frozen `TrainConfig`: the command line (its fields are the flags, the text under
+each field its help), the argument of `train()`, and the `config.json` beside the checkpoints.
+
+Two marks on a field: `example` is the flag by which the PyTorch example knows it, `free` says that
+it may change when a run is resumed, because it does not touch what the run computes.
+"""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+from fastdcgan.errors import InputError
+
+
+def _option(default: Any, *, example: str | None = None, free: bool = False) -> Any:
+    return field(default=default, metadata={"example": example, "free": free})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What to train, on what, for how long. Defaults are the PyTorch example's unless said."""
+
+    data: str = _option("blue-marble")
+    """blue-marble, fashion-mnist[:FOLDER], a folder, zip or tar of images, an IDX, .npy or .npz
+    file, or torchvision:NAME[:ROOT]."""
+    net: Literal["dcgan", "tf28"] = _option("dcgan")
+    """dcgan: the nets of the PyTorch example. tf28: those of the TensorFlow tutorial (28x28)."""
+    image_size: int = _option(64, example="imageSize")
+    """Height and width in pixels: 32, 64, 128 or 256; 28 for tf28."""
+    channels: int | None = _option(None)
+    """1 grey, 2 grey and alpha, 3 RGB, 4 RGBA; by default what the data has."""
+    nz: int = _option(100, example="nz")
+    """Length of the latent vector z ~ N(0, 1)."""
+    ngf: int = _option(64, example="ngf")
+    """Width of the generator: channels before its last layer."""
+    ndf: int = _option(64, example="ndf")
+    """Width of the discriminator: channels after its first layer."""
+    batch_size: int = _option(64, example="batchSize")
+    """Images per step and process."""
+    epochs: int = _option(25, example="niter", free=True)
+    """Passes over the data."""
+    steps: int | None = _option(None, free=True)
+    """Train exactly this many steps instead of --epochs."""
+    lr: float = _option(2e-4, example="lr")
+    """Adam's learning rate for both nets."""
+    lr_g: float | None = _option(None)
+    """The generator's learning rate, where it differs from --lr."""
+    lr_d: float | None = _option(None)
+    """The discriminator's learning rate, where it differs from --lr."""
+    beta1: float = _option(0.5, example="beta1")
+    """Adam's beta1."""
+    beta2: float = _option(0.999)
+    """Adam's beta2."""
+    adam_eps: float = _option(1e-8)
+    """Adam's epsilon."""
+    updates: Literal["alternating", "simultaneous"] = _option("alternating")
+    """alternating: G learns from the D just updated (PyTorch example). simultaneous: both
+    gradients are taken at the same weights (TensorFlow tutorial)."""
+    hflip: bool | None = _option(None)
+    """Mirror images left to right at random; by default only for blue-marble."""
+    ema: bool = _option(True)
+    """Keep an exponential moving average of the generator and draw samples from it."""
+    ema_decay: float = _option(0.999)
+    """Decay of that average per step; the first steps use (1 + step) / (10 + step)."""
+    amp: bool = _option(False)
+    """Mixed precision: bf16 where the device has it natively, else fp16 with gradient scaling."""
+    compile: bool = _option(False, free=True)
+    """Compile forward and backward with torch.compile."""
+    device: str = _option("auto", free=True)
+    """auto, cpu, cuda, cuda:N or mps."""
+    sync_bn: bool = _option(False)
+    """Under torchrun: BatchNorm statistics over the batches of all processes."""
+    seed: int = _option(0, example="manualSeed")
+    """Seed of weights, order, crops and noise: the same seed gives the same run."""
+    init_g: Path | None = _option(None, example="netG", free=True)
+    """Start the generator from this checkpoint's weights (ours, or the example's .pth)."""
+    init_d: Path | None = _option(None, example="netD", free=True)
+    """Start the discriminator from this checkpoint's weights."""
+    out: Path | None = _option(None, example="outf", free=True)
+    """Folder of the run; by default the next free runs/NNN-DATA-NET."""
+    resume: str | None = _option(None, free=True)
+    """Go on with a run: auto (the newest checkpoint in --out, or the newest run; a fresh start
+    where there is none), or the path of a run or checkpoint."""
+    log_every: int = _option(10, free=True)
+    """Steps between two readings of the losses."""
+    sample_every: int | None = _option(None, free=True)
+    """Steps between two sample grids; by default an epoch, at most 500."""
+    checkpoint_every: int | None = _option(None, free=True)
+    """Steps between two checkpoints; by default two minutes."""
+    keep: int = _option(3, free=True)
+    """How many of the last checkpoints to keep."""
+    milestone_every: int | None = _option(None, free=True)
+    """Keep for good the checkpoints of every so many steps (and write one there)."""
+    tensorboard: bool = _option(True, free=True)
+    """Write TensorBoard events."""
+    workers: int | None = _option(None, example="workers", free=True)
+    """Threads that decode images when a source is first packed; by default all cores."""
+    cache: Path | None = _option(None, free=True)
+    """Where packed images are kept; by default $FASTDCGAN_CACHE or the user's cache folder."""
+    dry_run: bool = _option(False, example="dry-run", free=True)
+    """Print what would be done (device, precision, nets, data, steps, memory); train nothing."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "epochs", "nz", "ngf", "ndf", "log_every", "keep"):
+            _at_least_one(name, getattr(self, name))
+        for name in ("steps", "sample_every", "checkpoint_every", "milestone_every", "workers"):
+            if getattr(self, name) is not None:
+                _at_least_one(name, getattr(self, name))
+        for name in ("lr", "lr_g", "lr_d", "adam_eps"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise InputError(f"{_flag(name)} {value} was given; it must be above 0")
+        for name in ("beta1", "beta2", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(
+                    f"{_flag(name)} {getattr(self, name)} was given; it must be in [0, 1)"
+                )
+        if self.channels is not None and self.channels not in (1, 2, 3, 4):
+            raise InputError(f"--channels {self.channels} was given; it must be 1, 2, 3 or 4")
+        if self.net == "tf28" and self.image_size != 28:
+            raise InputError(
+                f"--image-size {self.image_size} was given; the nets of tf28 make 28x28 images "
+                "only: use --preset tf28, or --net dcgan"
+            )
+        if self.net == "dcgan" and self.image_size not in (32, 64, 128, 256):
+            raise InputError(
+                f"--image-size {self.image_size} was given; the DCGAN nets make images of 32, 64, "
+                "128 or 256 pixels"
+            )
+
+    def to_json(self) -> str:
+        """The configuration as a JSON object, one field a line."""
+        return json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "TrainConfig":
+        """The inverse of `to_json`. Fields that the text lacks take their default.
+
+        Raises:
+            InputError: the text is no configuration, or names a field that does not exist.
+        """
+        try:
+            values = dict(json.loads(text))
+        except (ValueError, TypeError) as error:
+            raise InputError(f"not a configuration in JSON: {error}") from None
+        unknown = values.keys() - {f.name for f in dataclasses.fields(cls)}
+        if unknown:
+            raise InputError(f"unknown fields in the configuration: {', '.join(sorted(unknown))}")
+        hints = get_type_hints(cls)
+        for name, value in values.items():
+            if value is not None and hints[name] == (Path | None):
+                values[name] = Path(value)
+        return cls(**values)
+
+    def differences(self, other: "TrainConfig") -> list[str]:
+        """The fields that make `other` another run than this one, as "name: this -> other"."""
+        return [
+            f"{_flag(f.name)}: {getattr(self, f.name)} -> {getattr(other, f.name)}"
+            for f in dataclasses.fields(self)
+            if not f.metadata["free"] and getattr(self, f.name) != getattr(other, f.name)
+        ]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What `train()` returns."""
+
+    steps: int
+    """Steps the run has made, those before a resume included."""
+    images_per_second: float
+    """Images trained on per second over all processes, the first steps (and so compilation),
+    sampling and checkpoints left out; nan where no step was made."""
+    out: Path
+    """Folder of the run."""
+    loss_d: float
+    """The discriminator's loss, mean of the last steps read; nan where no step was made."""
+    loss_g: float
+    """The generator's loss, likewise."""
+    interrupted: bool
+    """Whether a signal ended the run before its last step."""
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # pytorch/examples dcgan/main.py: the defaults of TrainConfig.
+    "dcgan": {},
+    # The TensorFlow DCGAN tutorial; Keras's Adam has betas 0.9, 0.999 and epsilon 1e-7.
+    "tf28": {
+        "data": "fashion-mnist",
+        "net": "tf28",
+        "image_size": 28,
+        "batch_size": 256,
+        "epochs": 50,
+        "lr": 1e-4,
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "adam_eps": 1e-7,
+        "updates": "simultaneous",
+    },
+}
+
+
+def preset(name: str, **overrides: Any) -> TrainConfig:
+    """The configuration of a published recipe, with some fields replaced.
+
+    Args:
+        name: "dcgan" (the PyTorch example) or "tf28" (the TensorFlow tutorial).
+        **overrides: fields of `TrainConfig`.
+    """
+    if name not in PRESETS:
+        raise InputError(f"unknown preset {name!r}; there are: {', '.join(PRESETS)}")
+    return TrainConfig(**{**PRESETS[name], **overrides})
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise InputError(f"{_flag(name)} {value} was given; it must be at least 1")

@@ -1,0 +1,86 @@
+"""What the machine can do: which device, which precision, whether torch.compile works here.
+
+Each question is answered by asking the machine, never by a table of product names.
+"""
+
+import platform
+import warnings
+
+import torch
+
+from fastdcgan.errors import InputError
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device called `name`; "auto" is CUDA (this process's own), else MPS, else the CPU.
+
+    Raises:
+        InputError: there is no such device here.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", local_rank)
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(
+            f"--device {name} was given; known are auto, cpu, cuda, cuda:N, mps"
+        ) from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        index = local_rank if device.index is None else device.index
+        if index >= count:
+            raise InputError(
+                f"--device {name} was given; torch {torch.__version__} sees {count} CUDA devices"
+            )
+        return torch.device("cuda", index)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError(f"--device {name} was given; torch {torch.__version__} sees no MPS device")
+    if device.type not in ("cpu", "mps"):
+        raise InputError(f"--device {name} was given; known are auto, cpu, cuda, cuda:N, mps")
+    return device
+
+
+def amp_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype in which matrix products should run: bfloat16 where the device computes it
+    natively, float16 on older CUDA devices (the gradients then need scaling), None (stay in
+    float32) elsewhere: emulated bf16 on a CPU is many times slower than float32."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    if device.type == "cpu" and _cpu_has_bf16():
+        return torch.bfloat16
+    return None
+
+
+def _cpu_has_bf16() -> bool:
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        # torch.cpu has these without a public name up to 2.14; oneDNN's own answer counts AVX-512
+        # without bf16 instructions as support.
+        asked = (
+            getattr(torch.cpu, name, None)
+            for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        )
+        return any(supported() for supported in asked if supported is not None)
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def compile_obstacle(device: torch.device) -> str | None:
+    """Why torch.compile does not work on this machine, in one line; None where it does.
+
+    Found by compiling one small function: it takes a compiler, headers and a writable cache, and
+    no list of those can be complete.
+    """
+
+    def probe(x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x) * 2 + 1
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.compile(probe)(torch.zeros(64, device=device))
+    except Exception as error:  # whatever the compiler stack raises is the answer
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return lines[0][:200] if lines else type(error).__name__
+    return None

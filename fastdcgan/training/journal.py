@@ -1,0 +1,172 @@
+"""What a run tells while it goes on: a progress bar or plain lines, metrics.jsonl, TensorBoard
+events, sample grids, and the plot at the end. Nothing here touches the training."""
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdcgan.data.picture import atomic_write, save_image
+
+PLAIN_LINE_SECONDS = 10.0
+"""Without a terminal a line is printed no more often than this, and at the end of an epoch."""
+
+
+class Journal:
+    """Writes a run's progress to its folder `out` and to the terminal.
+
+    Args:
+        out: the run's folder.
+        total: steps at which the run ends.
+        steps_per_epoch: for the lines that people read.
+        start: the step at which this process starts; later rows of an earlier process, written
+            after the checkpoint that is resumed, are dropped.
+        tensorboard: whether to write events.
+    """
+
+    def __init__(
+        self, out: Path, *, total: int, steps_per_epoch: int, start: int, tensorboard: bool
+    ) -> None:
+        self.out = out
+        self.total = total
+        self.steps_per_epoch = steps_per_epoch
+        self._metrics = out / "metrics.jsonl"
+        if self._metrics.exists():
+            kept = [row for row in read_metrics(out) if row["step"] <= start]
+            text = "".join(json.dumps(row) + "\n" for row in kept)
+            atomic_write(self._metrics, lambda file: file.write(text.encode()))
+        self._file = self._metrics.open("a", encoding="utf-8")
+        self._events: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)  # type: ignore[no-untyped-call]
+        self._bar: Any = None
+        self._last_line = -math.inf
+        self._start = start
+        self._began = time.monotonic()
+
+    def __enter__(self) -> "Journal":
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+            from rich.progress import TimeRemainingColumn as Eta
+
+            self._bar = Progress(
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TextColumn("{task.description}"),
+                Eta(),
+                console=Console(stderr=True),
+            )
+            self._task = self._bar.add_task("first step ...", total=self.total)
+            self._bar.update(self._task, completed=self._start)
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+    def say(self, line: str) -> None:
+        """One line for people."""
+        if self._bar is not None:
+            self._bar.console.print(line, markup=False, highlight=False)
+        else:
+            print(line, flush=True)
+
+    def record(self, row: dict[str, Any]) -> None:
+        """One row of metrics: to metrics.jsonl, to TensorBoard, and to the terminal."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._events is not None:
+            for name, value in row.items():
+                if name not in ("step", "epoch"):
+                    self._events.add_scalar(name, value, row["step"])
+        text = (
+            f"Loss_D: {row['loss_d']:.4f} Loss_G: {row['loss_g']:.4f} D(x): {row['d_real']:.4f} "
+            f"D(G(z)): {row['d_fake']:.4f} / {row['d_fake_g']:.4f} "
+            f"{row['images_per_second']:.1f} img/s"
+        )
+        step = row["step"]
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=text)
+            return
+        now = time.monotonic()
+        ends = step == self.total or step % self.steps_per_epoch == 0
+        if ends or now - self._last_line >= PLAIN_LINE_SECONDS:
+            self._last_line = now
+            epochs = -(-self.total // self.steps_per_epoch)
+            within = (step - 1) % self.steps_per_epoch + 1
+            left = (now - self._began) / max(step - self._start, 1) * (self.total - step)
+            self.say(
+                f"[{row['epoch']}/{epochs}][{within}/{self.steps_per_epoch}] {text} "
+                f"ETA {int(left) // 60}:{int(left) % 60:02d}"
+            )
+
+    def grid(self, step: int, picture: npt.NDArray[np.uint8]) -> None:
+        """A sheet of samples, (H, W, C): to samples/ and to TensorBoard."""
+        save_image(self.out / "samples" / f"step-{step:08d}.png", picture)
+        if self._events is not None:
+            rgb = picture[..., :3] if picture.shape[-1] > 2 else picture[..., :1]
+            self._events.add_image("samples", rgb, step, dataformats="HWC")
+
+
+def read_metrics(out: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl, in order; a last line cut short by a kill is left out."""
+    rows = []
+    for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def plot(out: Path) -> Path:
+    """Draws losses, probabilities and throughput over steps from metrics.jsonl into plot.png."""
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(out)
+    steps = [row["step"] for row in rows]
+    figure = Figure(figsize=(9, 9), layout="constrained")
+    panels = (
+        ("loss", {"loss_d": "discriminator", "loss_g": "generator"}),
+        ("probability of being real", {"d_real": "D(x)", "d_fake": "D(G(z))"}),
+        ("images per second", {"images_per_second": None}),
+    )
+    for axis, (title, lines) in zip(figure.subplots(3, 1, sharex=True), panels, strict=True):
+        for name, label in lines.items():
+            axis.plot(steps, [row[name] for row in rows], label=label, linewidth=1.2)
+        axis.set_ylabel(title)
+        axis.grid(alpha=0.3)
+        axis.set_ylim(bottom=0)
+        if any(lines.values()):
+            axis.legend(loc="upper right")
+    axis.set_xlabel("step")
+    path = out / "plot.png"
+    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    return path
+
+
+def exit_at_once() -> None:
+    """Leaves the process without another line of Python, as a second Ctrl-C asks for."""
+    os._exit(130)

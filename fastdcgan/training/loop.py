@@ -1,0 +1,577 @@
+"""The training loop: takes a `TrainConfig` from nothing (or from a checkpoint) to a finished run.
+
+The step itself is in step.py, the state in state.py, what is written in journal.py and
+checkpoints.py; this file decides when each of them acts.
+"""
+
+import contextlib
+import dataclasses
+import math
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from fastdcgan import models
+from fastdcgan.data import Order, Packed, grid, inspect_source, make_feed, prepare, to_uint8
+from fastdcgan.data.picture import atomic_write
+from fastdcgan.errors import InputError, RunError
+from fastdcgan.training import checkpoints, distributed, journal, plan
+from fastdcgan.training.config import TrainConfig, TrainResult
+from fastdcgan.training.distributed import Ranks
+from fastdcgan.training.hardware import pick_device
+from fastdcgan.training.state import TrainState
+from fastdcgan.training.step import READINGS, Step
+
+RUNS = Path("runs")
+SAMPLES = 64
+CHECKPOINT_SECONDS = 120.0
+WARM_UP_STEPS = 3
+"""Steps of this process (compilation, allocator, caches) that are left out of images_per_second."""
+AGREE_EVERY = 10
+"""Under torchrun, the processes compare their signals and clocks every so many steps."""
+WON_LOSS, WON_STEPS = 0.01, 100
+"""A discriminator whose loss stays below this for so many steps has nothing left to teach."""
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Trains as `config` says; see `TrainConfig` for what it can say.
+
+    Writes to the run's folder: config.json, metrics.jsonl, tensorboard/, samples/, checkpoints/,
+    and at the end netG.safetensors, netG_ema.safetensors, netD.safetensors and plot.png. SIGINT
+    and SIGTERM end the run after the step under way, with a checkpoint; a second one ends the
+    process at once.
+
+    Returns:
+        The result; with `dry_run` one of 0 steps, after printing the plan.
+
+    Raises:
+        InputError: the configuration cannot work: the message says why, and what to do.
+        RunError: the run could not go on (losses not finite, disk full); the message names the
+            last good checkpoint.
+    """
+    ranks = distributed.ranks_from_environment()
+    device = pick_device(config.device, ranks.local_rank)
+    if config.dry_run:
+        return _dry_run(config, ranks, device)
+    distributed.join(ranks, device)
+    try:
+        return _train(config, ranks, device)
+    finally:
+        distributed.leave()
+
+
+def resolve_resume(resume: str, out: Path | None) -> Path | None:
+    """The run folder or checkpoint file that `--resume` means; None where auto finds none.
+
+    Raises:
+        InputError: the path does not exist or holds no checkpoint.
+    """
+    if resume == "auto":
+        if out is not None:
+            return out if checkpoints.Checkpoints(out / "checkpoints").paths() else None
+        return next(checkpoints.runs(RUNS), None)
+    path = Path(resume)
+    if path.is_dir() and not checkpoints.Checkpoints(path / "checkpoints").paths():
+        raise InputError(f"--resume {resume}: no checkpoint in {path / 'checkpoints'}")
+    if not path.exists():
+        raise InputError(f"--resume {resume}: there is no such run or checkpoint")
+    return path
+
+
+def run_folder(target: Path) -> Path:
+    """The folder of the run to which a resume target (a run folder or checkpoint file) belongs."""
+    return target if target.is_dir() else target.resolve().parent.parent
+
+
+def _dry_run(config: TrainConfig, ranks: Ranks, device: torch.device) -> TrainResult:
+    info = inspect_source(config.data, size=config.image_size)
+    config = dataclasses.replace(config, channels=config.channels or info.channels)
+    images = "number known after decoding" if info.count is None else f"{info.count:,} images"
+    if ranks.writes:
+        engine = plan.choose_engine(config, ranks, device)
+        for line in plan.describe(
+            config,
+            engine,
+            ranks,
+            source=info.name,
+            epoch_images=info.epoch_images,
+            images=images,
+        ):
+            print(line)
+        print("dry run: nothing was trained")
+    nan = math.nan
+    return TrainResult(0, nan, config.out or RUNS, nan, nan, interrupted=False)
+
+
+def _train(config: TrainConfig, ranks: Ranks, device: torch.device) -> TrainResult:
+    target = None
+    if config.resume is not None:
+        target = distributed.from_first(resolve_resume(config.resume, config.out))
+    packed = _open_data(config, ranks)
+    config = dataclasses.replace(config, channels=packed.channels, resume=None)
+    found = None if target is None else _load(target, ranks)
+    if found is not None:
+        _refuse_changes(found[1], config, ranks)
+    out = distributed.from_first(
+        _claim_folder(config, packed, target) if ranks.writes else config.out or RUNS
+    )
+    config = dataclasses.replace(config, out=out)
+    with _only_writer(out) if ranks.writes else contextlib.nullcontext():
+        engine = plan.choose_engine(config, ranks, device)
+        state = TrainState(config, device, scaling=engine.autocast == torch.float16)
+        run = _Run(config, ranks, engine, state, packed, out)
+        if found is not None:
+            path, saved = found
+            state.load_state_dict(saved)
+            run.say(f"resuming {path} at step {state.step}")
+            if saved["data"]["sha256"] != packed.sha256:
+                run.say("the data is not what it was at that checkpoint; going on with what it is")
+        else:
+            for net, weights, name in (
+                (state.netG, config.init_g, "netG"),
+                (state.netD, config.init_d, "netD"),
+            ):
+                if weights is not None:
+                    models.load_weights(net, weights, name=name)
+            if state.ema is not None:
+                state.ema.average.load_state_dict(state.netG.state_dict())
+        if config.sync_bn and ranks.world > 1:
+            distributed.synchronise_batch_norm(state.netG, device)
+            distributed.synchronise_batch_norm(state.netD, device)
+        if found is None:
+            # Dropout differs between the processes; a resumed run keeps the state it was saved in.
+            torch.manual_seed(config.seed + 1 + ranks.rank)
+        return run.go()
+
+
+def _open_data(config: TrainConfig, ranks: Ranks) -> Packed:
+    def pack() -> Packed:
+        return prepare(
+            config.data,
+            size=config.image_size,
+            channels=config.channels,
+            cache=config.cache,
+            workers=config.workers,
+        )
+
+    # The first process packs; the others then find it done.
+    packed = pack() if ranks.writes else None
+    distributed.barrier()
+    packed = packed or pack()
+    batch = config.batch_size * ranks.world
+    if batch > packed.epoch_images:
+        raise InputError(
+            f"a batch of {batch} was asked for, and {config.data} has {packed.epoch_images} images"
+            + (f" ({packed.skipped} could not be read)" if packed.skipped else "")
+            + ": lower --batch-size or add images"
+        )
+    return packed
+
+
+def _load(target: Path, ranks: Ranks) -> tuple[Path, dict[str, Any]]:
+    if target.is_file():
+        return target, checkpoints.load(target)
+    say = print if ranks.writes else lambda line: None
+    newest = checkpoints.Checkpoints(target / "checkpoints").newest(say)
+    assert newest is not None  # resolve_resume saw some
+    return newest
+
+
+def _refuse_changes(saved: dict[str, Any], config: TrainConfig, ranks: Ranks) -> None:
+    """A resumed run must compute what the interrupted one would have."""
+    before = TrainConfig.from_json(saved["config"])
+    # What counts is the global batch: two processes of 32 may go on with what one of 64 began.
+    now = dataclasses.replace(config, batch_size=config.batch_size * ranks.world)
+    before = dataclasses.replace(before, batch_size=before.batch_size * saved["world"])
+    changed = before.differences(now)
+    if changed:
+        raise InputError(
+            f"cannot resume: the configuration differs in {'; '.join(changed)}. Leave these as "
+            "they were, or start a new run (weights can be taken over with --init-g and --init-d)"
+        )
+
+
+def _claim_folder(config: TrainConfig, packed: Packed, target: Path | None) -> Path:
+    """The run's folder, made where it does not exist."""
+    out = config.out or (None if target is None else run_folder(target))
+    try:
+        if out is None:
+            return _next_folder(f"{packed.name}-{config.net}{config.image_size}")
+        if target is None and checkpoints.Checkpoints(out / "checkpoints").paths():
+            raise InputError(
+                f"--out {out} holds a run already: --resume auto goes on with it, another --out "
+                "starts a new one"
+            )
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".writable").touch()
+        (out / ".writable").unlink()
+    except OSError as error:
+        raise InputError(f"cannot write to {out or RUNS}: {error.strerror}") from None
+    return out
+
+
+def _next_folder(name: str) -> Path:
+    """Makes runs/NNN-name, NNN being the next free number."""
+    RUNS.mkdir(parents=True, exist_ok=True)
+    while True:
+        taken = [int(m[1]) for p in RUNS.iterdir() if (m := re.match(r"(\d{3,})-", p.name))]
+        folder = RUNS / f"{max(taken, default=-1) + 1:03d}-{name}"
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue  # another run took the number in between
+        return folder
+
+
+@contextlib.contextmanager
+def _only_writer(out: Path) -> Iterator[None]:
+    lock = FileLock(out / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"another process is training in {out}; choose another --out") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class _Interrupts:
+    """Turns the first SIGINT or SIGTERM into a flag, and lets a second end the process."""
+
+    def __init__(self) -> None:
+        self.seen = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Interrupts":
+        # Python delivers signals to the main thread only, and lets no other set handlers.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.seen:
+            journal.exit_at_once()
+        self.seen = True
+
+
+class _Readings:
+    """The losses of the last steps, left on the device until someone wants to read them."""
+
+    def __init__(self, capacity: int, device: torch.device) -> None:
+        self._rows = torch.zeros(capacity, len(READINGS), device=device)
+        self._count = 0
+
+    def put(self, row: Tensor) -> bool:
+        """Adds one step's row; True when there is room for no more."""
+        self._rows[self._count].copy_(row)
+        self._count += 1
+        return self._count == len(self._rows)
+
+    def take(self, world: int) -> list[list[float]]:
+        """The rows since the last call, averaged over processes. Waits for the device."""
+        rows = self._rows[: self._count].clone()
+        self._count = 0
+        return (distributed.sum_over_ranks(rows) / world).tolist()
+
+
+class _Meter:
+    """Images per second of the steps alone."""
+
+    def __init__(self) -> None:
+        self.steady_images, self.steady_seconds = 0, 0.0
+        self.rate = math.nan
+        self._images, self._since, self._paused = 0, time.perf_counter(), 0.0
+
+    def lap(self, *, steady: bool) -> None:
+        """Ends a lap: the device has finished all steps counted since the last one."""
+        now = time.perf_counter()
+        seconds = now - self._since - self._paused
+        if self._images:
+            self.rate = self._images / seconds
+        if steady:
+            self.steady_images += self._images
+            self.steady_seconds += seconds
+        self._images, self._since, self._paused = 0, now, 0.0
+
+    def count(self, images: int) -> None:
+        self._images += images
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """For what is no training: samples, checkpoints."""
+        start = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - start
+
+    @property
+    def overall(self) -> float:
+        """The steady rate; that of the last lap where the run was too short to become steady."""
+        return self.steady_images / self.steady_seconds if self.steady_images else self.rate
+
+
+class _Run:
+    """One run while it trains."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        ranks: Ranks,
+        engine: plan.Engine,
+        state: TrainState,
+        packed: Packed,
+        out: Path,
+    ) -> None:
+        self.config, self.ranks, self.state, self.packed, self.out = (
+            config, ranks, state, packed, out,
+        )  # fmt: skip
+        self.engine = engine
+        self.total, self.per_epoch = plan.total_steps(config, packed.epoch_images, ranks)
+        self.order = Order(
+            packed.n, packed.epoch_images, config.batch_size * ranks.world, config.seed
+        )
+        self.checkpoints = checkpoints.Checkpoints(
+            out / "checkpoints", keep=config.keep, milestone_every=config.milestone_every
+        )
+        self.journal: journal.Journal | None = None
+        self.last_checkpoint: Path | None = None
+        self.pending: list[list[float]] = []
+        self.last_row: dict[str, Any] = {}
+        self.won_steps = 0
+        self.meter = _Meter()
+        fixed = torch.Generator().manual_seed(config.seed)
+        self.fixed_z = torch.randn(SAMPLES, config.nz, 1, 1, generator=fixed).to(state.device)
+
+    def say(self, line: str) -> None:
+        if self.journal is not None:
+            self.journal.say(line)
+        elif self.ranks.writes:
+            print(line, flush=True)
+
+    def go(self) -> TrainResult:
+        """Trains to the end, or to the first signal."""
+        try:
+            with contextlib.ExitStack() as stack:
+                return self._go(stack)
+        except OSError as error:
+            raise RunError(
+                f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}: "
+                f"the run stops at step {self.state.step}; {self._last_good()}"
+            ) from error
+
+    def _go(self, stack: contextlib.ExitStack) -> TrainResult:
+        config, state, packed, engine = self.config, self.state, self.packed, self.engine
+        interrupts = stack.enter_context(_Interrupts())
+        hflip = packed.hflip if config.hflip is None else config.hflip
+        feed = make_feed(
+            packed,
+            order=self.order,
+            device=state.device,
+            rank=self.ranks.rank,
+            world=self.ranks.world,
+            hflip=hflip,
+        )
+        stack.callback(feed.close)
+        if self.ranks.writes:
+            atomic_write(
+                self.out / "config.json", lambda file: file.write(config.to_json().encode())
+            )
+            for line in plan.describe(
+                config,
+                engine,
+                self.ranks,
+                source=packed.name,
+                epoch_images=packed.epoch_images,
+                images=f"{packed.epoch_images:,} images an epoch",
+            ):
+                self.say(line)
+            self.say(f"writing to {self.out}")
+            self.journal = stack.enter_context(
+                journal.Journal(
+                    self.out,
+                    total=self.total,
+                    steps_per_epoch=self.per_epoch,
+                    start=state.step,
+                    tensorboard=config.tensorboard,
+                )
+            )
+        existing = self.checkpoints.paths()
+        self.last_checkpoint = existing[-1] if existing else None
+        step = Step(
+            state,
+            batch_size=config.batch_size,
+            autocast=engine.autocast,
+            compile=engine.compile,
+        )
+        readings = _Readings(config.log_every, state.device)
+        sample_every = config.sample_every or min(self.per_epoch, 500)
+        saved_at, saved_step, start = time.monotonic(), state.step, state.step
+        stop = False
+        self.meter.lap(steady=False)
+        while state.step < self.total and not stop:
+            share, z, rows = self._draw(state.step, feed)
+            full = readings.put(step(rows, z, share=share))
+            now, done = state.step, state.step - start
+            self.meter.count(self.order.batch_size(now - 1))
+            log = now % config.log_every == 0 or now in (1, self.total)
+            sample = now % sample_every == 0 or now in (1, self.total)
+            save = self._save_is_due(now, saved_at)
+            stop = interrupts.seen
+            if self.ranks.world > 1:
+                agree = now % AGREE_EVERY == 0
+                save = save if config.checkpoint_every else agree and distributed.any_rank(save)
+                stop = agree and distributed.any_rank(stop)
+            save = save or stop
+            if full or log or sample or save or done in (1, WARM_UP_STEPS):
+                self._read(readings, now)
+                self.meter.lap(steady=done > WARM_UP_STEPS)
+            if log or stop:
+                self._log(now)
+            with self.meter.paused():
+                if sample:
+                    self._sample(now)
+                if save:
+                    self._save()
+                    saved_at, saved_step = time.monotonic(), now
+        if saved_step != state.step:
+            self._save()
+        if stop and state.step < self.total:
+            self.say(
+                f"stopped at step {state.step} of {self.total}; go on with: "
+                f"python -m fastdcgan.train --resume {self.out}"
+            )
+        elif start < self.total:
+            self._finish()
+        else:
+            self.say(
+                f"nothing to do: {self.out} is at step {state.step} of {self.total}; "
+                "--epochs or --steps trains it longer"
+            )
+        return TrainResult(
+            steps=state.step,
+            images_per_second=self.meter.overall,
+            out=self.out,
+            loss_d=self.last_row.get("loss_d", math.nan),
+            loss_g=self.last_row.get("loss_g", math.nan),
+            interrupted=stop and state.step < self.total,
+        )
+
+    def _draw(self, step: int, feed: Any) -> tuple[float, Tensor, Tensor]:
+        """This process's share of the global batch, its latent vectors and its images.
+
+        Noise is drawn for the whole batch by every process, and each keeps its rows: so the run
+        does not depend on how many processes share it.
+        """
+        images: Tensor = feed.batch(step, self.state.generator)
+        rows = self.order.batch_size(step)
+        z = torch.randn(
+            rows,
+            self.config.nz,
+            1,
+            1,
+            generator=self.state.generator,
+            device=self.state.device,
+        ).tensor_split(self.ranks.world)[self.ranks.rank]
+        return len(z) / rows, z, images
+
+    def _save_is_due(self, now: int, saved_at: float) -> bool:
+        milestone = self.config.milestone_every
+        if milestone is not None and now % milestone == 0:
+            return True
+        if self.config.checkpoint_every is not None:
+            return now % self.config.checkpoint_every == 0
+        return time.monotonic() - saved_at >= CHECKPOINT_SECONDS
+
+    def _read(self, readings: _Readings, now: int) -> None:
+        rows = readings.take(self.ranks.world)
+        for step, row in enumerate(rows, start=now - len(rows) + 1):
+            values = dict(zip(READINGS, row, strict=True))
+            if not (math.isfinite(values["loss_d"]) and math.isfinite(values["loss_g"])):
+                raise RunError(self._diverged(f"the losses of step {step} are not finite"))
+            self.won_steps = self.won_steps + 1 if values["loss_d"] < WON_LOSS else 0
+            if self.won_steps == WON_STEPS:
+                self.say(
+                    f"warning: the discriminator's loss has been below {WON_LOSS} for {WON_STEPS} "
+                    f"steps (step {step}): it tells all images apart and the generator no longer "
+                    "learns; try a lower --lr-d, a larger --batch-size, or more images"
+                )
+        self.pending += rows
+
+    def _diverged(self, what: str) -> str:
+        config = self.config
+        if self.engine.autocast == torch.float16:
+            cause = "fp16 may have overflowed: train without --amp"
+        elif max(config.lr_g or config.lr, config.lr_d or config.lr) > 1e-3:
+            cause = "the learning rate is high: the reference recipe's is 2e-4"
+        elif config.init_g is not None or config.init_d is not None:
+            cause = "the weights it began with may hold values that are not finite"
+        else:
+            cause = "training became unstable: a lower --lr, or another --seed"
+        return f"{what}; likely cause: {cause}; {self._last_good()}"
+
+    def _last_good(self) -> str:
+        if self.last_checkpoint is None:
+            return "there is no checkpoint yet"
+        return f"the last good checkpoint is {self.last_checkpoint}"
+
+    def _log(self, now: int) -> None:
+        means = [sum(column) / len(column) for column in zip(*self.pending, strict=True)]
+        if not means:
+            return
+        self.pending = []
+        self.last_row = {
+            "step": now,
+            "epoch": self.order.epoch(now - 1) + 1,
+            **dict(zip(READINGS, means, strict=True)),
+            "images_per_second": self.meter.rate,
+        }
+        if self.journal is not None:
+            self.journal.record(self.last_row)
+
+    def _sample(self, now: int) -> None:
+        if self.journal is not None:
+            images = models.sample(self.state.sampler, self.fixed_z, statistics="batch")
+            self.journal.grid(now, grid(to_uint8(images)))
+
+    def _save(self) -> None:
+        if not self.ranks.writes:
+            return
+        if not self.state.is_finite():
+            raise RunError(
+                self._diverged(f"the weights after step {self.state.step} are not finite")
+            )
+        content = self.state.state_dict()
+        content["data"] = {"name": self.packed.name, "sha256": self.packed.sha256}
+        content["world"] = self.ranks.world
+        self.last_checkpoint = self.checkpoints.save(content)
+
+    def _finish(self) -> None:
+        if not self.ranks.writes:
+            return
+        from safetensors.torch import save
+
+        nets = {"netG": self.state.netG, "netD": self.state.netD}
+        if self.state.ema is not None:
+            nets["netG_ema"] = self.state.ema.average
+        for name, net in nets.items():
+            tensors = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
+            content = save(tensors, metadata={"fastdcgan": name, "step": str(self.state.step)})
+            atomic_write(
+                self.out / f"{name}.safetensors", lambda f, content=content: f.write(content)
+            )
+        plotted = journal.plot(self.out)
+        self.say(f"{self.meter.overall:.1f} images/s; nets, samples and {plotted} are done")

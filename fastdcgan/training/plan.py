@@ -1,0 +1,136 @@
+"""What a configuration means on this machine, worked out before anything is trained: the answer of
+--dry-run, and the first lines of every run."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastdcgan import models
+from fastdcgan.training.config import TrainConfig
+from fastdcgan.training.distributed import Ranks
+from fastdcgan.training.hardware import amp_dtype, compile_obstacle
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How steps run here, after asking the machine."""
+
+    device: torch.device
+    autocast: torch.dtype | None
+    compile: bool
+    notes: tuple[str, ...]
+    """One line for each wish of the configuration that this machine cannot grant."""
+
+    @property
+    def precision(self) -> str:
+        """For people: the dtypes in use."""
+        if self.autocast is None:
+            return "float32"
+        name = str(self.autocast).removeprefix("torch.")
+        return f"{name} products, float32 statistics, losses and weights"
+
+
+def choose_engine(config: TrainConfig, ranks: Ranks, device: torch.device) -> Engine:
+    """Grants --amp and --compile where the machine can, and says where it cannot."""
+    notes = []
+    autocast = amp_dtype(device) if config.amp else None
+    if config.amp and autocast is None:
+        notes.append(
+            f"--amp: this {device.type} has no native bf16 arithmetic (emulated, it is many times "
+            "slower); training in float32"
+        )
+    compile = config.compile
+    if compile and config.sync_bn and ranks.world > 1:
+        compile = False
+        notes.append("--compile: not together with --sync-bn (its sums cross processes); eager")
+    if compile:
+        obstacle = compile_obstacle(device)
+        if obstacle is not None:
+            compile = False
+            notes.append(f"--compile: torch.compile does not work here ({obstacle}); eager")
+    return Engine(device, autocast, compile, tuple(notes))
+
+
+def total_steps(config: TrainConfig, epoch_images: int, ranks: Ranks) -> tuple[int, int]:
+    """(steps of the run, steps of an epoch); the last batch of an epoch may be ragged."""
+    per_epoch = -(-epoch_images // (config.batch_size * ranks.world))
+    return config.steps or config.epochs * per_epoch, per_epoch
+
+
+def memory_bytes(config: TrainConfig, autocast: torch.dtype | None) -> tuple[int, int]:
+    """(weights, gradients, Adam's moments and average; activations of one step), in bytes.
+
+    The first is exact. The second is the sum of the outputs of all layers over G's pass and D's
+    two, found by running the nets on the meta device: a good guess of the peak, not a bound.
+    """
+    assert config.channels is not None
+    with torch.device("meta"):
+        netG, netD = models.build(
+            config.net,
+            size=config.image_size,
+            nz=config.nz,
+            ngf=config.ngf,
+            ndf=config.ndf,
+            channels=config.channels,
+        )
+        sizes = [sum(p.numel() for p in net.parameters()) for net in (netG, netD)]
+        copies = 4 * sum(sizes) + (sizes[0] if config.ema else 0)
+        seen = 0
+
+        def count(module: nn.Module, inputs: object, output: Tensor) -> None:
+            nonlocal seen
+            if not list(module.children()):
+                seen += output.numel()
+
+        for net in (netG, netD):
+            for module in net.modules():
+                module.register_forward_hook(count)
+        z = torch.empty(config.batch_size, config.nz, 1, 1)
+        fake = netG(z)
+        netD(fake)
+        netD(fake)
+    width = 4 if autocast is None else 2
+    return copies * 4, seen * width
+
+
+def describe(
+    config: TrainConfig,
+    engine: Engine,
+    ranks: Ranks,
+    *,
+    source: str,
+    epoch_images: int | None,
+    images: str,
+) -> list[str]:
+    """The plan in lines for people.
+
+    Args:
+        source: the data's name.
+        epoch_images: images of an epoch; None where only decoding can tell.
+        images: how many there are, in words.
+    """
+    held, activations = memory_bytes(config, engine.autocast)
+    if epoch_images is None:
+        length = f"{config.steps} steps" if config.steps else f"{config.epochs} epochs"
+    else:
+        total, per_epoch = total_steps(config, epoch_images, ranks)
+        length = f"{total} steps ({per_epoch} an epoch)"
+    where = str(engine.device)
+    if engine.device.type == "cuda":
+        where += f" ({torch.cuda.get_device_name(engine.device)})"
+    if engine.device.type == "cpu":
+        where += f" ({torch.get_num_threads()} threads)"
+    return [
+        f"device     {where}" + (f", {ranks.world} processes" if ranks.world > 1 else ""),
+        f"precision  {engine.precision}",
+        f"compile    {'torch.compile' if engine.compile else 'off (eager)'}",
+        f"nets       {config.net}, {config.channels}x{config.image_size}x{config.image_size}, "
+        f"nz {config.nz}, ngf {config.ngf}, ndf {config.ndf}",
+        f"data       {source}: {images}",
+        f"length     {length}, batch {config.batch_size}"
+        + (f" x {ranks.world}" if ranks.world > 1 else ""),
+        f"memory     {held / 2**20:.0f} MiB weights and optimisers, about "
+        f"{activations / 2**20:.0f} MiB activations",
+        *engine.notes,
+    ]

@@ -1,0 +1,128 @@
+"""Everything that a run is made of at one moment, and so everything that a checkpoint holds: nets,
+average, optimisers, gradient scalers, random generators and the step, which is also the position
+in the data."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastdcgan import models
+from fastdcgan.training.config import TrainConfig
+from fastdcgan.training.ema import EMA
+
+
+class TrainState:
+    """The state of a run after `step` steps.
+
+    Args:
+        config: with `channels` filled in.
+        device: where the nets live, in channels_last.
+        dtype: of the parameters; float32 but in tests.
+        scaling: whether gradients are scaled (fp16).
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        device: torch.device,
+        *,
+        dtype: torch.dtype = torch.float32,
+        scaling: bool = False,
+    ) -> None:
+        assert config.channels is not None
+        torch.manual_seed(config.seed)
+        netG, netD = models.build(
+            config.net,
+            size=config.image_size,
+            nz=config.nz,
+            ngf=config.ngf,
+            ndf=config.ndf,
+            channels=config.channels,
+        )
+        place: dict[str, Any] = {
+            "device": device,
+            "dtype": dtype,
+            "memory_format": torch.channels_last,
+        }
+        self.config = config
+        self.device = device
+        self.netG: nn.Module = netG.to(**place)
+        self.netD: nn.Module = netD.to(**place)
+        self.ema = EMA(self.netG, config.ema_decay) if config.ema else None
+        self.optG = _adam(self.netG, config.lr_g or config.lr, config, device)
+        self.optD = _adam(self.netD, config.lr_d or config.lr, config, device)
+        self.scalers = [torch.amp.GradScaler(device.type, enabled=scaling) for _ in range(2)]
+        # Crops, flips and noise come from a generator of our own, so that nothing else that draws
+        # random numbers in this process moves them. Dropout draws from torch's.
+        self.generator: torch.Generator | None = None
+        if device.type != "meta":
+            self.generator = torch.Generator(device).manual_seed(config.seed)
+        self.step = 0
+
+    @property
+    def sampler(self) -> nn.Module:
+        """The generator to draw samples from: the average where there is one."""
+        return self.netG if self.ema is None else self.ema.average
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers, strings and containers of them: loads with weights_only=True."""
+        state: dict[str, Any] = {
+            "step": self.step,
+            "config": self.config.to_json(),
+            "netG": self.netG.state_dict(),
+            "netD": self.netD.state_dict(),
+            "optG": self.optG.state_dict(),
+            "optD": self.optD.state_dict(),
+            "scalers": [scaler.state_dict() for scaler in self.scalers],
+            "rng": {"torch": torch.get_rng_state()},
+        }
+        if self.generator is not None:
+            state["rng"]["run"] = self.generator.get_state()
+        if self.device.type == "cuda":
+            state["rng"]["cuda"] = torch.cuda.get_rng_state(self.device)
+        if self.ema is not None:
+            state["ema"] = self.ema.average.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave, on this state's device.
+
+        Random states of another kind of device are left out: a run that moves from a GPU to a CPU
+        goes on, but not bit for bit.
+        """
+        models.load_weights(self.netG, state["netG"], name="netG")
+        models.load_weights(self.netD, state["netD"], name="netD")
+        if self.ema is not None:
+            models.load_weights(self.ema.average, state["ema"], name="ema")
+        self.optG.load_state_dict(state["optG"])
+        self.optD.load_state_dict(state["optD"])
+        for scaler, saved in zip(self.scalers, state["scalers"], strict=True):
+            if scaler.is_enabled() and saved:
+                scaler.load_state_dict(saved)
+        rng = state["rng"]
+        torch.set_rng_state(rng["torch"])
+        if self.generator is not None and rng["run"].numel() == self.generator.get_state().numel():
+            self.generator.set_state(rng["run"])
+        if self.device.type == "cuda" and "cuda" in rng:
+            torch.cuda.set_rng_state(rng["cuda"], self.device)
+        self.step = state["step"]
+
+    def is_finite(self) -> bool:
+        """Whether every parameter of both nets is finite. Waits for the device."""
+        parameters = [*self.netG.parameters(), *self.netD.parameters()]
+        norms = torch.stack(torch._foreach_norm([p.detach() for p in parameters]))
+        return bool(norms.isfinite().all())
+
+
+def _adam(
+    net: nn.Module, lr: float, config: TrainConfig, device: torch.device
+) -> torch.optim.Adam:
+    # Fused Adam is one pass over memory, and on CUDA it keeps the fp16 overflow test on the device.
+    return torch.optim.Adam(
+        net.parameters(),
+        lr=lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.adam_eps,
+        fused=device.type in ("cpu", "cuda"),
+    )
