@@ -37,7 +37,7 @@ _HOME = {
     "Source": "sources",
     "open_source": "sources",
 }
-__all__ = list(_HOME)  # noqa: PLE0605 - the one list of names, type checkers read the block above
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:

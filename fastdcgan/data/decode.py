@@ -1,17 +1,16 @@
-"""One picture of any kind -> one square uint8 array, by the one rule that every source goes through.
+"""One picture of any kind -> one square uint8 array, by the rule of the PyTorch DCGAN example.
 
-The rule is that of the PyTorch DCGAN example's torchvision pipeline. Not here: which pictures there
-are (sources/), where the arrays are kept (cache.py), random crops and flips (feeds.py).
+Not here: which pictures there are (sources/), where the arrays are kept (cache.py), random crops
+and flips (feeds.py).
 """
 
 from io import BytesIO
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image, ImageOps
 
-Picture: TypeAlias = Path | bytes | Image.Image | np.ndarray[Any, Any]
+Picture: TypeAlias = bytes | Image.Image | np.ndarray[Any, Any]
 
 # Stands in the cache's key: change it whenever decode() would give other bytes.
 RULE = "shorter side to size (PIL bilinear, antialiased), centre crop; alpha on white; 16 bit / 257"
@@ -24,7 +23,7 @@ def decode(picture: Picture, size: int, channels: int) -> np.ndarray[Any, np.dty
     `Compose([Resize(size), CenterCrop(size)])` of torchvision does it.
 
     Args:
-        picture: a file's path, a file's bytes, a PIL image, or a uint8 array of shape (H, W) or
+        picture: a file's bytes, a PIL image, or a uint8 array of shape (H, W) or
             (H, W, C) with C in 1 (grey), 2 (grey, alpha), 3 (RGB), 4 (RGBA). Of a moving picture
             the first frame counts. An EXIF orientation is applied.
         size: pixels on a side of the result.
@@ -37,12 +36,9 @@ def decode(picture: Picture, size: int, channels: int) -> np.ndarray[Any, np.dty
     Raises:
         Exception: of any type that the decoder of a damaged file can think of.
     """
-    if isinstance(picture, Path):
-        with Image.open(picture) as image:
-            return decode(image, size, channels)
     if isinstance(picture, bytes):
-        with Image.open(BytesIO(picture)) as image:
-            return decode(image, size, channels)
+        with Image.open(BytesIO(picture)) as file:
+            return decode(file, size, channels)
     if isinstance(picture, np.ndarray):
         grey = picture.ndim == 3 and picture.shape[2] == 1
         picture = Image.fromarray(picture[..., 0] if grey else picture)
@@ -65,7 +61,7 @@ def _to_mode(image: Image.Image, channels: int) -> Image.Image:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image)
     elif image.mode not in ("L", "RGB"):
-        image = image.convert("RGB")  # the only mode that CMYK, LAB, HSV and palettes all convert to
+        image = image.convert("RGB")  # LAB has no other way to grey
     return image.convert(MODES[channels])
 
 

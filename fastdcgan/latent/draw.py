@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,15 +13,17 @@ from fastdcgan import models
 from fastdcgan.data import grid, to_uint8
 from fastdcgan.data.picture import atomic_write, save_image
 from fastdcgan.errors import InputError
-from fastdcgan.training.checkpoints import Checkpoints
-from fastdcgan.training.hardware import pick_device
+from fastdcgan.training.checkpoints import Checkpoints, load
+from fastdcgan.hardware import pick_device
+
+Generator = models.Generator | models.TF28Generator
 
 CHUNK = 256
 """Latent vectors drawn and images made at a time. Fixed, because with it the same seed gives the
 same images whatever `n` is."""
 
 
-def load_generator(source: Path, *, ema: bool = True, device: str = "cpu") -> nn.Module:
+def load_generator(source: Path, *, ema: bool = True, device: str = "cpu") -> Generator:
     """The generator in `source`, in channels_last on `device`; its size is read off the weights.
 
     Args:
@@ -33,24 +35,31 @@ def load_generator(source: Path, *, ema: bool = True, device: str = "cpu") -> nn
         InputError: there is no such file, or no DCGAN generator in it.
     """
     place = pick_device(device)
-    if source.is_dir():
-        state = _from_run(source, ema)
-    else:
-        state = models.read_state_dict(source, prefer=("ema", "netG") if ema else ("netG",))
-    net = models.generator_from(state)
+    net = models.generator_from(_from_run(source, ema) if source.is_dir() else _from_file(source, ema))
     return net.to(place, memory_format=torch.channels_last).eval()  # type: ignore[call-overload,no-any-return]
 
 
-def _from_run(run: Path, ema: bool) -> dict[str, Tensor]:
+def _from_run(run: Path, ema: bool) -> Path | dict[str, Tensor]:
     names = ("netG_ema.safetensors", "netG.safetensors") if ema else ("netG.safetensors",)
     for name in names:
         if (run / name).is_file():
-            return models.read_state_dict(run / name)
+            return run / name
     newest = Checkpoints(run / "checkpoints").newest()
     if newest is None:
         raise InputError(f"{run} is no run: it has neither {names[-1]} nor checkpoints/")
-    state: dict[str, Tensor] = newest[1].get("ema" if ema else "netG", newest[1]["netG"])
-    return state
+    return _choose(newest[1], ema)
+
+
+def _from_file(path: Path, ema: bool) -> Path | dict[str, Tensor]:
+    try:
+        return _choose(load(path), ema)
+    except InputError:
+        return path  # not a run's checkpoint: bare weights, which say themselves what is wrong
+
+
+def _choose(state: dict[str, Any], ema: bool) -> dict[str, Tensor]:
+    chosen: dict[str, Tensor] = state["ema"] if ema and "ema" in state else state["netG"]
+    return chosen
 
 
 def latents(n: int, nz: int, *, seed: int, truncation: float | None = None) -> Iterator[Tensor]:
@@ -71,7 +80,7 @@ def latents(n: int, nz: int, *, seed: int, truncation: float | None = None) -> I
 
 
 def draw(
-    net: nn.Module,
+    net: Generator,
     n: int,
     *,
     seed: int = 0,
@@ -86,7 +95,7 @@ def draw(
     if n < 1:
         raise InputError(f"--n {n} was given; it must be at least 1")
     device = next(net.parameters()).device
-    for z in latents(n, models.latent_size(net), seed=seed, truncation=truncation):
+    for z in latents(n, net.nz, seed=seed, truncation=truncation):
         yield to_uint8(models.sample(net, z.to(device), statistics=statistics))
 
 

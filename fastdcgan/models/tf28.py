@@ -53,18 +53,20 @@ class KerasBatchNorm(nn.modules.batchnorm._BatchNorm):
                 "one image was given, and one value has no batch statistics; "
                 "give 2 images or more, or use running statistics"
             )
+        assert self.momentum is not None
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
-        # With momentum 1 these receive the batch's own statistics from the pass that normalises.
-        mean, unbiased = torch.empty_like(self.running_mean), torch.empty_like(self.running_var)
+        # With momentum 1 these receive the batch's own statistics from the pass that normalises;
+        # zeros, because it takes 0 times what they held, and 0 times NaN is NaN.
+        mean, unbiased = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
         output = F.batch_norm(
             input, mean, unbiased, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps
         )
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
-            self.running_mean.lerp_(mean, BATCH_NORM_MOMENTUM)
-            self.running_var.lerp_(unbiased * ((count - 1) / count), BATCH_NORM_MOMENTUM)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(unbiased * ((count - 1) / count), self.momentum)
         return output
 
 

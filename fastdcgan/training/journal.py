@@ -37,6 +37,7 @@ class Journal:
         self.out = out
         self.total = total
         self.steps_per_epoch = steps_per_epoch
+        (out / "samples").mkdir(exist_ok=True)
         self._metrics = out / "metrics.jsonl"
         if self._metrics.exists():
             kept = [row for row in read_metrics(out) if row["step"] <= start]

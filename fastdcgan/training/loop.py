@@ -27,7 +27,7 @@ from fastdcgan.errors import InputError, RunError
 from fastdcgan.training import checkpoints, distributed, journal, plan
 from fastdcgan.training.config import TrainConfig, TrainResult
 from fastdcgan.training.distributed import Ranks
-from fastdcgan.training.hardware import pick_device
+from fastdcgan.hardware import pick_device
 from fastdcgan.training.state import TrainState
 from fastdcgan.training.step import READINGS, Step
 
@@ -93,7 +93,7 @@ def run_folder(target: Path) -> Path:
 
 
 def _dry_run(config: TrainConfig, ranks: Ranks, device: torch.device) -> TrainResult:
-    info = inspect_source(config.data, size=config.image_size)
+    info = inspect_source(config.data, cache=config.cache)
     config = dataclasses.replace(config, channels=config.channels or info.channels)
     images = "number known after decoding" if info.count is None else f"{info.count:,} images"
     if ranks.writes:
@@ -387,6 +387,8 @@ class _Run:
         )
         stack.callback(feed.close)
         if self.ranks.writes:
+            for unfinished in self.out.rglob(".*.tmp"):  # of a process that was killed
+                unfinished.unlink()
             atomic_write(
                 self.out / "config.json", lambda file: file.write(config.to_json().encode())
             )
@@ -416,6 +418,7 @@ class _Run:
             batch_size=config.batch_size,
             autocast=engine.autocast,
             compile=engine.compile,
+            say=self.say,
         )
         readings = _Readings(config.log_every, state.device)
         sample_every = config.sample_every or min(self.per_epoch, 500)

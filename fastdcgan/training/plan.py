@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastdcgan import models
 from fastdcgan.training.config import TrainConfig
 from fastdcgan.training.distributed import Ranks
-from fastdcgan.training.hardware import amp_dtype, compile_obstacle
+from fastdcgan.hardware import amp_dtype
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,6 @@ def choose_engine(config: TrainConfig, ranks: Ranks, device: torch.device) -> En
     if compile and config.sync_bn and ranks.world > 1:
         compile = False
         notes.append("--compile: not together with --sync-bn (its sums cross processes); eager")
-    if compile:
-        obstacle = compile_obstacle(device)
-        if obstacle is not None:
-            compile = False
-            notes.append(f"--compile: torch.compile does not work here ({obstacle}); eager")
     return Engine(device, autocast, compile, tuple(notes))
 
 

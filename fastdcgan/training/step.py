@@ -63,6 +63,8 @@ class Step:
         autocast: dtype of the matrix products; None leaves them in the parameters' dtype.
             Losses, BatchNorm statistics, parameters and optimisers stay in float32.
         compile: compile forward and backward of each loss with torch.compile, as whole graphs.
+            Where that fails (no C++ compiler, say), goes on eagerly.
+        say: is called with one line where compilation failed.
     """
 
     def __init__(
@@ -72,8 +74,10 @@ class Step:
         batch_size: int,
         autocast: torch.dtype | None = None,
         compile: bool = False,
+        say: Callable[[str], None] = print,
     ) -> None:
         self.state = state
+        self._say = say
         self.batch_size = batch_size
         self.autocast = autocast
         simultaneous = state.config.updates == "simultaneous"
@@ -88,9 +92,7 @@ class Step:
         self._eager: dict[Callable[..., object], Callable[..., object]] = {f: f for f in parts}
         self._compiled = self._eager
         if compile:
-            self._compiled = {
-                f: torch.compile(f, fullgraph=True, dynamic=False) for f in parts
-            }
+            self._compiled = {f: torch.compile(f, fullgraph=True, dynamic=False) for f in parts}
             if simultaneous:
                 # Both losses go back through one pass over the fakes, so its saved tensors are
                 # needed twice and must not be given away to the first.
@@ -157,7 +159,14 @@ class Step:
         if self.autocast is not None:
             context = torch.autocast(self.state.device.type, dtype=self.autocast)
         with context:
-            out = self._call[part](net, x)
+            try:
+                out = self._call[part](net, x)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                # Compiling comes before running, so nothing has happened yet: run it eagerly.
+                reason = next(line for line in str(error).splitlines() if line.strip())
+                self._say(f"--compile: torch.compile does not work here ({reason}); going on eagerly")
+                self._call = self._compiled = self._eager
+                out = part(net, x)
         return out if isinstance(out, tuple) else (out,)  # type: ignore[return-value]
 
     def _backward(

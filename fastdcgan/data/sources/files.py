@@ -1,30 +1,28 @@
 """Sources that are many picture files: a folder, a zip, a tar. Not here: files that hold arrays."""
 
+import lzma
 import os
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePath
 
 from fastdcgan.data.sources.base import Item, Source, fingerprint, require_train
 from fastdcgan.errors import InputError
 
-PICTURES = frozenset(
-    ".avif .bmp .dib .gif .ico .j2k .jfif .jp2 .jpe .jpeg .jpg .pbm .pcx .pgm .png .pnm .ppm "
-    ".qoi .tga .tif .tiff .webp".split()
-)
+# fmt: off
+PICTURES = frozenset((
+    ".avif", ".bmp", ".dib", ".gif", ".ico", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg",
+    ".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp",
+))
+# fmt: on
 
 
-def open_folder(root: Path, split: str) -> Source:
-    """All pictures under a folder, in sorted order.
-
-    Raises:
-        InputError: where there are none, or a folder in it cannot be read.
-    """
+def open_folder(root: Path, files: Sequence[Path], split: str) -> Source:
+    """The pictures among the `files` of a folder, in their order."""
     require_train(split, f"the folder {root}")
-    files = list_folder(root)
     pictures = [file for file in files if is_picture(file)]
     if not pictures:
         raise no_pictures(root, len(files))
@@ -33,9 +31,7 @@ def open_folder(root: Path, split: str) -> Source:
         location=str(root),
         channels=3,
         fingerprint=fingerprint(pictures, root),
-        items=lambda window: (
-            (str(file.relative_to(root)), partial(Path, file)) for file in pictures
-        ),
+        items=lambda window: ((str(file.relative_to(root)), file.read_bytes) for file in pictures),
         count=len(pictures),
     )
 
@@ -49,7 +45,11 @@ def open_zip(path: Path, split: str) -> Source:
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
         raise InputError(f"{path} is a damaged zip ({error}): get it again") from None
-    names = [info.filename for info in archive.infolist() if not _is_hidden(info)]
+    names = [
+        info.filename
+        for info in archive.infolist()
+        if not info.is_dir() and not _hidden(PurePath(info.filename))
+    ]
     pictures = sorted(name for name in names if is_picture(PurePath(name)))
     if not pictures:
         raise no_pictures(path, len(names))
@@ -91,7 +91,7 @@ def _tar_items(path: Path) -> Iterator[Item]:
                 data = file.read()
                 pictures += 1
                 yield member.name, partial(bytes, data)
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+    except (tarfile.TarError, EOFError, OSError, lzma.LZMAError, zlib.error) as error:
         raise InputError(
             f"{path} is damaged after {pictures} pictures ({error}): get it again"
         ) from None
@@ -107,9 +107,7 @@ def list_folder(root: Path) -> list[Path]:
     """
 
     def refuse(error: OSError) -> None:
-        raise InputError(
-            f"the folder {error.filename} cannot be read: {error.strerror}"
-        ) from None
+        raise InputError(f"the folder {error.filename} cannot be read: {error.strerror}")
 
     return sorted(
         file
@@ -135,12 +133,8 @@ def stem(path: Path) -> str:
 def no_pictures(where: Path, others: int) -> InputError:
     """The error of a folder or archive without pictures."""
     seen = f"none of its {others:,} files is a picture" if others else "it is empty"
-    return InputError(f"no images in {where}: {seen}; pictures end in .jpg, .png, .webp or the like")
+    return InputError(f"no images in {where}: {seen}; pictures end in .jpg, .png or the like")
 
 
 def _hidden(path: PurePath) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
-
-
-def _is_hidden(info: zipfile.ZipInfo) -> bool:
-    return info.is_dir() or _hidden(PurePath(info.filename))

@@ -1,10 +1,7 @@
-"""What the machine can do: which device, which precision, whether torch.compile works here.
-
-Each question is answered by asking the machine, never by a table of product names.
-"""
+"""What the machine can do: which device, which precision. Each question is answered by asking the
+machine, never by a table of product names."""
 
 import platform
-import warnings
 
 import torch
 
@@ -64,23 +61,3 @@ def _cpu_has_bf16() -> bool:
         )
         return any(supported() for supported in asked if supported is not None)
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def compile_obstacle(device: torch.device) -> str | None:
-    """Why torch.compile does not work on this machine, in one line; None where it does.
-
-    Found by compiling one small function: it takes a compiler, headers and a writable cache, and
-    no list of those can be complete.
-    """
-
-    def probe(x: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(x) * 2 + 1
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.compile(probe)(torch.zeros(64, device=device))
-    except Exception as error:  # whatever the compiler stack raises is the answer
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return lines[0][:200] if lines else type(error).__name__
-    return None

@@ -1,0 +1,55 @@
+"""The nets: DCGAN as in the PyTorch example and the TensorFlow tutorial, their initialisation,
+reading anyone's checkpoints of them, and sampling. Not here: anything that trains them."""
+
+from typing import Literal
+
+from fastdcgan.errors import InputError
+from fastdcgan.models.checkpoints import (
+    discriminator_from,
+    generator_from,
+    load_weights,
+    read_state_dict,
+)
+from fastdcgan.models.dcgan import SIZES, Discriminator, Generator, weights_init
+from fastdcgan.models.sampling import sample
+from fastdcgan.models.tf28 import TF28Discriminator, TF28Generator
+
+__all__ = [
+    "SIZES",
+    "Discriminator",
+    "Generator",
+    "TF28Discriminator",
+    "TF28Generator",
+    "build",
+    "discriminator_from",
+    "generator_from",
+    "load_weights",
+    "read_state_dict",
+    "sample",
+    "weights_init",
+]
+
+
+def build(
+    net: Literal["dcgan", "tf28"], *, size: int, nz: int, ngf: int, ndf: int, channels: int
+) -> tuple[Generator, Discriminator] | tuple[TF28Generator, TF28Discriminator]:
+    """Return a generator and its discriminator, initialised in that order from torch's seed.
+
+    Args:
+        net: "dcgan", the PyTorch example's nets, or "tf28", the TensorFlow tutorial's.
+        size: side of the images in pixels: 32, 64, 128 or 256; 28 for "tf28".
+        nz: length of a latent vector.
+        ngf, ndf: feature maps beside the image layer of either net. The widths of "tf28" are
+            fixed, and it does not read these.
+        channels: image channels, 1 to 4.
+
+    Raises:
+        InputError: for any other value.
+    """
+    if net == "dcgan":
+        return Generator(size, nz, ngf, channels), Discriminator(size, ndf, channels)
+    if net == "tf28":
+        if size != 28:
+            raise InputError(f"image size {size!r} was given; the tf28 nets make 28: give size 28")
+        return TF28Generator(nz, channels), TF28Discriminator(channels)
+    raise InputError(f'net={net!r} was given; give "dcgan" or "tf28"')

@@ -1,0 +1,343 @@
+"""`python -m fastdcgan.train` as users run it: a subprocess, and the files that it leaves."""
+
+import json
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from fastdcgan.training import checkpoints
+from fastdcgan.training.journal import read_metrics
+
+SMALL = [
+    *("--image-size", "32", "--nz", "6", "--ngf", "4", "--ndf", "4", "--batch-size", "8"),
+    "--no-tensorboard",
+]
+
+
+@pytest.fixture
+def train(command, tiny_data, tmp_path):
+    """Runs the command on the tiny data in a folder of its own."""
+
+    def run(*args, **options):
+        return command("fastdcgan.train", "--data", tiny_data, *SMALL, *args, cwd=tmp_path, **options)
+
+    return run
+
+
+def one_line_error(done):
+    """Bad input: one line on stderr, a status that is not 0, no traceback."""
+    assert done.returncode not in (0, None)
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+def test_help_answers_at_once_and_without_torch(environment, command):
+    start = time.perf_counter()
+    done = command("fastdcgan.train", "--help")
+    assert time.perf_counter() - start < 1.5
+    assert done.returncode == 0
+    for text in ("--batch-size", "--resume", "python -m fastdcgan.train --amp --compile", "--preset"):
+        assert text in done.stdout
+    script = (
+        "import sys, fastdcgan, fastdcgan.training, fastdcgan.data\n"
+        "from fastdcgan import train, generate\n"
+        "assert train.main(['--dry-run', '--batch-size', '0']) == 1\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'\n"
+    )
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
+
+
+def test_a_run_from_the_command_line(train, tmp_path):
+    done = train("--steps", "6")
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "runs" / "000-tiny-dcgan32"
+    for name in ("config.json", "metrics.jsonl", "netG.safetensors", "netD.safetensors", "plot.png"):
+        assert (out / name).is_file()
+    assert re.search(r"\[1/2\]\[1/5\] Loss_D: \d", done.stdout), "the example's line"
+    assert "ETA" in done.stdout
+
+
+def test_amp_and_compile_train_or_say_why_not(train, tmp_path):
+    done = train("--steps", "6", "--amp", "--compile", "--out", "run")
+    assert done.returncode == 0, done.stderr
+    capable = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    assert ("no native bf16 arithmetic" in done.stdout) != capable
+    assert "torch.compile does not work" not in done.stdout
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 6
+
+
+def test_without_a_compiler_it_says_so_and_goes_on(train, tmp_path):
+    env = {"PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    done = train("--steps", "6", "--compile", "--out", "run", env=env)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stdout.splitlines() if "torch.compile does not work" in line]
+    assert len(said) == 1
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 6
+
+
+def test_a_line_written_for_the_example_runs(command, tmp_path):
+    folder = tmp_path / "photos" / "someone"
+    folder.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 40, 48, 3), dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{i}.png")
+    flags = (
+        "--dataset folder --dataroot photos --workers 2 --batchSize 8 --imageSize 32 --nz 6 "
+        "--ngf 4 --ndf 4 --niter 2 --lr 0.0002 --beta1 0.5 --ngpu 1 --outf out --manualSeed 7"
+    )
+    done = command("fastdcgan.train", *flags.split(), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["data"], config["seed"], config["epochs"]) == ("photos", 7, 2)
+    assert read_metrics(tmp_path / "out")[-1]["step"] == 6
+    torch.save(load_file(tmp_path / "out" / "netG.safetensors"), tmp_path / "netG_epoch_1.pth")
+    again = command(
+        "fastdcgan.train",
+        *flags.replace("--outf out", "--outf more --netG=netG_epoch_1.pth --cuda").split(),
+        cwd=tmp_path,
+    )
+    if torch.cuda.is_available():
+        assert again.returncode == 0, again.stderr
+    else:
+        assert "--device cuda was given" in one_line_error(again)
+
+
+def test_resume_takes_the_run_as_it_was(train, command, tmp_path):
+    assert train("--steps", "3", "--out", "run", "--seed", "5").returncode == 0
+    more = command("fastdcgan.train", "--resume", "run", "--steps", "5", cwd=tmp_path)
+    assert more.returncode == 0, more.stderr
+    assert "resuming" in more.stdout
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 5
+    bare = command("fastdcgan.train", "--steps", "6", "--out", "run", "--resume", cwd=tmp_path)
+    assert bare.returncode == 0, bare.stderr
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 6
+    refused = command("fastdcgan.train", "--resume", "run", "--nz", "7", cwd=tmp_path)
+    assert "--nz: 6 -> 7" in one_line_error(refused)
+
+
+def test_a_dry_run_prints_the_plan(train, tmp_path):
+    done = train("--dry-run", "--amp", "--compile")
+    assert done.returncode == 0, done.stderr
+    for word in ("device", "precision", "compile", "nets", "data", "125 steps", "memory"):
+        assert word in done.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--data", "nowhere"], "nowhere"),
+        (["--data", "empty"], "empty"),
+        (["--data", "notes.txt"], "notes.txt"),
+        (["--image-size", "50"], "--image-size 50 was given; the DCGAN nets make"),
+        (["--batch-size", "64"], "a batch of 64 was asked for"),
+        (["--device", "abacus"], "--device abacus was given"),
+        (["--device", "cuda:99"], "--device cuda:99 was given"),
+        (["--out", "notes.txt/run"], "cannot write"),
+        (["--out", "/proc/run"], "cannot write"),
+        (["--cache", "/proc/cache"], "/proc/cache"),
+        (["--resume", "nowhere"], "there is no such run"),
+        (["--resume", "notes.txt"], "damaged"),
+        (["--init-g", "other.pth"], "expected"),
+        (["--init-g", "notes.txt"], "notes.txt"),
+        (["--lr", "0"], "--lr 0.0 was given"),
+        (["--preset", "best"], "unknown preset"),
+        (["--dataset", "celeba"], "--dataset celeba was given"),
+    ],
+)
+def test_bad_input_is_one_clear_line(train, tmp_path, args, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("no image\n")
+    torch.save({"main.0.weight": torch.zeros(6, 8, 4, 4)}, tmp_path / "other.pth")
+    assert message in one_line_error(train("--steps", "1", *args))
+
+
+def start(environment, tiny_data, tmp_path, *args):
+    return subprocess.Popen(
+        [sys.executable, "-m", "fastdcgan.train", "--data", str(tiny_data), *SMALL, *args],
+        env=environment,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(path, process):
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_exits_0(environment, tiny_data, tmp_path, number):
+    process = start(environment, tiny_data, tmp_path, "--steps", "1000000", "--out", "run")
+    wait_for(tmp_path / "run" / "samples" / "step-00000005.png", process)
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    assert "go on with: python -m fastdcgan.train --resume run" in stdout
+    assert checkpoints.Checkpoints(tmp_path / "run" / "checkpoints").newest() is not None
+
+
+def test_a_second_signal_leaves_at_once(environment, tiny_data, tmp_path):
+    """One step of a batch of 36 at 256 pixels takes seconds: the first signal waits for it."""
+    args = ["--image-size", "256", "--batch-size", "36", "--ngf", "16", "--ndf", "16"]
+    process = start(environment, tiny_data, tmp_path, *args, "--out", "run", "--steps", "50")
+    wait_for(tmp_path / "run" / "samples" / "step-00000001.png", process)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    assert process.poll() is None, "the first one lets the step finish"
+    process.send_signal(signal.SIGINT)
+    sent = time.monotonic()
+    assert process.wait(timeout=30) == 130
+    assert time.monotonic() - sent < 2
+
+
+def test_killed_20_times_at_random_it_always_resumes(environment, tiny_data, train, tmp_path):
+    """And at the end it is, to the last bit, the run that was never killed."""
+    moments = random.Random(0)
+    every = 5
+    folder = checkpoints.Checkpoints(tmp_path / "run" / "checkpoints")
+    args = ["--resume", "auto", "--out", "run", "--checkpoint-every", str(every)]
+    reached = 0
+    for kill in range(20):
+        process = start(environment, tiny_data, tmp_path, *args, "--steps", "1000000")
+        # Half of them right after a step is known to have been made, half at any time at all.
+        if kill % 2:
+            rows = tmp_path / "run" / "metrics.jsonl"
+            wait_for(rows, process)
+            before = rows.stat().st_size
+            while rows.stat().st_size <= before:
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.005)
+            time.sleep(moments.uniform(0, 0.3))
+        else:
+            time.sleep(moments.uniform(0.2, 6))
+        process.kill()
+        process.communicate()
+        for path in folder.paths():
+            checkpoints.load(path)  # nothing that looks finished is damaged
+        steps = [checkpoints.step_of(p) for p in folder.paths()]
+        made = max((row["step"] for row in read_metrics(tmp_path / "run")), default=0) if (
+            tmp_path / "run" / "metrics.jsonl"
+        ).exists() else 0
+        assert max(steps, default=0) >= reached, "no checkpoint is ever lost"
+        assert made - max(steps, default=0) <= every, "at most the steps since the last one"
+        reached = max(steps, default=0)
+    assert reached > 0
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) <= 3 + 1
+    total = str(reached + 7)
+    done = train(*args, "--steps", total)
+    assert done.returncode == 0, done.stderr
+    assert f"at step {reached}\n" in done.stdout
+    leftovers = {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert leftovers == {p.name for p in folder.paths()}, "half-written files are cleared away"
+    assert train("--out", "whole", "--steps", total).returncode == 0
+    for name in ("netG", "netG_ema", "netD"):
+        a, b = (load_file(tmp_path / run / f"{name}.safetensors") for run in ("run", "whole"))
+        assert all(torch.equal(a[key], b[key]) for key in b)
+
+
+def test_a_full_disk_is_said_and_damages_nothing(environment, tiny_data, train, tmp_path):
+    """A limit on the size of files stands for the disk: the write fails in the middle as there."""
+    assert train("--steps", "3", "--out", "run").returncode == 0
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run" / "checkpoints").iterdir()}
+    limit = len(next(iter(before.values()))) // 2
+    done = subprocess.run(
+        [sys.executable, "-m", "fastdcgan.train", "--resume", "run", "--steps", "9"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    line = one_line_error(done)
+    assert "the last good checkpoint is run/checkpoints/step-00000003.pt" in line
+    after = {p.name: p.read_bytes() for p in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert after == before
+    assert train("--resume", "auto", "--out", "run", "--steps", "4").returncode == 0
+
+
+def torchrun(environment, tmp_path, processes, *args):
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *(f"--nproc-per-node={processes}", "-m", "fastdcgan.train", *map(str, args)),
+        ],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_two_ranks_equal_one_with_twice_the_batch(environment, tiny_data, train, tmp_path):
+    """With BatchNorm over both ranks; the fifth batch of an epoch gives them 2 images each, and
+    with 37 of 36+1 an odd one. A large epsilon keeps Adam from magnifying the last bits."""
+    images = np.load(tiny_data)
+    np.save(tmp_path / "odd.npy", np.concatenate([images, images[:1]]))
+    args = [
+        *("--data", "odd.npy", *SMALL, "--steps", "10", "--adam-eps", "1e-3", "--lr", "0.01"),
+        *("--checkpoint-every", "5"),
+    ]
+    done = torchrun(
+        environment, tmp_path, 2, *args, "--batch-size", "4", "--sync-bn", "--out", "two"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("writing to two") == 1, "one writer"
+    assert "2 processes" in done.stdout
+    assert train(*args, "--out", "one").returncode == 0
+    start_weights = train(*args, "--out", "start", "--steps", "1")
+    assert start_weights.returncode == 0
+    for name in ("netG", "netD"):
+        one, two, first = (
+            load_file(tmp_path / run / f"{name}.safetensors") for run in ("one", "two", "start")
+        )
+        assert one.keys() == two.keys()
+        for key in one:
+            torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=2e-5)
+        moved = max((one[k] - first[k]).abs().max() for k in one if k.endswith("weight"))
+        assert moved > 1e-2, "the comparison must have seen training"
+    rows = [read_metrics(tmp_path / run) for run in ("one", "two")]
+    for a, b in zip(*rows, strict=True):
+        assert (a["step"], a["epoch"]) == (b["step"], b["epoch"])
+        assert a["loss_d"] == pytest.approx(b["loss_d"], abs=1e-3)
+    # One process goes on with what two began: the global batch is the same.
+    more = train(*args, "--resume", "auto", "--out", "two", "--steps", "11", "--sync-bn")
+    assert more.returncode == 0, more.stderr
+
+
+def test_two_ranks_without_sync_bn_train_on_different_images(environment, tmp_path, tiny_data):
+    done = torchrun(
+        environment, tmp_path, 2,
+        *("--data", tiny_data, *SMALL, "--steps", "12", "--out", "run"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 12
+    assert "3 an epoch" in done.stdout, "36 images in global batches of 16"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission(train, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert "cannot write" in one_line_error(train("--out", "locked/run"))

@@ -1,0 +1,54 @@
+"""What all tests share: a cache of their own, one thread a process, and a way to run commands."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# The tests run side by side; PyTorch's own threads would only get in each other's way.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def private_cache(tmp_path_factory):
+    """Packed images of the tests never touch the user's cache."""
+    os.environ["FASTDCGAN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def environment():
+    """Environment in which a subprocess finds the packages from a bare checkout too."""
+    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "COLUMNS": "200"}
+
+
+@pytest.fixture(scope="session")
+def command(environment):
+    """Runs `python -m MODULE ARGS...` as a user does: command("fastdcgan.train", "--help")."""
+
+    def run(module, *args, cwd=None, env=None, timeout=300):
+        return subprocess.run(
+            [sys.executable, "-m", module, *map(str, args)],
+            cwd=cwd,
+            env={**environment, **(env or {})},
+            timeout=timeout,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """An .npy of 36 smooth colour images of 32x32: 4 whole batches of 8 and a ragged one of 4."""
+    random = np.random.default_rng(0)
+    coarse = random.integers(0, 256, (36, 4, 4, 3), dtype=np.uint8)
+    path = tmp_path_factory.mktemp("data") / "tiny.npy"
+    np.save(path, coarse.repeat(8, axis=1).repeat(8, axis=2))
+    return path

@@ -1,0 +1,90 @@
+"""The collectives of training, in two gloo processes against one that sees everything."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+
+from fastdcgan.training import distributed
+from fastdcgan.training.distributed import Ranks, SyncBatchNorm2d, synchronise_batch_norm
+
+
+def batch():
+    return torch.randn(7, 3, 4, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+def target():
+    return torch.randn(7, 3, 4, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def norm():
+    net = nn.BatchNorm2d(3, momentum=0.2).double()
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor([0.5, 1.0, -2.0]))
+        net.bias.copy_(torch.tensor([0.1, 0.0, 3.0]))
+    return net
+
+
+def worker(rank, port, folder):
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    ranks = distributed.ranks_from_environment()
+    assert ranks == Ranks(rank, 2, rank)
+    distributed.join(ranks, torch.device("cpu"))
+    net = nn.Sequential(norm())
+    synchronise_batch_norm(net, torch.device("cpu"))
+    assert type(net[0]) is SyncBatchNorm2d
+    part = slice(0, 5) if rank == 0 else slice(5, 7)  # unequal shares
+    x = batch()[part].requires_grad_()
+    y = net(x)
+    (y * target()[part]).sum().backward()
+    distributed.sum_gradients(net.parameters())
+    assert distributed.any_rank(rank == 1)
+    assert not distributed.any_rank(False)
+    assert distributed.from_first({"rank": rank}) == {"rank": 0}
+    distributed.barrier()
+    torch.save(
+        {"y": y, "dx": x.grad, "state": net[0].state_dict(), "dw": net[0].weight.grad},
+        f"{folder}/{rank}.pt",
+    )
+    distributed.leave()
+
+
+def test_synchronised_batch_norm_equals_one_process_with_unequal_batches(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(worker, (port, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    plain = norm()
+    x = batch().requires_grad_()
+    y = plain(x)
+    (y * target()).sum().backward()
+    torch.testing.assert_close(torch.cat([first["y"], second["y"]]), y, rtol=0, atol=1e-12)
+    torch.testing.assert_close(torch.cat([first["dx"], second["dx"]]), x.grad, rtol=0, atol=1e-12)
+    for rank in (first, second):
+        torch.testing.assert_close(rank["dw"], plain.weight.grad, rtol=0, atol=1e-12)
+        for key, value in plain.state_dict().items():
+            torch.testing.assert_close(rank["state"][key], value, rtol=0, atol=1e-12)
+
+
+def test_one_process_needs_no_group():
+    net = nn.Linear(2, 2)
+    net(torch.ones(1, 2)).sum().backward()
+    before = net.weight.grad.clone()
+    distributed.sum_gradients(net.parameters())
+    assert torch.equal(net.weight.grad, before)
+    assert distributed.any_rank(True)
+    assert distributed.from_first("x") == "x"
+
+
+def test_broken_environment_is_said(monkeypatch):
+    monkeypatch.setenv("RANK", "one")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="whole numbers"):
+        distributed.ranks_from_environment()
