@@ -59,6 +59,7 @@ def options(args: Sequence[str]) -> TrainConfig:
         )
 
     config = parse(default)
+    config.validate()
     if config.resume is not None:
         from fastdcgan.training.loop import resolve_resume, run_folder
 

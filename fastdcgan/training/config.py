@@ -103,7 +103,8 @@ class TrainConfig:
     dry_run: bool = _option(False, example="dry-run", free=True)
     """Print what would be done (device, precision, nets, data, steps, memory); train nothing."""
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
+        """Raises InputError, naming the flag, where a value cannot be. `train` calls it first."""
         for name in ("batch_size", "epochs", "nz", "ngf", "ndf", "log_every", "keep"):
             _at_least_one(name, getattr(self, name))
         for name in ("steps", "sample_every", "checkpoint_every", "milestone_every", "workers"):

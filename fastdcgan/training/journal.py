@@ -3,7 +3,6 @@ events, sample grids, and the plot at the end. Nothing here touches the training
 
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -166,8 +165,3 @@ def plot(out: Path) -> Path:
     path = out / "plot.png"
     atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=110))
     return path
-
-
-def exit_at_once() -> None:
-    """Leaves the process without another line of Python, as a second Ctrl-C asks for."""
-    os._exit(130)

@@ -7,13 +7,14 @@ checkpoints.py; this file decides when each of them acts.
 import contextlib
 import dataclasses
 import math
+import os
 import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -58,6 +59,7 @@ def train(config: TrainConfig) -> TrainResult:
         RunError: the run could not go on (losses not finite, disk full); the message names the
             last good checkpoint.
     """
+    config.validate()
     ranks = distributed.ranks_from_environment()
     device = pick_device(config.device, ranks.local_rank)
     if config.dry_run:
@@ -246,27 +248,45 @@ def _only_writer(out: Path) -> Iterator[None]:
 
 
 class _Interrupts:
-    """Turns the first SIGINT or SIGTERM into a flag, and lets a second end the process."""
+    """Turns the first SIGINT or SIGTERM into a flag, and lets a second end the process at once.
+
+    Python runs its handlers between two lines of Python, and a backward pass is one line: two
+    signals during it would be seen as one, and late. So the signals are counted by a thread of
+    their own, woken through the file descriptor to which the interpreter writes each of them.
+    """
+
+    NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
         self.seen = False
-        self._previous: dict[int, Any] = {}
+        self._previous: list[Any] = []
 
     def __enter__(self) -> "_Interrupts":
-        # Python delivers signals to the main thread only, and lets no other set handlers.
+        # Python lets only the main thread say what signals do.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._note)
+            reader, self._writer = socket.socketpair()
+            self._writer.setblocking(False)
+            self._previous_fd = signal.set_wakeup_fd(
+                self._writer.fileno(), warn_on_full_buffer=False
+            )
+            self._previous = [signal.signal(n, lambda number, frame: None) for n in self.NUMBERS]
+            threading.Thread(target=self._count, args=(reader,), daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        if self._previous:
+            for number, handler in zip(self.NUMBERS, self._previous, strict=True):
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(self._previous_fd)
+            self._writer.close()
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.seen:
-            journal.exit_at_once()
-        self.seen = True
+    def _count(self, reader: socket.socket) -> None:
+        with reader:
+            while number := reader.recv(1):
+                if number[0] in self.NUMBERS:
+                    if self.seen:
+                        os._exit(128 + number[0])
+                    self.seen = True
 
 
 class _Readings:
@@ -282,11 +302,12 @@ class _Readings:
         self._count += 1
         return self._count == len(self._rows)
 
-    def take(self, world: int) -> list[list[float]]:
-        """The rows since the last call, averaged over processes. Waits for the device."""
+    def take(self) -> list[list[float]]:
+        """The rows since the last call, summed over processes. Waits for the device."""
         rows = self._rows[: self._count].clone()
         self._count = 0
-        return (distributed.sum_over_ranks(rows) / world).tolist()
+        summed: list[list[float]] = distributed.sum_over_ranks(rows).tolist()
+        return summed
 
 
 class _Meter:
@@ -500,7 +521,7 @@ class _Run:
         return time.monotonic() - saved_at >= CHECKPOINT_SECONDS
 
     def _read(self, readings: _Readings, now: int) -> None:
-        rows = readings.take(self.ranks.world)
+        rows = readings.take()
         for step, row in enumerate(rows, start=now - len(rows) + 1):
             values = dict(zip(READINGS, row, strict=True))
             if not (math.isfinite(values["loss_d"]) and math.isfinite(values["loss_g"])):

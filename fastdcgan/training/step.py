@@ -105,7 +105,8 @@ class Step:
             share: this process's part of the global batch; 1 where there is one process.
 
         Returns:
-            The `READINGS`, shape (5,), float32 on the device.
+            The `READINGS`, shape (5,), float32 on the device, times `share`: their sum over all
+            processes is the mean over the global batch.
         """
         state = self.state
         state.netG.train()
@@ -115,7 +116,7 @@ class Step:
         if state.ema is not None:
             state.ema.update(state.step)
         state.step += 1
-        return torch.stack(readings).float()
+        return torch.stack(readings).float() * share
 
     def _alternating(self, images: Tensor, z: Tensor, share: float) -> list[Tensor]:
         """The PyTorch example's step: D learns from a real and from a fake batch, each with its

@@ -7,6 +7,7 @@ from PIL import Image
 from torch import nn
 
 from fastdcgan import models
+from fastdcgan.generate import main
 
 
 @pytest.fixture(scope="module")
@@ -114,10 +115,16 @@ def test_any_checkpoint(generate, run):
         (["--from", "run", "--out", "x.png", "--device", "abacus"], "--device abacus"),
     ],
 )
-def test_bad_input_is_one_clear_line(generate, args, message):
-    done = generate(*args)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+def test_bad_input_is_one_clear_line(run, monkeypatch, capsys, args, message):
+    monkeypatch.chdir(run.parent)
+    assert main(args) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert message in errors[0]
+
+
+def test_a_missing_run_in_a_process_of_its_own(generate):
+    done = generate("--from", "nowhere", "--out", "x.png")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "nowhere" in done.stderr

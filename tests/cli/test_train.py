@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from fastdcgan.train import main
 from fastdcgan.training import checkpoints
 from fastdcgan.training.journal import read_metrics
 
@@ -158,11 +159,21 @@ def test_a_dry_run_prints_the_plan(train, tmp_path):
         (["--dataset", "celeba"], "--dataset celeba was given"),
     ],
 )
-def test_bad_input_is_one_clear_line(train, tmp_path, args, message):
+def test_bad_input_is_one_clear_line(tiny_data, tmp_path, monkeypatch, capsys, args, message):
+    """In this process, for there are many; the next test does the same in one of its own."""
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("no image\n")
     torch.save({"main.0.weight": torch.zeros(6, 8, 4, 4)}, tmp_path / "other.pth")
-    assert message in one_line_error(train("--steps", "1", *args))
+    status = main(["--data", str(tiny_data), *SMALL, "--steps", "1", *args])
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert status == 1
+    assert len(errors) == 1
+    assert message in errors[0]
+
+
+def test_a_missing_folder_in_a_process_of_its_own(train):
+    assert "nowhere" in one_line_error(train("--data", "nowhere"))
 
 
 def start(environment, tiny_data, tmp_path, *args):
@@ -292,38 +303,34 @@ def torchrun(environment, tmp_path, processes, *args):
 
 
 def test_two_ranks_equal_one_with_twice_the_batch(environment, tiny_data, train, tmp_path):
-    """With BatchNorm over both ranks; the fifth batch of an epoch gives them 2 images each, and
-    with 37 of 36+1 an odd one. A large epsilon keeps Adam from magnifying the last bits."""
+    """With BatchNorm over both ranks, and a ragged batch of 5 that gives them 3 and 2 images. A
+    large epsilon keeps Adam from magnifying the last bits."""
     images = np.load(tiny_data)
     np.save(tmp_path / "odd.npy", np.concatenate([images, images[:1]]))
-    args = [
-        *("--data", "odd.npy", *SMALL, "--steps", "10", "--adam-eps", "1e-3", "--lr", "0.01"),
-        *("--checkpoint-every", "5"),
-    ]
-    done = torchrun(
-        environment, tmp_path, 2, *args, "--batch-size", "4", "--sync-bn", "--out", "two"
-    )
+    args = [*("--data", "odd.npy", *SMALL, "--adam-eps", "1e-3", "--lr", "2e-3", "--steps")]
+    two = ["5", "--batch-size", "4", "--sync-bn", "--out", "two"]
+    done = torchrun(environment, tmp_path, 2, *args, *two)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("writing to two") == 1, "one writer"
     assert "2 processes" in done.stdout
-    assert train(*args, "--out", "one").returncode == 0
-    start_weights = train(*args, "--out", "start", "--steps", "1")
-    assert start_weights.returncode == 0
+    assert train(*args, "5", "--out", "one").returncode == 0
+    assert train(*args, "1", "--out", "start").returncode == 0
     for name in ("netG", "netD"):
-        one, two, first = (
+        one, two, start = (
             load_file(tmp_path / run / f"{name}.safetensors") for run in ("one", "two", "start")
         )
         assert one.keys() == two.keys()
-        for key in one:
-            torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=2e-5)
-        moved = max((one[k] - first[k]).abs().max() for k in one if k.endswith("weight"))
-        assert moved > 1e-2, "the comparison must have seen training"
-    rows = [read_metrics(tmp_path / run) for run in ("one", "two")]
-    for a, b in zip(*rows, strict=True):
-        assert (a["step"], a["epoch"]) == (b["step"], b["epoch"])
-        assert a["loss_d"] == pytest.approx(b["loss_d"], abs=1e-3)
+        apart, moved = (
+            max(float((a[k].double() - one[k].double()).abs().max()) for k in one if "num_" not in k)
+            for a in (two, start)
+        )
+        assert apart < moved / 100, "apart by rounding, against four steps of training"
+    a, b = (read_metrics(tmp_path / run)[-1] for run in ("one", "two"))
+    assert (a["step"], a["epoch"]) == (b["step"], b["epoch"]) == (5, 1)
+    for name in ("loss_d", "loss_g", "d_real"):
+        assert a[name] == pytest.approx(b[name], abs=2e-3)
     # One process goes on with what two began: the global batch is the same.
-    more = train(*args, "--resume", "auto", "--out", "two", "--steps", "11", "--sync-bn")
+    more = train(*args, "6", "--resume", "auto", "--out", "two", "--sync-bn")
     assert more.returncode == 0, more.stderr
 
 

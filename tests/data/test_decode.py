@@ -120,10 +120,10 @@ def test_other_colour_spaces_become_rgb(mode: str, kind: str) -> None:
 def test_hsv_becomes_rgb() -> None:
     image = Image.new("RGB", (8, 8), (200, 100, 40)).convert("HSV")
     pixels = decode(image, 8, 3)
-    assert np.abs(pixels[0, 0].astype(int) - [200, 100, 40]).max() <= 3
+    assert np.abs(pixels[0, 0].astype(int) - [200, 100, 40]).max() <= 5  # hue has 256 steps
 
 
-@pytest.mark.parametrize("value", [0, 300, 32768, 65535])
+@pytest.mark.parametrize("value", [0, 300, 32768, 65000, 65535])
 def test_sixteen_bit_grey_is_scaled_not_clipped(value: int) -> None:
     deep = np.full((6, 6), value, np.uint16)
     expected = [round(value / 257)]
@@ -134,7 +134,9 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(value: int) -> None:
     assert flat(file_of(big_endian, "TIFF"), 1) == expected
 
 
-@pytest.mark.parametrize(("value", "expected"), [(0.5, 128), (1.0, 255), (200.0, 200), (900.0, 255)])
+@pytest.mark.parametrize(
+    ("value", "expected"), [(0.5, 128), (1.0, 255), (200.0, 200), (900.0, 255)]
+)
 def test_float_grey_is_zero_to_one_or_zero_to_255(value: float, expected: int) -> None:
     image = Image.fromarray(np.full((6, 6), value, np.float32))
     assert flat(file_of(image, "TIFF"), 1) == [expected]

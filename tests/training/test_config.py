@@ -58,7 +58,7 @@ def test_json_that_is_no_configuration_is_refused(text):
 def test_a_value_that_cannot_be_is_refused_by_its_flag(field):
     name = next(iter(field)).replace("_", "-")
     with pytest.raises(InputError, match=f"--{name} .* was given"):
-        TrainConfig(**field)
+        TrainConfig(**field).validate()
 
 
 def test_every_field_can_be_set_from_the_command_line_and_is_documented(capsys):

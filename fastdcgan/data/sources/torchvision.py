@@ -22,7 +22,7 @@ def open_torchvision(name: str, root: Path, split: str) -> Source:
     """The data set `torchvision.datasets.<name>`, downloaded into `root` when it is read.
 
     Raises:
-        InputError: where torchvision is missing, or has no such data set, or it no such split.
+        InputError: where torchvision is missing, or has no such data set, or no such split of it.
     """
     try:
         from torchvision import datasets
