@@ -18,7 +18,7 @@ def parse(
     args: Sequence[str],
     default: Options | None = None,
 ) -> Options:
-    """The dataclass `options` filled from `args`. Its fields are the flags, its field docs the help.
+    """The dataclass `options` filled from `args`: its fields are the flags, their docs the help.
 
     Args:
         options: a dataclass type whose fields are documented by a string under each of them.
@@ -32,13 +32,12 @@ def parse(
     """
     import tyro
 
-    extra = {} if default is None else {"default": default}
     return tyro.cli(
         options,
         prog=prog,
         description=description,
         args=list(args),
-        **extra,
+        default=tyro.MISSING if default is None else default,
     )
 
 

@@ -10,7 +10,7 @@ import tyro
 
 from fastdcgan import command
 
-DESCRIPTION = """Draw images from a run, or from any DCGAN checkpoint (ours or the PyTorch example's).
+DESCRIPTION = """Draw images from a run or any DCGAN checkpoint, ours or the PyTorch example's.
 
 Examples:
 

@@ -3,7 +3,6 @@
 import dataclasses
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from fastdcgan import command
 from fastdcgan.errors import InputError
@@ -20,7 +19,7 @@ Examples:
   python -m fastdcgan.train --data path/to/photos --image-size 128 --out runs/photos
       trains on a folder of images; with --resume auto it goes on after a stop
 
---preset {{{",".join(PRESETS)}}} (dcgan) chooses the published recipe whose values stand for the flags
+--preset {{{",".join(PRESETS)}}} (dcgan) chooses the published recipe whose values stand for flags
 that are not given: dcgan is the PyTorch example's, tf28 the TensorFlow tutorial's (Fashion-MNIST).
 The flags of the PyTorch example (--dataroot, --batchSize, --niter, --outf, --netG ...) work too.
 """
@@ -61,7 +60,7 @@ def options(args: Sequence[str]) -> TrainConfig:
     config = parse(default)
     config.validate()
     if config.resume is not None:
-        from fastdcgan.training.loop import resolve_resume, run_folder
+        from fastdcgan.training.folders import resolve_resume, run_folder
 
         target = resolve_resume(config.resume, config.out)
         if target is not None and (run_folder(target) / "config.json").is_file():

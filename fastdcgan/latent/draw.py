@@ -13,8 +13,8 @@ from fastdcgan import models
 from fastdcgan.data import grid, to_uint8
 from fastdcgan.data.picture import atomic_write, save_image
 from fastdcgan.errors import InputError
-from fastdcgan.training.checkpoints import Checkpoints, load
 from fastdcgan.hardware import pick_device
+from fastdcgan.training.checkpoints import Checkpoints, load
 
 Generator = models.Generator | models.TF28Generator
 
@@ -35,7 +35,9 @@ def load_generator(source: Path, *, ema: bool = True, device: str = "cpu") -> Ge
         InputError: there is no such file, or no DCGAN generator in it.
     """
     place = pick_device(device)
-    net = models.generator_from(_from_run(source, ema) if source.is_dir() else _from_file(source, ema))
+    net = models.generator_from(
+        _from_run(source, ema) if source.is_dir() else _from_file(source, ema)
+    )
     return net.to(place, memory_format=torch.channels_last).eval()  # type: ignore[call-overload,no-any-return]
 
 
@@ -142,7 +144,9 @@ def draw_to_files(
             out.parent.mkdir(parents=True, exist_ok=True)
             _write(out, np.concatenate(kept))
     except OSError as error:
-        raise InputError(f"cannot write {error.filename or out or each}: {error.strerror}") from None
+        raise InputError(
+            f"cannot write {error.filename or out or each}: {error.strerror}"
+        ) from None
     lines = [] if each is None else [f"{count} images in {each}"]
     return lines if out is None else [*lines, f"{n} images in {out}"]
 

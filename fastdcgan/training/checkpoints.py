@@ -3,7 +3,6 @@ trusted. What is in one is `TrainState`'s affair."""
 
 import re
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,14 +101,6 @@ def load(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not {"step", "config", "netG", "optG"} <= state.keys():
         raise InputError(f"{path} is no checkpoint of a run (bare weights start one: --init-g)")
     return state
-
-
-def runs(folder: Path) -> Iterator[Path]:
-    """The run folders in `folder` that hold a checkpoint, newest first."""
-    if folder.is_dir():
-        held = [(p, Checkpoints(p / "checkpoints").paths()) for p in folder.iterdir()]
-        dated = [(paths[-1].stat().st_mtime, p) for p, paths in held if paths]
-        yield from (p for _, p in sorted(dated, reverse=True))
 
 
 def _first_line(error: Exception) -> str:

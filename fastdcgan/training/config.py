@@ -121,6 +121,8 @@ class TrainConfig:
                 )
         if self.channels is not None and self.channels not in (1, 2, 3, 4):
             raise InputError(f"--channels {self.channels} was given; it must be 1, 2, 3 or 4")
+        if self.net == "tf28" and self.sync_bn:
+            raise InputError("--sync-bn was given; it is for the nets of dcgan, not those of tf28")
         if self.net == "tf28" and self.image_size != 28:
             raise InputError(
                 f"--image-size {self.image_size} was given; the nets of tf28 make 28x28 images "

@@ -117,16 +117,15 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         given = x.dtype
         x = x.to(torch.promote_types(given, torch.float32))
-        dims = [0, 2, 3] if x.dim() == 4 else [0]
-        count = x.new_tensor([x.numel() / x.shape[1]])
-        sums = all_reduce(torch.cat([x.sum(dims), count]))
+        count = x.new_full((1,), x.numel() / x.shape[1])
+        sums = all_reduce(torch.cat([x.sum([0, 2, 3]), count]))
         total = sums[-1].detach()
         mean = sums[:-1] / total
-        shape = (1, -1, 1, 1) if x.dim() == 4 else (1, -1)
-        centred = x - mean.view(shape)
-        variance = all_reduce(centred.square().sum(dims)) / total
+        centred = x - mean.view(1, -1, 1, 1)
+        variance = all_reduce(centred.square().sum([0, 2, 3])) / total
         if self.track_running_stats and self.running_mean is not None:
-            assert self.running_var is not None and self.num_batches_tracked is not None
+            assert self.running_var is not None
+            assert self.num_batches_tracked is not None
             with torch.no_grad():
                 self.num_batches_tracked += 1
                 momentum = (
@@ -134,18 +133,21 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
                 )
                 self.running_mean.lerp_(mean, momentum)
                 self.running_var.lerp_(variance * (total / (total - 1)), momentum)
-        out = centred * torch.rsqrt(variance + self.eps).view(shape)
+        scale = torch.rsqrt(variance + self.eps)
         if self.affine:
-            out = out * self.weight.view(shape) + self.bias.view(shape)
+            scale = scale * self.weight
+        out: Tensor = centred * scale.view(1, -1, 1, 1)
+        if self.affine:
+            out = out + self.bias.view(1, -1, 1, 1)
         return out.to(given)
 
 
-def synchronise_batch_norm(net: nn.Module, device: torch.device) -> nn.Module:
-    """`net` with every BatchNorm over all processes' batches; the state-dict keys stay."""
+def synchronise_batch_norm(net: nn.Module, device: torch.device) -> None:
+    """Makes every BatchNorm2d inside `net` take its batch from all processes, in place: the same
+    parameters, buffers and state-dict keys."""
     if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    for module in list(net.modules()):
-        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
-            # The same parameters and buffers; only how they are used changes.
+        nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        return
+    for module in net.modules():
+        if type(module) is nn.BatchNorm2d:
             module.__class__ = SyncBatchNorm2d
-    return net

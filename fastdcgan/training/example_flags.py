@@ -70,4 +70,8 @@ def _source(found: dict[str, str]) -> str:
     if kind not in _TORCHVISION:
         known = ", ".join((*_FOLDERS, *_TORCHVISION))
         raise InputError(f"--dataset {kind} was given; the example knows {known}")
-    return f"torchvision:{_TORCHVISION[kind]}" + (f":{root}" if root else "")
+    source = f"torchvision:{_TORCHVISION[kind]}" + (f":{root}" if root else "")
+    if kind == "lsun":
+        classes = found.get("--classes", "bedroom").split(",")
+        source += "?classes=" + ",".join(f"{name}_train" for name in classes)
+    return source

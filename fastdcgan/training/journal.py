@@ -47,11 +47,11 @@ class Journal:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._events = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)  # type: ignore[no-untyped-call]
+            self._events = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
+        self.start = start
         self._bar: Any = None
         self._last_line = -math.inf
-        self._start = start
-        self._began = time.monotonic()
+        self._first: tuple[int, float] | None = None
 
     def __enter__(self) -> "Journal":
         if sys.stderr.isatty():
@@ -67,7 +67,7 @@ class Journal:
                 console=Console(stderr=True),
             )
             self._task = self._bar.add_task("first step ...", total=self.total)
-            self._bar.update(self._task, completed=self._start)
+            self._bar.update(self._task, completed=self.start)
             self._bar.start()
         return self
 
@@ -113,11 +113,11 @@ class Journal:
             self._last_line = now
             epochs = -(-self.total // self.steps_per_epoch)
             within = (step - 1) % self.steps_per_epoch + 1
-            left = (now - self._began) / max(step - self._start, 1) * (self.total - step)
-            self.say(
-                f"[{row['epoch']}/{epochs}][{within}/{self.steps_per_epoch}] {text} "
-                f"ETA {int(left) // 60}:{int(left) % 60:02d}"
-            )
+            # Counted from the first row on: what came before it was mostly compilation.
+            first_step, first_time = self._first = self._first or (step, now)
+            left = (now - first_time) / max(step - first_step, 1) * (self.total - step)
+            eta = f" ETA {int(left) // 60}:{int(left) % 60:02d}" if step > first_step else ""
+            self.say(f"[{row['epoch']}/{epochs}][{within}/{self.steps_per_epoch}] {text}{eta}")
 
     def grid(self, step: int, picture: npt.NDArray[np.uint8]) -> None:
         """A sheet of samples, (H, W, C): to samples/ and to TensorBoard."""
@@ -148,19 +148,20 @@ def plot(out: Path) -> Path:
     rows = read_metrics(out)
     steps = [row["step"] for row in rows]
     figure = Figure(figsize=(9, 9), layout="constrained")
-    panels = (
-        ("loss", {"loss_d": "discriminator", "loss_g": "generator"}),
-        ("probability of being real", {"d_real": "D(x)", "d_fake": "D(G(z))"}),
-        ("images per second", {"images_per_second": None}),
-    )
-    for axis, (title, lines) in zip(figure.subplots(3, 1, sharex=True), panels, strict=True):
+    panels = {
+        "loss": {"loss_d": "discriminator", "loss_g": "generator"},
+        "probability of being real": {"d_real": "D(x)", "d_fake": "D(G(z))"},
+        "images per second": {"images_per_second": "training, without samples and checkpoints"},
+    }
+    for axis, (title, lines) in zip(
+        figure.subplots(3, 1, sharex=True), panels.items(), strict=True
+    ):
         for name, label in lines.items():
             axis.plot(steps, [row[name] for row in rows], label=label, linewidth=1.2)
         axis.set_ylabel(title)
         axis.grid(alpha=0.3)
         axis.set_ylim(bottom=0)
-        if any(lines.values()):
-            axis.legend(loc="upper right")
+        axis.legend(loc="upper right")
     axis.set_xlabel("step")
     path = out / "plot.png"
     atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=110))

@@ -7,32 +7,27 @@ checkpoints.py; this file decides when each of them acts.
 import contextlib
 import dataclasses
 import math
-import os
-import re
-import signal
-import socket
-import threading
 import time
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from fastdcgan import models
 from fastdcgan.data import Order, Packed, grid, inspect_source, make_feed, prepare, to_uint8
 from fastdcgan.data.picture import atomic_write
 from fastdcgan.errors import InputError, RunError
-from fastdcgan.training import checkpoints, distributed, journal, plan
+from fastdcgan.hardware import pick_device
+from fastdcgan.training import checkpoints, distributed, folders, journal, plan
 from fastdcgan.training.config import TrainConfig, TrainResult
 from fastdcgan.training.distributed import Ranks
-from fastdcgan.hardware import pick_device
+from fastdcgan.training.interrupts import Interrupts
+from fastdcgan.training.readings import Meter, Readings
 from fastdcgan.training.state import TrainState
 from fastdcgan.training.step import READINGS, Step
 
-RUNS = Path("runs")
 SAMPLES = 64
 CHECKPOINT_SECONDS = 120.0
 WARM_UP_STEPS = 3
@@ -71,29 +66,6 @@ def train(config: TrainConfig) -> TrainResult:
         distributed.leave()
 
 
-def resolve_resume(resume: str, out: Path | None) -> Path | None:
-    """The run folder or checkpoint file that `--resume` means; None where auto finds none.
-
-    Raises:
-        InputError: the path does not exist or holds no checkpoint.
-    """
-    if resume == "auto":
-        if out is not None:
-            return out if checkpoints.Checkpoints(out / "checkpoints").paths() else None
-        return next(checkpoints.runs(RUNS), None)
-    path = Path(resume)
-    if path.is_dir() and not checkpoints.Checkpoints(path / "checkpoints").paths():
-        raise InputError(f"--resume {resume}: no checkpoint in {path / 'checkpoints'}")
-    if not path.exists():
-        raise InputError(f"--resume {resume}: there is no such run or checkpoint")
-    return path
-
-
-def run_folder(target: Path) -> Path:
-    """The folder of the run to which a resume target (a run folder or checkpoint file) belongs."""
-    return target if target.is_dir() else target.resolve().parent.parent
-
-
 def _dry_run(config: TrainConfig, ranks: Ranks, device: torch.device) -> TrainResult:
     info = inspect_source(config.data, cache=config.cache)
     config = dataclasses.replace(config, channels=config.channels or info.channels)
@@ -111,23 +83,24 @@ def _dry_run(config: TrainConfig, ranks: Ranks, device: torch.device) -> TrainRe
             print(line)
         print("dry run: nothing was trained")
     nan = math.nan
-    return TrainResult(0, nan, config.out or RUNS, nan, nan, interrupted=False)
+    return TrainResult(0, nan, config.out or folders.RUNS, nan, nan, interrupted=False)
 
 
 def _train(config: TrainConfig, ranks: Ranks, device: torch.device) -> TrainResult:
     target = None
     if config.resume is not None:
-        target = distributed.from_first(resolve_resume(config.resume, config.out))
+        target = distributed.from_first(folders.resolve_resume(config.resume, config.out))
     packed = _open_data(config, ranks)
     config = dataclasses.replace(config, channels=packed.channels, resume=None)
     found = None if target is None else _load(target, ranks)
     if found is not None:
         _refuse_changes(found[1], config, ranks)
+    name = f"{packed.name}-{config.net}{config.image_size}"
     out = distributed.from_first(
-        _claim_folder(config, packed, target) if ranks.writes else config.out or RUNS
+        folders.claim(config.out, target, name) if ranks.writes else folders.RUNS
     )
     config = dataclasses.replace(config, out=out)
-    with _only_writer(out) if ranks.writes else contextlib.nullcontext():
+    with folders.only_writer(out) if ranks.writes else contextlib.nullcontext():
         engine = plan.choose_engine(config, ranks, device)
         state = TrainState(config, device, scaling=engine.autocast == torch.float16)
         run = _Run(config, ranks, engine, state, packed, out)
@@ -202,149 +175,6 @@ def _refuse_changes(saved: dict[str, Any], config: TrainConfig, ranks: Ranks) ->
         )
 
 
-def _claim_folder(config: TrainConfig, packed: Packed, target: Path | None) -> Path:
-    """The run's folder, made where it does not exist."""
-    out = config.out or (None if target is None else run_folder(target))
-    try:
-        if out is None:
-            return _next_folder(f"{packed.name}-{config.net}{config.image_size}")
-        if target is None and checkpoints.Checkpoints(out / "checkpoints").paths():
-            raise InputError(
-                f"--out {out} holds a run already: --resume auto goes on with it, another --out "
-                "starts a new one"
-            )
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".writable").touch()
-        (out / ".writable").unlink()
-    except OSError as error:
-        raise InputError(f"cannot write to {out or RUNS}: {error.strerror}") from None
-    return out
-
-
-def _next_folder(name: str) -> Path:
-    """Makes runs/NNN-name, NNN being the next free number."""
-    RUNS.mkdir(parents=True, exist_ok=True)
-    while True:
-        taken = [int(m[1]) for p in RUNS.iterdir() if (m := re.match(r"(\d{3,})-", p.name))]
-        folder = RUNS / f"{max(taken, default=-1) + 1:03d}-{name}"
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            continue  # another run took the number in between
-        return folder
-
-
-@contextlib.contextmanager
-def _only_writer(out: Path) -> Iterator[None]:
-    lock = FileLock(out / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise InputError(f"another process is training in {out}; choose another --out") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-class _Interrupts:
-    """Turns the first SIGINT or SIGTERM into a flag, and lets a second end the process at once.
-
-    Python runs its handlers between two lines of Python, and a backward pass is one line: two
-    signals during it would be seen as one, and late. So the signals are counted by a thread of
-    their own, woken through the file descriptor to which the interpreter writes each of them.
-    """
-
-    NUMBERS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self) -> None:
-        self.seen = False
-        self._previous: list[Any] = []
-
-    def __enter__(self) -> "_Interrupts":
-        # Python lets only the main thread say what signals do.
-        if threading.current_thread() is threading.main_thread():
-            reader, self._writer = socket.socketpair()
-            self._writer.setblocking(False)
-            self._previous_fd = signal.set_wakeup_fd(
-                self._writer.fileno(), warn_on_full_buffer=False
-            )
-            self._previous = [signal.signal(n, lambda number, frame: None) for n in self.NUMBERS]
-            threading.Thread(target=self._count, args=(reader,), daemon=True).start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._previous:
-            for number, handler in zip(self.NUMBERS, self._previous, strict=True):
-                signal.signal(number, handler)
-            signal.set_wakeup_fd(self._previous_fd)
-            self._writer.close()
-
-    def _count(self, reader: socket.socket) -> None:
-        with reader:
-            while number := reader.recv(1):
-                if number[0] in self.NUMBERS:
-                    if self.seen:
-                        os._exit(128 + number[0])
-                    self.seen = True
-
-
-class _Readings:
-    """The losses of the last steps, left on the device until someone wants to read them."""
-
-    def __init__(self, capacity: int, device: torch.device) -> None:
-        self._rows = torch.zeros(capacity, len(READINGS), device=device)
-        self._count = 0
-
-    def put(self, row: Tensor) -> bool:
-        """Adds one step's row; True when there is room for no more."""
-        self._rows[self._count].copy_(row)
-        self._count += 1
-        return self._count == len(self._rows)
-
-    def take(self) -> list[list[float]]:
-        """The rows since the last call, summed over processes. Waits for the device."""
-        rows = self._rows[: self._count].clone()
-        self._count = 0
-        summed: list[list[float]] = distributed.sum_over_ranks(rows).tolist()
-        return summed
-
-
-class _Meter:
-    """Images per second of the steps alone."""
-
-    def __init__(self) -> None:
-        self.steady_images, self.steady_seconds = 0, 0.0
-        self.rate = math.nan
-        self._images, self._since, self._paused = 0, time.perf_counter(), 0.0
-
-    def lap(self, *, steady: bool) -> None:
-        """Ends a lap: the device has finished all steps counted since the last one."""
-        now = time.perf_counter()
-        seconds = now - self._since - self._paused
-        if self._images:
-            self.rate = self._images / seconds
-        if steady:
-            self.steady_images += self._images
-            self.steady_seconds += seconds
-        self._images, self._since, self._paused = 0, now, 0.0
-
-    def count(self, images: int) -> None:
-        self._images += images
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """For what is no training: samples, checkpoints."""
-        start = time.perf_counter()
-        yield
-        self._paused += time.perf_counter() - start
-
-    @property
-    def overall(self) -> float:
-        """The steady rate; that of the last lap where the run was too short to become steady."""
-        return self.steady_images / self.steady_seconds if self.steady_images else self.rate
-
-
 class _Run:
     """One run while it trains."""
 
@@ -373,7 +203,7 @@ class _Run:
         self.pending: list[list[float]] = []
         self.last_row: dict[str, Any] = {}
         self.won_steps = 0
-        self.meter = _Meter()
+        self.meter = Meter()
         fixed = torch.Generator().manual_seed(config.seed)
         self.fixed_z = torch.randn(SAMPLES, config.nz, 1, 1, generator=fixed).to(state.device)
 
@@ -396,7 +226,7 @@ class _Run:
 
     def _go(self, stack: contextlib.ExitStack) -> TrainResult:
         config, state, packed, engine = self.config, self.state, self.packed, self.engine
-        interrupts = stack.enter_context(_Interrupts())
+        interrupts = stack.enter_context(Interrupts())
         hflip = packed.hflip if config.hflip is None else config.hflip
         feed = make_feed(
             packed,
@@ -441,7 +271,7 @@ class _Run:
             compile=engine.compile,
             say=self.say,
         )
-        readings = _Readings(config.log_every, state.device)
+        readings = Readings(config.log_every, state.device)
         sample_every = config.sample_every or min(self.per_epoch, 500)
         saved_at, saved_step, start = time.monotonic(), state.step, state.step
         stop = False
@@ -520,7 +350,7 @@ class _Run:
             return now % self.config.checkpoint_every == 0
         return time.monotonic() - saved_at >= CHECKPOINT_SECONDS
 
-    def _read(self, readings: _Readings, now: int) -> None:
+    def _read(self, readings: Readings, now: int) -> None:
         rows = readings.take()
         for step, row in enumerate(rows, start=now - len(rows) + 1):
             values = dict(zip(READINGS, row, strict=True))
@@ -594,8 +424,10 @@ class _Run:
         for name, net in nets.items():
             tensors = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
             content = save(tensors, metadata={"fastdcgan": name, "step": str(self.state.step)})
-            atomic_write(
-                self.out / f"{name}.safetensors", lambda f, content=content: f.write(content)
-            )
+            atomic_write(self.out / f"{name}.safetensors", partial(_write, content))
         plotted = journal.plot(self.out)
         self.say(f"{self.meter.overall:.1f} images/s; nets, samples and {plotted} are done")
+
+
+def _write(content: bytes, file: BinaryIO) -> None:
+    file.write(content)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from fastdcgan import models
+from fastdcgan.hardware import amp_dtype
 from fastdcgan.training.config import TrainConfig
 from fastdcgan.training.distributed import Ranks
-from fastdcgan.hardware import amp_dtype
 
 
 @dataclass(frozen=True)

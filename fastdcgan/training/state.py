@@ -115,9 +115,7 @@ class TrainState:
         return bool(norms.isfinite().all())
 
 
-def _adam(
-    net: nn.Module, lr: float, config: TrainConfig, device: torch.device
-) -> torch.optim.Adam:
+def _adam(net: nn.Module, lr: float, config: TrainConfig, device: torch.device) -> torch.optim.Adam:
     # Fused Adam is one pass over memory, and on CUDA it keeps the fp16 overflow test on the device.
     return torch.optim.Adam(
         net.parameters(),

@@ -165,10 +165,12 @@ class Step:
             except torch._dynamo.exc.TorchDynamoException as error:
                 # Compiling comes before running, so nothing has happened yet: run it eagerly.
                 reason = next(line for line in str(error).splitlines() if line.strip())
-                self._say(f"--compile: torch.compile does not work here ({reason}); going on eagerly")
+                self._say(
+                    f"--compile: torch.compile does not work here ({reason}); going on eagerly"
+                )
                 self._call = self._compiled = self._eager
                 out = part(net, x)
-        return out if isinstance(out, tuple) else (out,)  # type: ignore[return-value]
+        return out if isinstance(out, tuple) else (out,)
 
     def _backward(
         self,
@@ -179,7 +181,7 @@ class Step:
         retain_graph: bool = False,
     ) -> None:
         scaled = self.state.scalers[scaler].scale(loss)
-        scaled.backward(inputs=inputs, retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+        scaled.backward(inputs=inputs, retain_graph=retain_graph)
 
     def _update(self, scaler: int, optimiser: torch.optim.Adam, net: nn.Module) -> None:
         distributed.sum_gradients(net.parameters())

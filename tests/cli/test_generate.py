@@ -1,4 +1,4 @@
-"""`python -m fastdcgan.generate` on our runs and on foreign checkpoints, and the files it writes."""
+"""`python -m fastdcgan.generate`: on our runs, on foreign checkpoints, and the files it writes."""
 
 import numpy as np
 import pytest
@@ -81,7 +81,9 @@ def test_any_checkpoint(generate, run):
     below = 10
     for width in (16, 8, 4, 2):
         first = width == 16
-        example.append(nn.ConvTranspose2d(below, width, 4, 1 if first else 2, 0 if first else 1, bias=False))
+        example.append(
+            nn.ConvTranspose2d(below, width, 4, 1 if first else 2, 0 if first else 1, bias=False)
+        )
         example.extend([nn.BatchNorm2d(width), nn.ReLU()])
         below = width
     example.append(nn.ConvTranspose2d(2, 3, 4, 2, 1, bias=False))

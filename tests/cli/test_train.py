@@ -31,7 +31,9 @@ def train(command, tiny_data, tmp_path):
     """Runs the command on the tiny data in a folder of its own."""
 
     def run(*args, **options):
-        return command("fastdcgan.train", "--data", tiny_data, *SMALL, *args, cwd=tmp_path, **options)
+        return command(
+            "fastdcgan.train", "--data", tiny_data, *SMALL, *args, cwd=tmp_path, **options
+        )
 
     return run
 
@@ -50,7 +52,12 @@ def test_help_answers_at_once_and_without_torch(environment, command):
     done = command("fastdcgan.train", "--help")
     assert time.perf_counter() - start < 1.5
     assert done.returncode == 0
-    for text in ("--batch-size", "--resume", "python -m fastdcgan.train --amp --compile", "--preset"):
+    for text in (
+        "--batch-size",
+        "--resume",
+        "python -m fastdcgan.train --amp --compile",
+        "--preset",
+    ):
         assert text in done.stdout
     script = (
         "import sys, fastdcgan, fastdcgan.training, fastdcgan.data\n"
@@ -65,7 +72,13 @@ def test_a_run_from_the_command_line(train, tmp_path):
     done = train("--steps", "6")
     assert done.returncode == 0, done.stderr
     out = tmp_path / "runs" / "000-tiny-dcgan32"
-    for name in ("config.json", "metrics.jsonl", "netG.safetensors", "netD.safetensors", "plot.png"):
+    for name in (
+        "config.json",
+        "metrics.jsonl",
+        "netG.safetensors",
+        "netD.safetensors",
+        "plot.png",
+    ):
         assert (out / name).is_file()
     assert re.search(r"\[1/2\]\[1/5\] Loss_D: \d", done.stdout), "the example's line"
     assert "ETA" in done.stdout
@@ -246,9 +259,11 @@ def test_killed_20_times_at_random_it_always_resumes(environment, tiny_data, tra
         for path in folder.paths():
             checkpoints.load(path)  # nothing that looks finished is damaged
         steps = [checkpoints.step_of(p) for p in folder.paths()]
-        made = max((row["step"] for row in read_metrics(tmp_path / "run")), default=0) if (
-            tmp_path / "run" / "metrics.jsonl"
-        ).exists() else 0
+        made = (
+            max((row["step"] for row in read_metrics(tmp_path / "run")), default=0)
+            if (tmp_path / "run" / "metrics.jsonl").exists()
+            else 0
+        )
         assert max(steps, default=0) >= reached, "no checkpoint is ever lost"
         assert made - max(steps, default=0) <= every, "at most the steps since the last one"
         reached = max(steps, default=0)
@@ -321,7 +336,9 @@ def test_two_ranks_equal_one_with_twice_the_batch(environment, tiny_data, train,
         )
         assert one.keys() == two.keys()
         apart, moved = (
-            max(float((a[k].double() - one[k].double()).abs().max()) for k in one if "num_" not in k)
+            max(
+                float((a[k].double() - one[k].double()).abs().max()) for k in one if "num_" not in k
+            )
             for a in (two, start)
         )
         assert apart < moved / 100, "apart by rounding, against four steps of training"

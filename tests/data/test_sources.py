@@ -379,6 +379,29 @@ def test_torchvision_gets_the_arguments_that_it_takes(
     ]
 
 
+def test_torchvision_classes_are_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision import datasets
+
+    seen = []
+
+    class Rooms:
+        def __init__(self, root: str, classes: str | list[str] = "train") -> None:
+            seen.append((root, classes))
+
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, index: int) -> Image.Image:
+            return Image.fromarray(noise(8, 8))
+
+    monkeypatch.setattr(datasets, "LSUN", Rooms)
+    chosen = prepare(f"torchvision:LSUN:{tmp_path}?classes=a_train,b_train", size=8, progress=False)
+    whole = prepare(f"torchvision:LSUN:{tmp_path}", size=8, progress=False)
+    assert seen == [(str(tmp_path), ["a_train", "b_train"]), (str(tmp_path), "train")]
+    assert chosen.path != whole.path
+    assert "cannot choose classes" in refusal("torchvision:FakeData?classes=a")
+
+
 def test_torchvision_failures_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 

@@ -1,9 +1,10 @@
 """The plain-PyTorch blocks against nn modules in float64: outputs, every gradient, buffers."""
 
-import fastdcgan_kernels as fk
 import pytest
 import torch
 from torch import nn
+
+import fastdcgan_kernels as fk
 
 ACTIVATIONS = {
     "relu": nn.ReLU(),

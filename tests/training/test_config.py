@@ -73,11 +73,18 @@ def test_every_field_can_be_set_from_the_command_line_and_is_documented(capsys):
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("--batchSize 8 --imageSize=32 --niter 3", {"batch_size": 8, "image_size": 32, "epochs": 3}),
+        (
+            "--batchSize 8 --imageSize=32 --niter 3",
+            {"batch_size": 8, "image_size": 32, "epochs": 3},
+        ),
         ("--dataset folder --dataroot pics", {"data": "pics"}),
         ("--dataset lfw --dataroot=pics", {"data": "pics"}),
         ("--dataset cifar10 --dataroot /d", {"data": "torchvision:CIFAR10:/d"}),
         ("--dataset fake", {"data": "torchvision:FakeData"}),
+        (
+            "--dataset lsun --dataroot d --classes kitchen,church",
+            {"data": "torchvision:LSUN:d?classes=kitchen_train,church_train"},
+        ),
         ("--dataset mnist --dataroot d", {"data": "torchvision:MNIST:d"}),
         ("--outf o --manualSeed 4", {"out": Path("o"), "seed": 4}),
         ("--netG g.pth --netD d.pth", {"init_g": Path("g.pth"), "init_d": Path("d.pth")}),

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from fastdcgan import models
 from fastdcgan.errors import InputError, RunError
-from fastdcgan.training import TrainConfig, TrainResult, checkpoints, loop, preset, train
+from fastdcgan.training import TrainConfig, TrainResult, checkpoints, folders, loop, preset, train
 from fastdcgan.training.journal import read_metrics
 
 
@@ -135,10 +135,10 @@ def test_rows_after_the_resumed_checkpoint_are_dropped(tiny, tmp_path):
 
 def test_auto_without_a_run_starts_afresh_and_then_finds_it(tiny, tmp_path):
     first = train(dataclasses.replace(tiny, resume="auto", steps=3))
-    assert first.out == loop.RUNS / "000-tiny-dcgan32"
+    assert first.out == folders.RUNS / "000-tiny-dcgan32"
     again = train(dataclasses.replace(tiny, resume="auto", steps=5))
     assert (again.out, again.steps) == (first.out, 5)
-    assert train(dataclasses.replace(tiny, steps=1)).out == loop.RUNS / "001-tiny-dcgan32"
+    assert train(dataclasses.replace(tiny, steps=1)).out == folders.RUNS / "001-tiny-dcgan32"
 
 
 def test_last_checkpoints_and_all_milestones_are_kept(tiny, tmp_path):
@@ -206,7 +206,7 @@ def test_weights_that_are_not_finite_are_never_saved(tiny, tmp_path):
     config = dataclasses.replace(
         tiny, out=tmp_path / "run", lr=1e38, lr_d=1e-9, steps=1, checkpoint_every=1
     )
-    with pytest.raises(RunError, match="not finite.*learning rate is high"):
+    with pytest.raises(RunError, match=r"not finite.*learning rate is high"):
         train(config)
     assert checkpoints.Checkpoints(tmp_path / "run" / "checkpoints").paths() == []
 
@@ -282,7 +282,7 @@ def test_initial_weights_are_taken_over(tiny, tmp_path):
 
 
 def test_a_batch_larger_than_the_data_is_refused(tiny):
-    with pytest.raises(InputError, match="a batch of 37 .* has 36 images"):
+    with pytest.raises(InputError, match=r"a batch of 37 .* has 36 images"):
         train(dataclasses.replace(tiny, batch_size=37))
     assert train(dataclasses.replace(tiny, batch_size=36, steps=1)).steps == 1
 

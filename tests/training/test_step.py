@@ -186,9 +186,7 @@ def test_the_whole_step_runs_on_the_meta_device(name):
     config = preset(name, **({} if name == "dcgan" else {"batch_size": 8}), channels=1)
     state = TrainState(config, torch.device("meta"))
     step = Step(state, batch_size=config.batch_size)
-    images = torch.empty(
-        config.batch_size, 1, config.image_size, config.image_size, device="meta"
-    )
+    images = torch.empty(config.batch_size, 1, config.image_size, config.image_size, device="meta")
     z = torch.randn(config.batch_size, config.nz, 1, 1, device="meta")
     for _ in range(2):
         assert step(images, z).shape == (len(READINGS),)
@@ -203,7 +201,9 @@ def test_activations_stay_channels_last():
         for module in net.modules():
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.BatchNorm2d):
                 module.register_forward_hook(
-                    lambda m, i, o: strides.append(o.is_contiguous(memory_format=torch.channels_last))
+                    lambda m, i, o: strides.append(
+                        o.is_contiguous(memory_format=torch.channels_last)
+                    )
                 )
     step = Step(state, batch_size=6)
     step(*next(batches(config, 1)))

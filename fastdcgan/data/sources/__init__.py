@@ -23,7 +23,8 @@ def open_source(spec: str, *, split: str = "train", cache: Path | None = None) -
             "blue-marble": the map of the Earth that comes with the package;
             "fashion-mnist" or "fashion-mnist:FOLDER": its IDX files, as Debian's package
             dataset-fashion-mnist installs them, or in a folder;
-            "torchvision:NAME" or "torchvision:NAME:ROOT": a data set of torchvision;
+            "torchvision:NAME" or "torchvision:NAME:ROOT": a data set of torchvision; with
+            "?classes=A,B" at the end only these classes, where the data set can choose (LSUN);
             a path: a folder of pictures or of IDX files, a zip or tar of pictures, an IDX file
             (gzipped or not), a .npy or a .npz with uint8 or float images.
         split: "train" or "test". Only the built-in sets, folders of IDX files, .npz files with
@@ -46,9 +47,15 @@ def open_source(spec: str, *, split: str = "train", cache: Path | None = None) -
         if kind == "torchvision":
             from fastdcgan.data.sources.torchvision import open_torchvision
 
-            name, _, root = rest.partition(":")
+            place, _, classes = rest.partition("?classes=")
+            name, _, root = place.partition(":")
             default = cache_folder(cache) / "torchvision" / name
-            return open_torchvision(name, _absolute(root) if root else default, split)
+            return open_torchvision(
+                name,
+                _absolute(root) if root else default,
+                split,
+                classes=tuple(classes.split(",")) if classes else (),
+            )
         return _open_path(_absolute(spec), split)
     except PermissionError as error:
         raise InputError(f"cannot read {error.filename or spec}: permission denied") from None

@@ -18,8 +18,9 @@ GREY = frozenset(
 )
 
 
-def open_torchvision(name: str, root: Path, split: str) -> Source:
-    """The data set `torchvision.datasets.<name>`, downloaded into `root` when it is read.
+def open_torchvision(name: str, root: Path, split: str, *, classes: tuple[str, ...] = ()) -> Source:
+    """The data set `torchvision.datasets.<name>`, downloaded into `root` when it is read; all its
+    classes, or those that are named.
 
     Raises:
         InputError: where torchvision is missing, or has no such data set, or no such split of it.
@@ -39,10 +40,17 @@ def open_torchvision(name: str, root: Path, split: str) -> Source:
     takes = inspect.signature(kind).parameters
     if "train" not in takes and "split" not in takes:
         require_train(split, f"torchvision:{name}")
+    if classes and "classes" not in takes:
+        raise InputError(
+            f"torchvision:{name} cannot choose classes ({', '.join(classes)} were given): leave out "
+            "?classes="
+        )
     offered = {"root": str(root), "download": True, "train": split == "train", "split": split}
+    if classes:
+        offered["classes"] = list(classes)
     return Source(
         name=name.lower(),
-        location=f"torchvision:{name}:{root}",
+        location=f"torchvision:{name}:{root}" + ("?" + ",".join(classes) if classes else ""),
         channels=1 if name in GREY else 3,
         fingerprint=name,  # what a data set of this name holds does not change
         items=lambda window: _items(
