@@ -37,7 +37,7 @@ def parse(
         prog=prog,
         description=description,
         args=list(args),
-        default=tyro.MISSING if default is None else default,
+        default=tyro.MISSING_NONPROP if default is None else default,
     )
 
 

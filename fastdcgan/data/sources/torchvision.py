@@ -42,8 +42,7 @@ def open_torchvision(name: str, root: Path, split: str, *, classes: tuple[str, .
         require_train(split, f"torchvision:{name}")
     if classes and "classes" not in takes:
         raise InputError(
-            f"torchvision:{name} cannot choose classes ({', '.join(classes)} were given): leave out "
-            "?classes="
+            f"torchvision:{name} cannot choose classes: leave out ?classes={','.join(classes)}"
         )
     offered = {"root": str(root), "download": True, "train": split == "train", "split": split}
     if classes:
