@@ -56,6 +56,8 @@ class TrainConfig:
     """Adam's beta2."""
     adam_eps: float = _option(1e-8)
     """Adam's epsilon."""
+    keras_epsilon: bool = _option(False)
+    """Add epsilon before the bias correction, as Keras does, and not after it, as PyTorch does."""
     updates: Literal["alternating", "simultaneous"] = _option("alternating")
     """alternating: G learns from the D just updated (PyTorch example). simultaneous: both
     gradients are taken at the same weights (TensorFlow tutorial)."""
@@ -200,6 +202,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "beta1": 0.9,
         "beta2": 0.999,
         "adam_eps": 1e-7,
+        "keras_epsilon": True,
         "updates": "simultaneous",
     },
 }

@@ -46,17 +46,24 @@ def claim(out: Path | None, target: Path | None, name: str) -> Path:
         name: a new folder is called runs/NNN-name.
 
     Raises:
-        InputError: there is a run in `out` and it is not resumed, or nothing can be written there.
+        InputError: there is a run in `out` and it is not resumed, or is further on than `target`,
+            or nothing can be written there.
     """
     if out is None and target is not None:
         out = run_folder(target)
     try:
         if out is None:
             return _next_folder(name)
-        if target is None and Checkpoints(out / "checkpoints").paths():
+        held = Checkpoints(out / "checkpoints").paths()
+        if held and (target is None or run_folder(target).resolve() != out.resolve()):
             raise InputError(
-                f"--out {out} holds a run already: --resume auto goes on with it, another --out "
+                f"--out {out} holds a run already: --resume {out} goes on with it, another --out "
                 "starts a new one"
+            )
+        if held and target is not None and target.is_file() and not target.samefile(held[-1]):
+            raise InputError(
+                f"--resume {target}: its run has gone on to {held[-1].name}: resume {out}, or "
+                "branch off with another --out"
             )
         out.mkdir(parents=True, exist_ok=True)
         (out / ".writable").touch()

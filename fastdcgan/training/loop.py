@@ -10,7 +10,7 @@ import math
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import torch
 from torch import Tensor
@@ -107,6 +107,7 @@ def _train(config: TrainConfig, ranks: Ranks, device: torch.device) -> TrainResu
         if found is not None:
             path, saved = found
             state.load_state_dict(saved)
+            run.last_checkpoint = path
             run.say(f"resuming {path} at step {state.step}")
             if saved["data"]["sha256"] != packed.sha256:
                 run.say("the data is not what it was at that checkpoint; going on with what it is")
@@ -238,32 +239,7 @@ class _Run:
         )
         stack.callback(feed.close)
         if self.ranks.writes:
-            for unfinished in self.out.rglob(".*.tmp"):  # of a process that was killed
-                unfinished.unlink()
-            atomic_write(
-                self.out / "config.json", lambda file: file.write(config.to_json().encode())
-            )
-            for line in plan.describe(
-                config,
-                engine,
-                self.ranks,
-                source=packed.name,
-                epoch_images=packed.epoch_images,
-                images=f"{packed.epoch_images:,} images an epoch",
-            ):
-                self.say(line)
-            self.say(f"writing to {self.out}")
-            self.journal = stack.enter_context(
-                journal.Journal(
-                    self.out,
-                    total=self.total,
-                    steps_per_epoch=self.per_epoch,
-                    start=state.step,
-                    tensorboard=config.tensorboard,
-                )
-            )
-        existing = self.checkpoints.paths()
-        self.last_checkpoint = existing[-1] if existing else None
+            self.journal = stack.enter_context(self._open_journal())
         step = Step(
             state,
             batch_size=config.batch_size,
@@ -283,13 +259,13 @@ class _Run:
             self.meter.count(self.order.batch_size(now - 1))
             log = now % config.log_every == 0 or now in (1, self.total)
             sample = now % sample_every == 0 or now in (1, self.total)
-            save = self._save_is_due(now, saved_at)
-            stop = interrupts.seen
+            # What the clock and the signals say differs between processes: they ask each other.
+            stop, save = interrupts.seen, self._clock_says_save(saved_at)
             if self.ranks.world > 1:
-                agree = now % AGREE_EVERY == 0
-                save = save if config.checkpoint_every else agree and distributed.any_rank(save)
-                stop = agree and distributed.any_rank(stop)
-            save = save or stop
+                stop, save = (
+                    now % AGREE_EVERY == 0 and distributed.any_rank(flag) for flag in (stop, save)
+                )
+            save = save or stop or self._plan_says_save(now)
             if full or log or sample or save or done in (1, WARM_UP_STEPS):
                 self._read(readings, now)
                 self.meter.lap(steady=done > WARM_UP_STEPS)
@@ -303,7 +279,8 @@ class _Run:
                     saved_at, saved_step = time.monotonic(), now
         if saved_step != state.step:
             self._save()
-        if stop and state.step < self.total:
+        interrupted = state.step < self.total
+        if interrupted:
             self.say(
                 f"stopped at step {state.step} of {self.total}; go on with: "
                 f"python -m fastdcgan.train --resume {self.out}"
@@ -321,7 +298,30 @@ class _Run:
             out=self.out,
             loss_d=self.last_row.get("loss_d", math.nan),
             loss_g=self.last_row.get("loss_g", math.nan),
-            interrupted=stop and state.step < self.total,
+            interrupted=interrupted,
+        )
+
+    def _open_journal(self) -> journal.Journal:
+        """Makes the folder ready, says the plan, and begins to write."""
+        for unfinished in self.out.rglob(".*.tmp"):  # of a process that was killed
+            unfinished.unlink()
+        atomic_write(self.out / "config.json", partial(_write, self.config.to_json().encode()))
+        for line in plan.describe(
+            self.config,
+            self.engine,
+            self.ranks,
+            source=self.packed.name,
+            epoch_images=self.packed.epoch_images,
+            images=f"{self.packed.epoch_images:,} images an epoch",
+        ):
+            self.say(line)
+        self.say(f"writing to {self.out}")
+        return journal.Journal(
+            self.out,
+            total=self.total,
+            steps_per_epoch=self.per_epoch,
+            start=self.state.step,
+            tensorboard=self.config.tensorboard,
         )
 
     def _draw(self, step: int, feed: Any) -> tuple[float, Tensor, Tensor]:
@@ -342,13 +342,13 @@ class _Run:
         ).tensor_split(self.ranks.world)[self.ranks.rank]
         return len(z) / rows, z, images
 
-    def _save_is_due(self, now: int, saved_at: float) -> bool:
-        milestone = self.config.milestone_every
-        if milestone is not None and now % milestone == 0:
-            return True
-        if self.config.checkpoint_every is not None:
-            return now % self.config.checkpoint_every == 0
-        return time.monotonic() - saved_at >= CHECKPOINT_SECONDS
+    def _plan_says_save(self, now: int) -> bool:
+        every = (self.config.checkpoint_every, self.config.milestone_every)
+        return any(n is not None and now % n == 0 for n in every)
+
+    def _clock_says_save(self, saved_at: float) -> bool:
+        by_clock = self.config.checkpoint_every is None
+        return by_clock and time.monotonic() - saved_at >= CHECKPOINT_SECONDS
 
     def _read(self, readings: Readings, now: int) -> None:
         rows = readings.take()
@@ -398,7 +398,11 @@ class _Run:
 
     def _sample(self, now: int) -> None:
         if self.journal is not None:
-            images = models.sample(self.state.sampler, self.fixed_z, statistics="batch")
+            # As the two references draw theirs.
+            statistics: Literal["batch", "running"] = (
+                "batch" if self.config.net == "dcgan" else "running"
+            )
+            images = models.sample(self.state.sampler, self.fixed_z, statistics=statistics)
             self.journal.grid(now, grid(to_uint8(images)))
 
     def _save(self) -> None:

@@ -185,5 +185,10 @@ class Step:
 
     def _update(self, scaler: int, optimiser: torch.optim.Adam, net: nn.Module) -> None:
         distributed.sum_gradients(net.parameters())
+        if self.state.config.keras_epsilon:
+            # m / (sqrt(v) + e) * sqrt(c) is m / (sqrt(v / c) + e / sqrt(c)), c = 1 - beta2^t.
+            for group in optimiser.param_groups:
+                correction = 1 - group["betas"][1] ** (self.state.step + 1)
+                group["eps"] = self.state.config.adam_eps / correction**0.5
         self.state.scalers[scaler].step(optimiser)
         self.state.scalers[scaler].update()

@@ -53,8 +53,9 @@ def test_grid_npz_and_single_files(generate, run):
     assert np.abs(expected.numpy() - images).max() <= 1
 
 
-def test_seeds_and_prefixes(generate, run):
+def test_seeds_and_prefixes(run, monkeypatch):
     root = run.parent
+    monkeypatch.chdir(root)
     for name, args in {
         "few": ["--n", "5"],
         "many": ["--n", "300"],
@@ -64,8 +65,7 @@ def test_seeds_and_prefixes(generate, run):
         "raw": ["--n", "5", "--no-ema"],
         "batch": ["--n", "5", "--statistics", "batch"],
     }.items():
-        done = generate("--from", "run", *args, "--out", f"{name}.npz")
-        assert done.returncode == 0, done.stderr
+        assert main(["--from", "run", *args, "--out", f"{name}.npz"]) == 0
     images = {p.stem: np.load(p)["images"].astype(float) for p in root.glob("*.npz")}
     assert np.array_equal(images["few"], images["many"][:5])
     for name in ("other", "raw", "batch"):
@@ -73,7 +73,7 @@ def test_seeds_and_prefixes(generate, run):
     assert images["tight"].std(0).mean() < images["wide"].std(0).mean() / 3
 
 
-def test_any_checkpoint(generate, run):
+def test_any_checkpoint(run):
     """A checkpoint of a run, its safetensors, and an example's .pth of 64 pixels."""
     root = run.parent
     newest = sorted((run / "checkpoints").glob("*.pt"))[-1]
@@ -94,8 +94,9 @@ def test_any_checkpoint(generate, run):
         ("weights", run / "netG_ema.safetensors", 32),
         ("example", root / "netG_epoch_3.pth", 64),
     ):
-        done = generate("--from", source, "--n", "4", "--out", f"any-{name}.npz")
-        assert done.returncode == 0, done.stderr
+        assert (
+            main(["--from", str(source), "--n", "4", "--out", str(root / f"any-{name}.npz")]) == 0
+        )
         assert np.load(root / f"any-{name}.npz")["images"].shape == (4, size, size, 3)
     a, b = (np.load(root / f"any-{name}.npz")["images"] for name in ("checkpoint", "weights"))
     assert np.array_equal(a, b)

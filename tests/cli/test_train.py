@@ -361,6 +361,28 @@ def test_two_ranks_without_sync_bn_train_on_different_images(environment, tmp_pa
     assert "3 an epoch" in done.stdout, "36 images in global batches of 16"
 
 
+def test_a_signal_to_torchrun_stops_all_ranks_at_the_same_step(environment, tmp_path, tiny_data):
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node=2", "-m", "fastdcgan.train", "--data", str(tiny_data)),
+            *(*SMALL, "--steps", "1000000", "--out", "run"),
+        ],
+        env=environment,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(tmp_path / "run" / "samples" / "step-00000003.png", process)
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=60)
+    assert "go on with: python -m fastdcgan.train --resume run" in stdout, stderr
+    saved = checkpoints.Checkpoints(tmp_path / "run" / "checkpoints").newest()
+    assert saved is not None
+    assert saved[1]["step"] % 10 == 0
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_without_permission(train, tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)

@@ -141,6 +141,18 @@ def test_auto_without_a_run_starts_afresh_and_then_finds_it(tiny, tmp_path):
     assert train(dataclasses.replace(tiny, steps=1)).out == folders.RUNS / "001-tiny-dcgan32"
 
 
+def test_an_older_checkpoint_branches_off_into_another_folder(tiny, tmp_path):
+    config = dataclasses.replace(tiny, out=tmp_path / "run", checkpoint_every=4)
+    whole = final_state(train(config).out)
+    older = tmp_path / "run" / "checkpoints" / "step-00000004.pt"
+    with pytest.raises(InputError, match=r"has gone on to step-00000012\.pt"):
+        train(dataclasses.replace(config, resume=str(older)))
+    branch = train(dataclasses.replace(config, resume=str(older), out=tmp_path / "branch"))
+    assert same(final_state(branch.out), whole)
+    with pytest.raises(InputError, match="holds a run already"):
+        train(dataclasses.replace(config, resume=str(older), out=tmp_path / "branch"))
+
+
 def test_last_checkpoints_and_all_milestones_are_kept(tiny, tmp_path):
     config = dataclasses.replace(
         tiny, out=tmp_path / "run", checkpoint_every=1, keep=2, milestone_every=4

@@ -279,7 +279,8 @@ def test_an_overflowing_gradient_is_skipped_and_the_scale_lowered():
 
 
 def test_simultaneous_updates_equal_two_gradient_tapes():
-    """The TensorFlow tutorial's step: gradients of both losses at the same weights, in float64."""
+    """The TensorFlow tutorial's step in float64: gradients of both losses at the same weights, and
+    Adam as Keras writes it, with epsilon beside the uncorrected second moment."""
     config = preset("tf28", channels=1, batch_size=3)
     state = TrainState(config, CPU, dtype=torch.float64)
     for module in state.netD.modules():
@@ -303,8 +304,8 @@ def test_simultaneous_updates_equal_two_gradient_tapes():
                 moments[p] = m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
         with torch.no_grad():  # only now do any weights move
             for p, (m, v) in moments.items():
-                rate = 1e-4 / (1 - 0.9**t)
-                p -= rate * m / ((v / (1 - 0.999**t)).sqrt() + 1e-7)
+                rate = 1e-4 * (1 - 0.999**t) ** 0.5 / (1 - 0.9**t)
+                p -= rate * m / (v.sqrt() + 1e-7)
     assert largest_difference(state.netG, netG) < 1e-9
     assert largest_difference(state.netD, netD) < 1e-9
 
