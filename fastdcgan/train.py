@@ -19,8 +19,9 @@ Examples:
   python -m fastdcgan.train --data path/to/photos --image-size 128 --out runs/photos
       trains on a folder of images; with --resume auto it goes on after a stop
 
---preset {{{",".join(PRESETS)}}} (dcgan) chooses the published recipe whose values stand for flags
-that are not given: dcgan is the PyTorch example's, tf28 the TensorFlow tutorial's (Fashion-MNIST).
+--preset {{{",".join(PRESETS)}}} chooses the recipe whose values stand for flags that are not given:
+dcgan (where --data is given) is the PyTorch example's, blue-marble (where it is not) the same with
+batches of 16 for the built-in data, tf28 the TensorFlow tutorial's (Fashion-MNIST).
 The flags of the PyTorch example (--dataroot, --batchSize, --niter, --outf, --netG ...) work too.
 """
 
@@ -46,7 +47,8 @@ def options(args: Sequence[str]) -> TrainConfig:
     resumed.
     """
     rest = translate(args)
-    default = preset(_take(rest, "--preset") or "dcgan")
+    names_data = any(arg.partition("=")[0] == "--data" for arg in rest)
+    default = preset(_take(rest, "--preset") or ("dcgan" if names_data else "blue-marble"))
 
     def parse(default: TrainConfig) -> TrainConfig:
         return command.parse(

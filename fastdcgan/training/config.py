@@ -191,6 +191,9 @@ class TrainResult:
 PRESETS: dict[str, dict[str, Any]] = {
     # pytorch/examples dcgan/main.py: the defaults of TrainConfig.
     "dcgan": {},
+    # The same on the built-in data, whose epochs are short: batches of 64 make 450 steps of them,
+    # after which its coasts are still a blur; batches of 16 make 1,775 in the same time.
+    "blue-marble": {"data": "blue-marble", "batch_size": 16},
     # The TensorFlow DCGAN tutorial; Keras's Adam has betas 0.9, 0.999 and epsilon 1e-7.
     "tf28": {
         "data": "fashion-mnist",
@@ -212,7 +215,8 @@ def preset(name: str, **overrides: Any) -> TrainConfig:
     """The configuration of a published recipe, with some fields replaced.
 
     Args:
-        name: "dcgan" (the PyTorch example) or "tf28" (the TensorFlow tutorial).
+        name: "dcgan" (the PyTorch example), "blue-marble" (the same with batches of 16, for the
+            built-in data) or "tf28" (the TensorFlow tutorial).
         **overrides: fields of `TrainConfig`.
     """
     if name not in PRESETS:

@@ -1,7 +1,9 @@
 """`python -m fastdcgan.train` as users run it: a subprocess, and the files that it leaves."""
 
+import contextlib
 import json
 import os
+import pty
 import random
 import re
 import resource
@@ -82,6 +84,44 @@ def test_a_run_from_the_command_line(train, tmp_path):
         assert (out / name).is_file()
     assert re.search(r"\[1/2\]\[1/5\] Loss_D: \d", done.stdout), "the example's line"
     assert "ETA" in done.stdout
+
+
+def test_the_built_in_data_needs_no_arguments(command, tmp_path):
+    """But for --steps: two steps of the full-size nets on the map that the package ships."""
+    done = command("fastdcgan.train", "--steps", "2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "runs" / "000-blue-marble-dcgan64"
+    assert "data       blue-marble: 1,125 images an epoch" in done.stdout
+    with Image.open(out / "samples" / "step-00000002.png") as sheet:
+        assert sheet.size == (530, 530), "8 x 8 samples of 64 pixels, 2 between them"
+    config = json.loads((out / "config.json").read_text())
+    assert (config["batch_size"], config["epochs"], config["lr"]) == (16, 25, 2e-4)
+
+
+def test_a_terminal_gets_a_progress_bar(environment, tiny_data, tmp_path):
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "fastdcgan.train", "--data", str(tiny_data), *SMALL),
+            *("--steps", "20", "--out", "run"),
+        ],
+        env={**environment, "TERM": "xterm"},
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    seen = b""
+    with contextlib.suppress(OSError):  # the end of a terminal is an error
+        while part := os.read(ours, 4096):
+            seen += part
+    os.close(ours)
+    assert process.wait(timeout=60) == 0
+    text = seen.decode()
+    assert "20/20" in text
+    assert "Loss_D" in text
+    assert "img/s" in text
+    assert "Traceback" not in text
 
 
 def test_amp_and_compile_train_or_say_why_not(train, tmp_path):
