@@ -1,6 +1,6 @@
 # fastdcgan on a CUDA runtime with PyTorch:
 #   docker build -t fastdcgan .
-#   docker run --rm --gpus all -v "$PWD/runs:/work/runs" fastdcgan train --amp --compile
+#   docker run --rm --gpus all -v fastdcgan:/home/dcgan fastdcgan train --amp --compile
 FROM pytorch/pytorch:2.11.0-cuda12.8-cudnn9-runtime
 
 # torch.compile and Triton call a C and C++ compiler while they run; the runtime image has none.
@@ -16,10 +16,9 @@ COPY kernels /src/kernels
 # The image's own torch satisfies the project's range, so pip leaves it as it is.
 RUN PIP_BREAK_SYSTEM_PACKAGES=1 python -m pip install --no-cache-dir /src
 
-RUN useradd --create-home --uid 10001 dcgan \
-    && mkdir -p /work \
-    && chown dcgan /work
+# A named volume on the home folder keeps runs and packed images, and belongs to this user.
+RUN useradd --create-home --uid 10001 dcgan
 USER 10001
-WORKDIR /work
+WORKDIR /home/dcgan
 ENTRYPOINT ["fastdcgan"]
 CMD ["--help"]
