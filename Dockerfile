@@ -13,11 +13,10 @@ RUN apt-get update \
 COPY pyproject.toml README.md LICENSE /src/
 COPY fastdcgan /src/fastdcgan
 COPY kernels /src/kernels
-# The image's own torch satisfies the project's range, so pip leaves it as it is.
-RUN PIP_BREAK_SYSTEM_PACKAGES=1 python -m pip install --no-cache-dir /src
-
-# A named volume on the home folder keeps runs and packed images, and belongs to this user.
-RUN useradd --create-home --uid 10001 dcgan
+# The image's own torch satisfies the project's range, so pip leaves it as it is. A named volume on
+# the user's home folder keeps runs and packed images.
+RUN PIP_BREAK_SYSTEM_PACKAGES=1 python -m pip install --no-cache-dir /src \
+    && useradd --create-home --uid 10001 dcgan
 USER 10001
 WORKDIR /home/dcgan
 ENTRYPOINT ["fastdcgan"]
