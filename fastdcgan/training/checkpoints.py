@@ -41,8 +41,11 @@ class Checkpoints:
         try:
             atomic_write(path, lambda file: torch.save(state, file), fsync=True)
         except RuntimeError as error:
-            # torch.save's own complaint about a write that came back short.
-            raise OSError(f"could not write {path}: {error}") from error
+            # torch.save complains of a position of its own; why the write failed stands behind it.
+            cause = error.__context__
+            if isinstance(cause, OSError):
+                raise OSError(cause.errno, cause.strerror, str(path)) from error
+            raise
         recent = self.paths()[-self.keep :]
         for old in self.paths():
             if old not in recent and not self._is_milestone(old):

@@ -336,6 +336,7 @@ def test_a_full_disk_is_said_and_damages_nothing(environment, tiny_data, train, 
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
     line = one_line_error(done)
+    assert "File too large (run/checkpoints/step-00000009.pt)" in line
     assert "the last good checkpoint is run/checkpoints/step-00000003.pt" in line
     after = {p.name: p.read_bytes() for p in (tmp_path / "run" / "checkpoints").iterdir()}
     assert after == before
