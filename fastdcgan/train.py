@@ -47,8 +47,8 @@ def options(args: Sequence[str]) -> TrainConfig:
     resumed.
     """
     rest = translate(args)
-    names_data = any(arg.partition("=")[0] == "--data" for arg in rest)
-    default = preset(_take(rest, "--preset") or ("dcgan" if names_data else "blue-marble"))
+    given = {arg.partition("=")[0] for arg in rest}
+    default = preset(_take(rest, "--preset") or ("dcgan" if "--data" in given else "blue-marble"))
 
     def parse(default: TrainConfig) -> TrainConfig:
         return command.parse(
@@ -70,6 +70,8 @@ def options(args: Sequence[str]) -> TrainConfig:
             resumed = dataclasses.replace(
                 TrainConfig.from_json(before), out=run_folder(target), resume=config.resume
             )
+            if "--epochs" in given:
+                resumed = dataclasses.replace(resumed, steps=None)  # epochs are counted again
             config = parse(resumed)
             if config.resume == "auto":
                 config = dataclasses.replace(config, resume=str(target))

@@ -178,6 +178,9 @@ def test_resume_takes_the_run_as_it_was(train, command, tmp_path):
     bare = command("fastdcgan.train", "--steps", "6", "--out", "run", "--resume", cwd=tmp_path)
     assert bare.returncode == 0, bare.stderr
     assert read_metrics(tmp_path / "run")[-1]["step"] == 6
+    longer = command("fastdcgan.train", "--resume", "run", "--epochs", "2", cwd=tmp_path)
+    assert longer.returncode == 0, longer.stderr
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 10
     refused = command("fastdcgan.train", "--resume", "run", "--nz", "7", cwd=tmp_path)
     assert "--nz: 6 -> 7" in one_line_error(refused)
 
