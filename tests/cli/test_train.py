@@ -330,7 +330,10 @@ def test_a_full_disk_is_said_and_damages_nothing(environment, tiny_data, train, 
     before = {p.name: p.read_bytes() for p in (tmp_path / "run" / "checkpoints").iterdir()}
     limit = len(next(iter(before.values()))) // 2
     done = subprocess.run(
-        [sys.executable, "-m", "fastdcgan.train", "--resume", "run", "--steps", "9"],
+        [
+            *(sys.executable, "-m", "fastdcgan.train", "--resume", "run", "--steps", "9"),
+            *("--checkpoint-every", "4"),
+        ],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
@@ -339,7 +342,7 @@ def test_a_full_disk_is_said_and_damages_nothing(environment, tiny_data, train, 
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
     line = one_line_error(done)
-    assert "File too large (run/checkpoints/step-00000009.pt)" in line
+    assert "File too large (run/checkpoints/step-00000004.pt)" in line
     assert "the last good checkpoint is run/checkpoints/step-00000003.pt" in line
     after = {p.name: p.read_bytes() for p in (tmp_path / "run" / "checkpoints").iterdir()}
     assert after == before
