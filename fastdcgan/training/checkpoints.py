@@ -40,9 +40,9 @@ class Checkpoints:
         path = self.folder / f"step-{state['step']:08d}.pt"
         try:
             atomic_write(path, lambda file: torch.save(state, file), fsync=True)
-        except RuntimeError as error:
-            # torch.save complains of a position of its own; why the write failed stands behind it.
-            cause = error.__context__
+        except (OSError, RuntimeError) as error:
+            # torch.save may complain of a position of its own; why the write failed stands behind.
+            cause = error if isinstance(error, OSError) else error.__context__
             if isinstance(cause, OSError):
                 raise OSError(cause.errno, cause.strerror, str(path)) from error
             raise
