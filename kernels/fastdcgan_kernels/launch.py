@@ -1,0 +1,48 @@
+"""One kernel launch as data: what runs on a device and what inspect.py compiles ahead of time are
+the same object. Not here: which launches a block needs (convolution.py, normalisation.py)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Launch:
+    """kernel: a triton.jit function; grid: programs along each axis; arguments: every parameter by
+    name, tensors and tensor descriptors and constants alike; warps and stages: for the compiler."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    warps: int = 4
+    stages: int = 2
+
+    def run(self, device: torch.device) -> None:
+        """Launch on `device` (whichever is current), or record if somebody is recording."""
+        if _recorders:
+            _recorders[-1].append(self)
+            return
+        current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        with current:
+            self.kernel[self.grid](
+                **self.arguments, num_warps=self.warps, num_stages=self.stages
+            )
+
+
+_recorders: list[list[Launch]] = []
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Launches inside are collected in order and not run; tensors may be on the meta device."""
+    launches: list[Launch] = []
+    _recorders.append(launches)
+    try:
+        yield launches
+    finally:
+        _recorders.pop()
