@@ -1,4 +1,5 @@
-"""What all tests share: a cache of their own, one thread a process, and a way to run commands."""
+"""What all tests share: a cache of their own, one thread a process, Triton's interpreter, and a way
+to run commands."""
 
 import os
 import subprocess
@@ -14,6 +15,29 @@ ROOT = Path(__file__).parent.parent
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+def pytest_configure(config):
+    """Kernels run in Triton's interpreter on CPU tensors, which has to be said before Triton is
+    imported; only `pytest -m gpu` compiles them and runs them on the device."""
+    config.addinivalue_line("markers", "gpu: needs a GPU; run by `pytest -m gpu`, else skipped")
+    if config.option.markexpr != "gpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests marked gpu are always collected; without `-m gpu`, or without a GPU, they say why they
+    did not run."""
+    if config.option.markexpr == "gpu":
+        import torch
+
+        why = "" if torch.cuda.is_available() else "no GPU here"
+    else:
+        why = "run with -m gpu (this process has Triton's interpreter on)"
+    if why:
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=why))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def private_cache(tmp_path_factory):
     """Packed images of the tests never touch the user's cache."""
@@ -23,7 +47,8 @@ def private_cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def environment():
     """Environment in which a subprocess finds the packages from a bare checkout too."""
-    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "COLUMNS": "200"}
+    own = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return {**own, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "COLUMNS": "200"}
 
 
 @pytest.fixture(scope="session")

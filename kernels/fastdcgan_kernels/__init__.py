@@ -1,14 +1,20 @@
-"""Blocks of convolution, BatchNorm and activation for any project; imports nothing of fastdcgan.
+"""Blocks of convolution, BatchNorm and activation for any project, forward and backward, by fused
+Triton kernels; imports nothing of fastdcgan."""
 
-Today these are plain PyTorch (reference.py): no faster than the modules they stand for. Fused
-Triton kernels of the same signatures are to come, and are to be checked against them.
-"""
-
-from fastdcgan_kernels.reference import (
+from fastdcgan_kernels.functional import (
+    Deferred,
     conv_act,
     conv_bn_act,
     conv_transpose_act,
     conv_transpose_bn_act,
+    materialise,
 )
 
-__all__ = ["conv_act", "conv_bn_act", "conv_transpose_act", "conv_transpose_bn_act"]
+__all__ = [
+    "Deferred",
+    "conv_act",
+    "conv_bn_act",
+    "conv_transpose_act",
+    "conv_transpose_bn_act",
+    "materialise",
+]

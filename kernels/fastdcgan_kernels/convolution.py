@@ -1,9 +1,7 @@
 """The convolution kernels as functions of tensors: shapes in, launches out. Not here: autograd
 (functional.py) and the choice of tiles (plan.py).
 
-A layer's geometry is that of gather.py: a small side [N, CS, P, Q] and a large side [N, CL, H, W]
-joined by the 16 taps of a weight [CS, CL, 4, 4]: Conv2d goes down, ConvTranspose2d goes up. All
-tensors are channels_last.
+All tensors are channels_last; sides and weights are named as in geometry.py.
 """
 
 from __future__ import annotations
@@ -14,38 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdcgan_kernels.geometry import Geometry, Tile, cdiv, empty
 from fastdcgan_kernels.jit.gather import gather_pointers
 from fastdcgan_kernels.jit.norm import reduce_splits
 from fastdcgan_kernels.jit.wgrad import weight_gradient_pointers
 from fastdcgan_kernels.launch import Launch
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Sides and steps of one layer on one batch."""
-
-    N: int
-    P: int
-    Q: int
-    CS: int
-    H: int
-    W: int
-    CL: int
-    stride: int
-    pad: int
-
-    @property
-    def phases(self) -> int:
-        """Programs that share a row tile when going up."""
-        return self.stride**2 if self.stride > 1 else 16
-
-    @property
-    def constants(self) -> dict[str, int]:
-        """As the kernels' constants."""
-        return {
-            "P": self.P, "Q": self.Q, "CS": self.CS, "H": self.H, "W": self.W, "CL": self.CL,
-            "STRIDE": self.stride, "PAD": self.pad,
-        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,21 +44,6 @@ class Epilogue:
 
 
 @dataclass(frozen=True)
-class Tile:
-    """rows x columns of the result a program makes, `depth` of the sum it takes at a time, parts
-    the sum is split into, and what the compiler is told. `box`: (images, rows, columns) of pixels
-    in a tile of `rows`, for the descriptor kernels; None: pointers."""
-
-    rows: int
-    columns: int
-    depth: int
-    split: int = 1
-    warps: int = 4
-    stages: int = 3
-    box: tuple[int, int, int] | None = None
-
-
-@dataclass(frozen=True)
 class Result:
     """value: the stored tensor. partials [2, groups, tiles, C] and counts [groups, tiles], fp32,
     where the epilogue makes them (counts only for statistics)."""
@@ -95,21 +51,6 @@ class Result:
     value: Tensor
     partials: Tensor | None = None
     counts: Tensor | None = None
-
-
-def empty(n: int, c: int, h: int, w: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised channels_last [n, c, h, w] on the device of `like`."""
-    return torch.empty(
-        (n, c, h, w),
-        dtype=dtype or like.dtype,
-        device=like.device,
-        memory_format=torch.channels_last,
-    )
-
-
-def cdiv(a: int, b: int) -> int:
-    """a / b rounded up."""
-    return -(-a // b)
 
 
 def epilogue_buffers(

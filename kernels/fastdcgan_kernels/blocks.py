@@ -1,0 +1,302 @@
+"""The blocks, forward and backward, as sequences of launches on real tensors: what happens inside
+the ops of functional.py. Not here: autograd, autocast, the running buffers.
+
+A block is convolution, [BatchNorm], activation. With BatchNorm the convolution gives its raw
+output y and the coefficients [3, groups, C] (mean, scale, shift) of z = scale * (y - mean) + shift;
+the activation of z is a pass of its own, or is left to the next block, which applies it as it
+loads. Nothing else is kept for the backward pass.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdcgan_kernels import image, normalisation, plan
+from fastdcgan_kernels.convolution import Epilogue, Operand, Result
+from fastdcgan_kernels.convolution import gather as _gather
+from fastdcgan_kernels.convolution import weight_gradient as _weight_gradient
+from fastdcgan_kernels.geometry import Geometry, geometry_of
+
+CHANNELS_LAST = torch.channels_last
+
+
+def _is_image(geometry: Geometry) -> bool:
+    return geometry.stride == 2 and geometry.CL <= 4
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How tl.dot multiplies fp32: as PyTorch's convolutions are told to."""
+    cudnn = torch.backends.cudnn
+    settings = (cudnn.conv.fp32_precision, cudnn.fp32_precision, torch.backends.fp32_precision)
+    chosen = next((setting for setting in settings if setting != "none"), "ieee")
+    return "tf32" if dtype == torch.float32 and chosen == "tf32" else "ieee"
+
+
+def _target(device: torch.device) -> plan.Target:
+    target = plan.target_of(device)
+    assert target is not None, f"no kernels for {device}"
+    return target
+
+
+def _task(op: str, geometry: Geometry, x: Tensor, prologue: str, epilogue: str, groups: int):  # type: ignore[no-untyped-def]
+    op = f"image_{op}" if _is_image(geometry) else op
+    task = plan.Task(op, geometry, x.dtype, prologue, epilogue, groups)
+    return plan.tile_for(task, _target(x.device))
+
+
+def _how(geometry: Geometry, dtype: torch.dtype, device: torch.device, up: bool, norm: bool,
+         groups: int) -> str:  # fmt: skip
+    block = plan.Block("up" if up else "down", geometry, dtype, norm, groups)
+    return plan.choose(block, _target(device)).how
+
+
+def _materialise(operand: Operand, groups: int) -> Tensor:
+    if operand.prologue == "none":
+        return operand.value
+    return normalisation.pointwise(operand, groups)
+
+
+def _convolve(
+    source: Operand,
+    weight: Tensor,
+    geometry: Geometry,
+    up: bool,
+    epilogue: Epilogue,
+    groups: int,
+) -> Result:
+    """Our GEMM, the image kernels where the large side is an image."""
+    x = source.value
+    run = (image.image_up if up else image.image_down) if _is_image(geometry) else None
+    tile = _task("up" if up else "down", geometry, x, source.prologue, epilogue.kind, groups)
+    options = {"tile": tile, "epilogue": epilogue, "groups": groups}
+    if run is not None:
+        return run(source, weight, geometry, precision=_precision(x.dtype), **options)
+    return _gather(source, weight, geometry, up=up, precision=_precision(x.dtype), **options)
+
+
+def _weight_gradient_of(
+    x: Operand, dy: Operand, geometry: Geometry, up: bool, dtype: torch.dtype, groups: int
+) -> Tensor:
+    small, large = (x, dy) if up else (dy, x)
+    prologues = "none" if small.prologue == large.prologue == "none" else "both"
+    tile = _task("weight_gradient", geometry, x.value, prologues, "store", groups)
+    run = image.image_weight_gradient if _is_image(geometry) else _weight_gradient
+    return run(
+        small, large, geometry, tile=tile, dtype=dtype, groups=groups,
+        precision=_precision(x.value.dtype),
+    )  # fmt: skip
+
+
+def _vendor(x: Tensor, weight: Tensor, geometry: Geometry, up: bool) -> Tensor:
+    op = F.conv_transpose2d if up else F.conv2d
+    with torch.autocast(x.device.type, enabled=False):
+        y = op(x, weight, None, geometry.stride, geometry.pad)
+    return y.contiguous(memory_format=CHANNELS_LAST)
+
+
+def _vendor_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, up: bool, need: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    stride, pad = [geometry.stride] * 2, [geometry.pad] * 2
+    gx, gw, _ = torch.ops.aten.convolution_backward(
+        dy, x, weight, None, stride, pad, [1, 1], up, [0, 0], 1, [*need, False]
+    )
+    return gx, gw
+
+
+def _source(x: Tensor, coef: Tensor | None, activation: str, slope: float) -> Operand:
+    """A block's input: a tensor as it is, or a producer's raw output with its coefficients."""
+    x = x.contiguous(memory_format=CHANNELS_LAST)
+    if coef is None:
+        return Operand(x)
+    return Operand(x, "activate", coef=coef.contiguous(), activation=activation, slope=slope)
+
+
+def _weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.to(dtype, memory_format=CHANNELS_LAST).contiguous(memory_format=CHANNELS_LAST)
+
+
+def _groups(coef: Tensor | None, groups: int) -> int:
+    return groups if coef is None else coef.shape[1]
+
+
+def conv_bn(
+    x: Tensor,
+    x_coef: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    up: bool,
+    stride: int,
+    groups: int,
+    eps: float,
+    x_activation: str,
+    x_slope: float,
+    sync: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, coef [3, groups, C], stats [3, groups, C]: mean, biased variance, count)."""
+    source, w = _source(x, x_coef, x_activation, x_slope), _weight(weight, x.dtype)
+    geometry = geometry_of(x, weight, up, stride)
+    how = _how(geometry, x.dtype, x.device, up, True, groups)
+    if how == "vendor":
+        y = _vendor(_materialise(source, groups), w, geometry, up)
+        if bias is not None:
+            y += bias.to(y.dtype)[:, None, None]
+        result = normalisation.statistics(y, groups)
+    else:
+        result = _convolve(source, w, geometry, up, Epilogue("statistics", bias=bias), groups)
+    coef, stats = normalisation.finalize_statistics(result, gamma, beta, eps, sync)
+    return result.value, coef, stats
+
+
+def conv_bn_backward(
+    gy: Tensor,
+    gcoef: Tensor,
+    x: Tensor,
+    x_coef: Tensor | None,
+    weight: Tensor,
+    gamma: Tensor | None,
+    y: Tensor,
+    stats: Tensor,
+    up: bool,
+    stride: int,
+    groups: int,
+    eps: float,
+    x_activation: str,
+    x_slope: float,
+    sync: str,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor]:
+    """Gradients of x, x_coef, weight, bias, gamma and beta, from those of y and coef."""
+    dcoef, dgamma, dbeta = normalisation.norm_gradient(gcoef.contiguous(), stats, gamma, eps, sync)
+    gy = gy.to(y.dtype).contiguous(memory_format=CHANNELS_LAST)
+    dy = Operand(gy, "normgrad", aux=y, coef=dcoef)
+    rest = _convolution_backward(
+        dy, x, x_coef, weight, up, stride, groups, x_activation, x_slope,
+        need_x, need_weight, need_bias, norm=True,
+    )  # fmt: skip
+    return *rest, dgamma, dbeta
+
+
+def conv_act(
+    x: Tensor,
+    x_coef: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    up: bool,
+    stride: int,
+    x_activation: str,
+    x_slope: float,
+    activation: str,
+    slope: float,
+) -> Tensor:
+    """act(convolution + bias)."""
+    source, w = _source(x, x_coef, x_activation, x_slope), _weight(weight, x.dtype)
+    geometry, groups = geometry_of(x, weight, up, stride), _groups(x_coef, 1)
+    if _how(geometry, x.dtype, x.device, up, False, groups) == "vendor":
+        y = _vendor(_materialise(source, groups), w, geometry, up)
+        zero, one = torch.zeros_like(y[0, :, 0, 0], dtype=torch.float32), y.new_ones(1).float()
+        shift = zero if bias is None else bias.float()
+        coef = torch.stack([zero, zero + one, shift])[:, None]
+        if bias is None and activation == "none":
+            return y
+        return normalisation.pointwise(
+            Operand(y, "activate", coef=coef, activation=activation, slope=slope), 1
+        )
+    epilogue = Epilogue("store", bias=bias, activation=activation, slope=slope)
+    return _convolve(source, w, geometry, up, epilogue, groups).value
+
+
+def conv_act_backward(
+    g: Tensor,
+    out: Tensor,
+    x: Tensor,
+    x_coef: Tensor | None,
+    weight: Tensor,
+    up: bool,
+    stride: int,
+    x_activation: str,
+    x_slope: float,
+    activation: str,
+    slope: float,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, x_coef, weight and bias."""
+    g = g.to(out.dtype).contiguous(memory_format=CHANNELS_LAST)
+    dy = Operand(g)
+    if activation != "none":
+        dy = Operand(g, "actgrad", aux=out, activation=activation, slope=slope)
+    return _convolution_backward(
+        dy, x, x_coef, weight, up, stride, _groups(x_coef, 1), x_activation, x_slope,
+        need_x, need_weight, need_bias, norm=False,
+    )  # fmt: skip
+
+
+def _convolution_backward(
+    dy: Operand,
+    x: Tensor,
+    x_coef: Tensor | None,
+    weight: Tensor,
+    up: bool,
+    stride: int,
+    groups: int,
+    x_activation: str,
+    x_slope: float,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+    norm: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    source, w = _source(x, x_coef, x_activation, x_slope), _weight(weight, x.dtype)
+    geometry = geometry_of(x, weight, up, stride)
+    how = _how(geometry, x.dtype, x.device, up, norm, groups)
+    gx = gx_coef = gw = gbias = None
+    if need_bias:
+        gbias = normalisation.column_sum(dy, groups)
+    if how != "prologue":
+        dy = Operand(_materialise(dy, groups))
+    if how == "vendor":
+        values = _materialise(source, groups) if need_weight else source.value
+        gx, gw = _vendor_gradients(dy.value, values, w, geometry, up, (need_x, need_weight))
+        if gw is not None:
+            gw = gw.to(weight.dtype)
+        if gx is not None and x_coef is not None:
+            gx = gx.contiguous(memory_format=CHANNELS_LAST)
+            gx, partials = normalisation.activation_gradient(
+                gx, source.value, source.coef, x_activation, x_slope, groups
+            )
+            gx_coef = normalisation.finalize_gradient(partials, source.coef)
+        return gx, gx_coef, gw, gbias
+    if need_x and x_coef is None:
+        gx = _convolve(dy, w, geometry, not up, Epilogue(), groups).value
+    elif need_x:
+        epilogue = Epilogue(
+            "gradient", aux=source.value, coef=source.coef, activation=x_activation, slope=x_slope
+        )
+        result = _convolve(dy, w, geometry, not up, epilogue, groups)
+        gx, gx_coef = result.value, normalisation.finalize_gradient(result.partials, source.coef)
+    if need_weight:
+        gw = _weight_gradient_of(source, dy, geometry, up, weight.dtype, groups)
+    return gx, gx_coef, gw, gbias
+
+
+def activate(y: Tensor, coef: Tensor, activation: str, slope: float) -> Tensor:
+    """act(scale * (y - mean) + shift)."""
+    operand = _source(y, coef, activation, slope)
+    return normalisation.pointwise(operand, coef.shape[1])
+
+
+def activate_backward(
+    g: Tensor, y: Tensor, coef: Tensor, activation: str, slope: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of y and coef."""
+    g, y = (t.contiguous(memory_format=CHANNELS_LAST) for t in (g.to(y.dtype), y))
+    gy, partials = normalisation.activation_gradient(g, y, coef, activation, slope, coef.shape[1])
+    return gy, normalisation.finalize_gradient(partials, coef)

@@ -1,0 +1,284 @@
+"""The blocks as differentiable functions: convolution, [BatchNorm], activation, by fused kernels
+where there are any for the device, shape and dtype, and in plain PyTorch (reference.py) elsewhere.
+Not here: what the kernels do (blocks.py), which of them run (plan.py).
+
+The kernels cover 4x4 convolutions of stride 2 and padding 1 with even sides, and of stride 1 and
+padding 0 between 1x1 and 4x4 pixels, in float32, bfloat16 and float16. FASTDCGAN_IMPL says what
+happens elsewhere: `auto` (default) and `reference` run plain PyTorch, `triton` raises.
+
+Gradients: first order by kernels; where a graph of the gradient is asked for (create_graph=True),
+the gradient is computed in plain PyTorch, so that higher orders are those of its functions.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fastdcgan_kernels import plan, reference
+from fastdcgan_kernels.geometry import geometry_of
+from fastdcgan_kernels.ops import ops
+from fastdcgan_kernels.reference import Activation
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Deferred(NamedTuple):
+    """A block's output of which the activation is left to its consumer: raw y [N, C, P, Q],
+    coef [3, groups, C] (mean, scale, shift), and the activation of scale * (y - mean) + shift."""
+
+    y: Tensor
+    coef: Tensor
+    activation: str
+    slope: float
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the output."""
+        return self.y.shape
+
+
+Input: TypeAlias = "Tensor | Deferred"
+
+
+def conv_bn_act(
+    x: Input,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    stride: int,
+    padding: int,
+    training: bool,
+    momentum: float | Tensor,
+    eps: float,
+    activation: Activation,
+    slope: float = 0.0,
+    stat_groups: int = 1,
+    sync: str = "",
+    defer: bool = False,
+) -> Any:
+    """act(gamma * (y - mean) / sqrt(var + eps) + beta) with y = conv2d(x, weight) + bias.
+
+    Arguments, result and errors are those of `reference.conv_bn_act`, and besides:
+
+    Args:
+        x: any strides; float32, bfloat16 or float16 for the kernels. Under autocast it is cast to
+            the autocast dtype; parameters, statistics and coefficients stay as they are, and
+            gradients come in the dtypes of the parameters.
+        momentum: a float, or a 0-dim tensor on the device (a cumulative average's 1 / count).
+        stat_groups: x is that many batches of equal size, one after the other: each is normalised
+            with its own statistics, and the running buffers see them in order. Default 1.
+        sync: name of the process group over which the batch's statistics are taken
+            (SyncBatchNorm); "": this process alone. Default "".
+        defer: return `Deferred`, for another block to take as its x. Default False.
+
+    Returns:
+        (N, CO, P, Q), channels_last; or `Deferred`.
+
+    Raises:
+        ValueError: as the reference; or FASTDCGAN_IMPL=triton and no kernel for this.
+    """
+    return _block(
+        False, x, weight, bias, gamma, beta, running_mean, running_var, stride, padding,
+        training, momentum, eps, activation, slope, stat_groups, sync, defer,
+    )  # fmt: skip
+
+
+def conv_transpose_bn_act(
+    x: Input,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    stride: int,
+    padding: int,
+    training: bool,
+    momentum: float | Tensor,
+    eps: float,
+    activation: Activation,
+    slope: float = 0.0,
+    stat_groups: int = 1,
+    sync: str = "",
+    defer: bool = False,
+) -> Any:
+    """As `conv_bn_act`, with y = conv_transpose2d(x, weight) + bias and weight (CI, CO, 4, 4)."""
+    return _block(
+        True, x, weight, bias, gamma, beta, running_mean, running_var, stride, padding,
+        training, momentum, eps, activation, slope, stat_groups, sync, defer,
+    )  # fmt: skip
+
+
+def conv_act(
+    x: Input,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int,
+    padding: int,
+    activation: Activation,
+    slope: float = 0.0,
+) -> Tensor:
+    """act(conv2d(x, weight) + bias); as `reference.conv_act`, dtypes and x as `conv_bn_act`."""
+    return _plain(False, x, weight, bias, stride, padding, activation, slope)
+
+
+def conv_transpose_act(
+    x: Input,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int,
+    padding: int,
+    activation: Activation,
+    slope: float = 0.0,
+) -> Tensor:
+    """act(conv_transpose2d(x, weight) + bias); else as `conv_act`."""
+    return _plain(True, x, weight, bias, stride, padding, activation, slope)
+
+
+def materialise(x: Input) -> Tensor:
+    """The output that a `Deferred` stands for; a tensor as it is."""
+    if isinstance(x, Tensor):
+        return x
+    return ops.activate(x.y, x.coef, x.activation, x.slope)
+
+
+def defers(x: Input, weight: Tensor, stride: int, padding: int, transposed: bool) -> bool:
+    """Whether the block that takes an x like this would rather apply its producer's activation
+    itself (the plan's choice "prologue")."""
+    x = _cast(x)
+    if unsupported(x, weight, stride, padding, transposed) or not _runs_kernels(x):
+        return False
+    y = x if isinstance(x, Tensor) else x.y
+    geometry = geometry_of(y, weight, transposed, stride)
+    block = plan.Block("up" if transposed else "down", geometry, y.dtype, True, 1)
+    target = plan.target_of(y.device)
+    return target is not None and plan.choose(block, target).how == "prologue"
+
+
+def unsupported(
+    x: Input, weight: Tensor, stride: int, padding: int, transposed: bool, slope: float = 0.0
+) -> str:
+    """Why there is no kernel for this convolution; "" if there is one (on some device)."""
+    y = x if isinstance(x, Tensor) else x.y
+    if weight.dim() != 4 or tuple(weight.shape[2:]) != (4, 4):
+        return f"kernels are 4x4, the weight is {tuple(weight.shape)}"
+    if (stride, padding) not in ((2, 1), (1, 0)):
+        return f"stride {stride} with padding {padding}; kernels have 2 with 1, or 1 with 0"
+    if y.dim() != 4 or y.shape[1] != weight.shape[0 if transposed else 1]:
+        return f"x {tuple(y.shape)} does not fit the weight {tuple(weight.shape)}"
+    sides = tuple(y.shape[2:])
+    if stride == 1 and sides != ((1, 1) if transposed else (4, 4)):
+        return f"stride 1 takes {'1x1' if transposed else '4x4'} pixels, x is {tuple(y.shape)}"
+    if stride == 2 and not transposed and (sides[0] % 2 or sides[1] % 2 or 0 in sides):
+        return f"sides must be even, x is {tuple(y.shape)}"
+    if y.numel() == 0 or weight.numel() == 0:
+        return f"x {tuple(y.shape)} or the weight {tuple(weight.shape)} is empty"
+    if y.dtype not in DTYPES or weight.dtype not in DTYPES:
+        return f"x is {y.dtype} and the weight {weight.dtype}; kernels take 32 and 16 bit floats"
+    if slope < 0:
+        return f"slope {slope} is negative: the output's sign would not be the input's"
+    if weight.numel() >= 2**31:
+        return f"a weight of {weight.numel()} elements"
+    return ""
+
+
+def _cast(x: Input) -> Input:
+    """x in the autocast dtype, where autocast is on and would cast it."""
+    if not isinstance(x, Tensor):
+        return x
+    kind = x.device.type
+    on = kind != "meta" and torch.is_autocast_enabled(kind)
+    if on and x.is_floating_point() and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
+
+
+def _runs_kernels(x: Input) -> bool:
+    """Whether the setting and the device let kernels run."""
+    y = x if isinstance(x, Tensor) else x.y
+    mode = plan.mode()
+    if mode == "reference":
+        return False
+    if mode == "triton":
+        if y.device.type == "meta" or plan.target_of(y.device) is not None:
+            return True
+        raise ValueError(
+            f"FASTDCGAN_IMPL=triton, and {y.device} has no kernels: unset it, or move to a GPU"
+        )
+    return y.device.type == "cuda" and plan.target_of(y.device) is not None
+
+
+def _takes_kernels(
+    x: Input, weight: Tensor, stride: int, padding: int, transposed: bool, slope: float
+) -> bool:
+    if not _runs_kernels(x):
+        return False
+    why = unsupported(x, weight, stride, padding, transposed, slope)
+    if why and plan.mode() == "triton":
+        raise ValueError(f"FASTDCGAN_IMPL=triton, and there is no kernel: {why}")
+    return not why
+
+
+def _block(
+    up: bool, x: Input, weight: Tensor, bias: Tensor | None, gamma: Tensor | None,
+    beta: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None, stride: int,
+    padding: int, training: bool, momentum: float | Tensor, eps: float, activation: Activation,
+    slope: float, groups: int, sync: str, defer: bool,
+) -> Any:  # fmt: skip
+    reference.check_activation(activation)
+    x = _cast(x)
+    kernels = _takes_kernels(x, weight, stride, padding, up, slope)
+    if kernels and not training and running_mean is not None and running_var is not None:
+        weight, bias = reference.fold(
+            weight, bias, gamma, beta, running_mean, running_var, eps, transposed=up
+        )
+        return _plain(up, x, weight, bias, stride, padding, activation, slope)
+    if x.shape[0] % groups:
+        raise ValueError(f"stat_groups={groups} does not divide a batch of {x.shape[0]}")
+    if not kernels:
+        op = reference.conv_transpose_bn_act if up else reference.conv_bn_act
+        outs = [
+            op(
+                part, weight, bias, gamma, beta, running_mean, running_var, stride=stride,
+                padding=padding, training=training, momentum=momentum, eps=eps,
+                activation=activation, slope=slope, sync=sync,
+            )
+            for part in materialise(x).chunk(groups)
+        ]  # fmt: skip
+        return outs[0] if groups == 1 else torch.cat(outs)
+    y, coef, x_activation, x_slope = x if isinstance(x, Deferred) else (x, None, "none", 0.0)
+    y, coef, stats = ops.conv_bn(
+        y, coef, weight, bias, gamma, beta, up, stride, groups, eps, x_activation, x_slope, sync
+    )
+    if not sync:
+        reference.check_values_per_channel(y, groups)
+    if running_mean is not None and running_var is not None:
+        reference.update_running(running_mean, running_var, stats, momentum)
+    deferred = Deferred(y, coef, activation, slope)
+    return deferred if defer else materialise(deferred)
+
+
+def _plain(
+    up: bool, x: Input, weight: Tensor, bias: Tensor | None, stride: int, padding: int,
+    activation: Activation, slope: float,
+) -> Tensor:  # fmt: skip
+    reference.check_activation(activation)
+    x = _cast(x)
+    if not _takes_kernels(x, weight, stride, padding, up, slope):
+        op = reference.conv_transpose_act if up else reference.conv_act
+        return op(
+            materialise(x), weight, bias, stride=stride, padding=padding,
+            activation=activation, slope=slope,
+        )  # fmt: skip
+    y, coef, x_activation, x_slope = x if isinstance(x, Deferred) else (x, None, "none", 0.0)
+    return ops.conv_act(y, coef, weight, bias, up, stride, x_activation, x_slope, activation, slope)

@@ -1,0 +1,87 @@
+"""Shapes of layers and of tiles; imports no Triton, so that plans and shapes cost nothing.
+
+A layer joins a small side [N, CS, P, Q] and a large side [N, CL, H, W] by the 16 taps of a weight
+[CS, CL, 4, 4]: Conv2d goes down, ConvTranspose2d goes up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sides and steps of one layer on one batch."""
+
+    N: int
+    P: int
+    Q: int
+    CS: int
+    H: int
+    W: int
+    CL: int
+    stride: int
+    pad: int
+
+    @property
+    def phases(self) -> int:
+        """Programs that share a row tile when going up."""
+        return self.stride**2 if self.stride > 1 else 16
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """As the kernels' constants."""
+        return {
+            "P": self.P, "Q": self.Q, "CS": self.CS, "H": self.H, "W": self.W, "CL": self.CL,
+            "STRIDE": self.stride, "PAD": self.pad,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tile:
+    """rows x columns of the result a program makes, `depth` of the sum it takes at a time, parts
+    the sum is split into, and what the compiler is told. `box`: (images, rows, columns) of pixels
+    in a tile, for the descriptor kernels; None: pointers."""
+
+    rows: int
+    columns: int
+    depth: int
+    split: int = 1
+    warps: int = 4
+    stages: int = 3
+    box: tuple[int, int, int] | None = None
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
+def geometry_of(x: Tensor, weight: Tensor, up: bool, stride: int) -> Geometry:
+    """Sides of the layer that takes x [N, C, *, *] up or down with this weight."""
+    n, _, h, w = x.shape
+    small, large = weight.shape[0], weight.shape[1]
+    if stride == 1:
+        return Geometry(n, 1, 1, small, 4, 4, large, 1, 0)
+    if up:
+        return Geometry(n, h, w, small, 2 * h, 2 * w, large, 2, 1)
+    return Geometry(n, h // 2, w // 2, small, h, w, large, 2, 1)
+
+
+def empty(n: int, c: int, h: int, w: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised channels_last [n, c, h, w] on the device of `like`."""
+    return torch.empty(
+        (n, c, h, w),
+        dtype=dtype or like.dtype,
+        device=like.device,
+        memory_format=torch.channels_last,
+    )
+
+
+def empty_output(x: Tensor, weight: Tensor, up: bool, stride: int) -> Tensor:
+    """Uninitialised output of the layer; right on fake and meta tensors too."""
+    g = geometry_of(x, weight, up, stride)
+    return empty(g.N, g.CL, g.H, g.W, x) if up else empty(g.N, g.CS, g.P, g.Q, x)

@@ -1,0 +1,135 @@
+"""The kernels for layers with an image of 1 to 4 channels as functions of tensors; they take and
+give what `convolution.gather` and `convolution.weight_gradient` do. Stride 2 only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdcgan_kernels.convolution import (
+    Epilogue,
+    Operand,
+    Result,
+    epilogue_arguments,
+    epilogue_buffers,
+    operand_arguments,
+    reduce,
+)
+from fastdcgan_kernels.geometry import Geometry, Tile, cdiv, empty
+from fastdcgan_kernels.jit import image
+from fastdcgan_kernels.launch import Launch
+
+COLUMNS = 16  # of image_up: four phases of up to 4 channels
+
+
+def image_down(
+    source: Operand,
+    weight: Tensor,
+    geometry: Geometry,
+    *,
+    tile: Tile,
+    epilogue: Epilogue = Epilogue(),
+    groups: int = 1,
+    precision: str = "ieee",
+) -> Result:
+    """Image to features. The whole sum of 64 is one step: `tile.depth` and `tile.split` are not
+    read."""
+    g = geometry
+    out = empty(g.N, g.CS, g.P, g.Q, source.value)
+    row_tiles = cdiv(g.N // groups * g.P * g.Q, tile.rows)
+    return _convolve(
+        image.image_down, row_tiles * cdiv(g.CS, tile.columns), row_tiles, {}, source, weight, g,
+        out, tile, tile.columns, epilogue, groups, precision,
+    )  # fmt: skip
+
+
+def image_up(
+    source: Operand,
+    weight: Tensor,
+    geometry: Geometry,
+    *,
+    tile: Tile,
+    epilogue: Epilogue = Epilogue(),
+    groups: int = 1,
+    precision: str = "ieee",
+) -> Result:
+    """Features to image. `tile.columns` and `tile.split` are not read."""
+    g = geometry
+    out = empty(g.N, g.CL, g.H, g.W, source.value)
+    row_tiles = cdiv(g.N // groups * g.P * g.Q, tile.rows)
+    return _convolve(
+        image.image_up, row_tiles, 4 * row_tiles, {"BLOCK_K": tile.depth}, source, weight, g, out,
+        tile, COLUMNS, epilogue, groups, precision,
+    )  # fmt: skip
+
+
+def _convolve(
+    kernel: object, programs: int, tiles: int, more: dict[str, int], source: Operand,
+    weight: Tensor, g: Geometry, out: Tensor, tile: Tile, columns: int, epilogue: Epilogue,
+    groups: int, precision: str,
+) -> Result:  # fmt: skip
+    buffers = epilogue_buffers(epilogue.kind, groups, tiles, out.shape[1], out)
+    result = Result(out, *buffers)
+    Launch(
+        kernel,
+        (programs, groups),
+        {
+            **operand_arguments("x", source),
+            "w": weight,
+            "out": out,
+            **epilogue_arguments(epilogue, out, result),
+            "groups": groups,
+            "images": g.N // groups,
+            **g.constants,
+            "PROLOGUE": source.prologue,
+            "X_ACTIVATION": source.activation,
+            "BLOCK_M": tile.rows,
+            "BLOCK_N": columns,
+            **more,
+            "PRECISION": precision,
+        },
+        tile.warps,
+        tile.stages,
+    ).run(out.device)
+    return result
+
+
+def image_weight_gradient(
+    small: Operand,
+    large: Operand,
+    geometry: Geometry,
+    *,
+    tile: Tile,
+    dtype: torch.dtype,
+    groups: int = 1,
+    precision: str = "ieee",
+) -> Tensor:
+    """d weight [CS, CL, 4, 4]. `tile.rows` are of CS, `tile.depth` pixels at a time; all columns
+    are one tile."""
+    g = geometry
+    parts = groups * tile.split
+    out = empty(g.CS, g.CL, 4, 4, small.value, dtype)
+    store = out if parts == 1 else out.new_empty((parts, out.numel()), dtype=torch.float32)
+    Launch(
+        image.image_weight_gradient,
+        (cdiv(g.CS, tile.rows), parts),
+        {
+            **operand_arguments("small", small),
+            **operand_arguments("large", large),
+            "out": store,
+            "groups": groups,
+            "images": g.N // groups,
+            **g.constants,
+            "SMALL_PROLOGUE": small.prologue,
+            "SMALL_ACTIVATION": small.activation,
+            "LARGE_PROLOGUE": large.prologue,
+            "LARGE_ACTIVATION": large.activation,
+            "SPLIT": tile.split,
+            "BLOCK_M": tile.rows,
+            "BLOCK_K": tile.depth,
+            "PRECISION": precision,
+        },
+        tile.warps,
+        tile.stages,
+    ).run(out.device)
+    return out if parts == 1 else reduce(store, out).value

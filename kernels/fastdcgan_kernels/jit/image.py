@@ -1,0 +1,314 @@
+"""The layers whose large side is an image of 1 to 4 channels, stride 2: a GEMM over single taps
+would be nearly all padding, so taps are merged. Not here: the wider layers (gather.py, wgrad.py).
+
+Going down, a kernel row of 4 pixels is 4 * CL values that lie together in memory: 4 rows of up to
+16 values make one sum of 64. Going up, the four phases share a 3x3 window of small pixels: one GEMM
+of 9 * CS deep with the columns (r, s, channel).
+"""
+
+import triton
+import triton.language as tl
+
+from fastdcgan_kernels.jit.tile import load_operand, store_tile
+
+
+@triton.jit
+def image_down(
+    x,  # [N, H, W, CL]
+    x_aux,  # like x
+    x_coef,  # [3, groups, CL] fp32
+    w,  # [CS, 4, 4, CL]
+    out,  # [N, P, Q, CS]
+    bias,  # [CS]
+    out_aux,  # like out
+    out_coef,  # [3, groups, CS] fp32
+    partials,  # [2, groups, tiles, CS] fp32
+    counts,  # [groups, tiles] fp32
+    groups,
+    images,  # N / groups
+    x_slope,
+    slope,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    CS: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    CL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PAD: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+    X_ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid: (row tiles * column tiles, groups). Rows are small pixels of a group."""
+    COLUMN_TILES: tl.constexpr = (CS + BLOCK_N - 1) // BLOCK_N
+    pid = tl.program_id(0)
+    column_tile = pid % COLUMN_TILES
+    row_tile = pid // COLUMN_TILES
+    group = tl.program_id(1)
+    row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask = row < images * (P * Q)
+    q = row % Q
+    p = (row // Q) % P
+    n = (group * images + row // (P * Q)).to(tl.int64)
+    channel = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    channel_mask = channel < CS
+
+    k = tl.arange(0, 64)
+    kh = k // 16
+    j = k % 16
+    used = j < 4 * CL
+    h = (p * STRIDE - PAD)[:, None] + kh[None, :]
+    v = (q * STRIDE - PAD)[:, None] + (j // CL)[None, :]
+    inside = row_mask[:, None] & used[None, :] & (h >= 0) & (h < H) & (v >= 0) & (v < W)
+    corner = ((n * H + (p * STRIDE - PAD)) * W + (q * STRIDE - PAD)) * CL
+    a = load_operand(
+        x,
+        x_aux,
+        x_coef + group * CL,
+        groups * CL,
+        corner[:, None] + (kh * (W * CL) + j)[None, :],
+        inside,
+        (j % CL)[None, :],
+        used[None, :],
+        x_slope,
+        PROLOGUE,
+        X_ACTIVATION,
+    )
+    b = tl.load(
+        w + (kh * (4 * CL) + j)[:, None] + (channel * (16 * CL))[None, :],
+        mask=used[:, None] & channel_mask[None, :],
+        other=0.0,
+    )
+    acc = tl.dot(a, b, input_precision=PRECISION)
+
+    tiles = tl.num_programs(0) // COLUMN_TILES
+    count = store_tile(
+        acc,
+        out,
+        (((n * P + p) * Q + q) * CS)[:, None] + channel[None, :],
+        row_mask,
+        channel,
+        channel_mask,
+        bias,
+        out_aux,
+        out_coef + group * CS,
+        groups * CS,
+        slope,
+        partials,
+        (group * tiles + row_tile) * CS + channel,
+        groups * tiles * CS,
+        HAS_BIAS,
+        EPILOGUE,
+        ACTIVATION,
+    )
+    if EPILOGUE == "statistics" and column_tile == 0:
+        tl.store(counts + group * tiles + row_tile, count)
+
+
+@triton.jit
+def image_up(
+    x,  # [N, P, Q, CS]
+    x_aux,  # like x
+    x_coef,  # [3, groups, CS] fp32
+    w,  # [CS, 4, 4, CL]
+    out,  # [N, H, W, CL]
+    bias,  # [CL]
+    out_aux,  # like out
+    out_coef,  # [3, groups, CL] fp32
+    partials,  # [2, groups, tiles, CL] fp32; 4 tiles, one a phase, for each tile of rows
+    counts,  # [groups, tiles] fp32
+    groups,
+    images,  # N / groups
+    x_slope,
+    slope,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    CS: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    CL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PAD: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+    X_ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid: (row tiles, groups). Rows are small pixels of a group; BLOCK_N is 16."""
+    CHUNKS: tl.constexpr = (CS + BLOCK_K - 1) // BLOCK_K
+    row_tile = tl.program_id(0)
+    group = tl.program_id(1)
+    row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask = row < images * (P * Q)
+    q = row % Q
+    p = (row // Q) % P
+    n = (group * images + row // (P * Q)).to(tl.int64)
+    column = tl.arange(0, BLOCK_N)
+    column_mask = column < 4 * CL
+    phase = column // CL
+    channel = column % CL
+    r = phase // 2
+    s = phase % 2
+    corner = ((n * P + p - 1) * Q + q - 1) * CS
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for step in range(9 * CHUNKS):
+        window = step // CHUNKS
+        c = (step % CHUNKS) * BLOCK_K + tl.arange(0, BLOCK_K)
+        c_mask = c < CS
+        dy = window // 3
+        dx = window % 3
+        h = p - 1 + dy
+        v = q - 1 + dx
+        inside = row_mask & (h >= 0) & (h < P) & (v >= 0) & (v < Q)
+        a = load_operand(
+            x,
+            x_aux,
+            x_coef + group * CS,
+            groups * CS,
+            (corner + (dy * Q + dx) * CS)[:, None] + c[None, :],
+            inside[:, None] & c_mask[None, :],
+            c[None, :],
+            c_mask[None, :],
+            x_slope,
+            PROLOGUE,
+            X_ACTIVATION,
+        )
+        # Phase (r, s) meets this pixel of the window at the tap (th, tw) of its own 2x2, if at all.
+        th = dy - r
+        tw = dx - s
+        meets = column_mask & (th >= 0) & (th < 2) & (tw >= 0) & (tw < 2)
+        tap = (3 - 2 * th - r) * 4 + (3 - 2 * tw - s)
+        b = tl.load(
+            w + (c * (16 * CL))[:, None] + (tap * CL + channel)[None, :],
+            mask=c_mask[:, None] & meets[None, :],
+            other=0.0,
+        )
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+
+    pixel = (((n * H + 2 * p) * W + 2 * q) * CL)[:, None]
+    tiles = tl.num_programs(0) * 4
+    tile = row_tile * 4 + phase
+    count = store_tile(
+        acc,
+        out,
+        pixel + ((r * W + s) * CL + channel)[None, :],
+        row_mask,
+        channel,
+        column_mask,
+        bias,
+        out_aux,
+        out_coef + group * CL,
+        groups * CL,
+        slope,
+        partials,
+        (group * tiles + tile) * CL + channel,
+        groups * tiles * CL,
+        HAS_BIAS,
+        EPILOGUE,
+        ACTIVATION,
+    )
+    if EPILOGUE == "statistics":
+        four = tl.arange(0, 4)
+        tl.store(counts + group * tiles + row_tile * 4 + four, count + four * 0.0)
+
+
+@triton.jit
+def image_weight_gradient(
+    small,  # [N, P, Q, CS]
+    small_aux,
+    small_coef,  # [3, groups, CS] fp32
+    large,  # [N, H, W, CL]
+    large_aux,
+    large_coef,  # [3, groups, CL] fp32
+    out,  # [CS, 4, 4, CL], or fp32 [groups * SPLIT, like that]
+    groups,
+    images,  # N / groups
+    small_slope,
+    large_slope,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    CS: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    CL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PAD: tl.constexpr,
+    SMALL_PROLOGUE: tl.constexpr,
+    SMALL_ACTIVATION: tl.constexpr,
+    LARGE_PROLOGUE: tl.constexpr,
+    LARGE_ACTIVATION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid: (tiles of CS, groups * SPLIT); the second axis cuts the pixels of each group into SPLIT
+    ranges of whole blocks. All taps at once: the columns are 4 kernel rows of 16."""
+    s_tile = tl.program_id(0)
+    part = tl.program_id(1)
+    group = part // SPLIT
+    split = part % SPLIT
+    cs = s_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    cs_mask = cs < CS
+    k = tl.arange(0, 64)
+    kh = k // 16
+    j = k % 16
+    used = j < 4 * CL
+    pixels = images * (P * Q)
+    blocks = tl.cdiv(pixels, BLOCK_K)
+    share = tl.cdiv(blocks, SPLIT)
+
+    acc = tl.zeros((BLOCK_M, 64), dtype=tl.float32)
+    for block in range(split * share, min(split * share + share, blocks)):
+        m = block * BLOCK_K + tl.arange(0, BLOCK_K)
+        m_mask = m < pixels
+        q = m % Q
+        p = (m // Q) % P
+        n = (group * images + m // (P * Q)).to(tl.int64)
+        h = (p * STRIDE - PAD)[:, None] + kh[None, :]
+        v = (q * STRIDE - PAD)[:, None] + (j // CL)[None, :]
+        inside = m_mask[:, None] & used[None, :] & (h >= 0) & (h < H) & (v >= 0) & (v < W)
+        corner = ((n * H + (p * STRIDE - PAD)) * W + (q * STRIDE - PAD)) * CL
+        a = load_operand(
+            small,
+            small_aux,
+            small_coef + group * CS,
+            groups * CS,
+            (((n * P + p) * Q + q) * CS)[:, None] + cs[None, :],
+            m_mask[:, None] & cs_mask[None, :],
+            cs[None, :],
+            cs_mask[None, :],
+            small_slope,
+            SMALL_PROLOGUE,
+            SMALL_ACTIVATION,
+        )
+        b = load_operand(
+            large,
+            large_aux,
+            large_coef + group * CL,
+            groups * CL,
+            corner[:, None] + (kh * (W * CL) + j)[None, :],
+            inside,
+            (j % CL)[None, :],
+            used[None, :],
+            large_slope,
+            LARGE_PROLOGUE,
+            LARGE_ACTIVATION,
+        )
+        acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
+
+    offsets = (cs * (16 * CL)).to(tl.int64)[:, None] + (kh * (4 * CL) + j)[None, :]
+    offsets += part.to(tl.int64) * (CS * 16 * CL)
+    tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=cs_mask[:, None] & used[None, :])

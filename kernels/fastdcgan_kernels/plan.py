@@ -1,0 +1,254 @@
+"""Which implementation and which tile: policy, and no kernels; imports no Triton.
+
+A choice is one of
+    materialised  our GEMM; activations and gradients through the norm are passes of their own
+    prologue      our GEMM, which normalises and activates its operands as it loads them
+    vendor        PyTorch's convolution, with our statistics, normalise, activate and backward
+    reference     plain PyTorch
+None of the defaults below was timed on a GPU: they are predictions. tuner.py measures on the
+user's device, and what it stored is taken before any default.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+
+from fastdcgan_kernels.geometry import Geometry, Tile, cdiv
+
+How = Literal["materialised", "prologue", "vendor", "reference"]
+MODES = ("auto", "reference", "triton")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A kind of device: what the compiler is told, and what a tile must fit."""
+
+    name: str
+    backend: str  # "cuda", "hip", or "cpu" for the interpreter
+    arch: int | str
+    warp_size: int
+    shared_bytes: int  # most that one program may have
+    multiprocessors: int
+    descriptors: bool  # loads by tensor descriptor (TMA)
+
+
+# Shared memory of a block: CUDA C++ Programming Guide, table "Technical Specifications per Compute
+# Capability" (maximum per block, opt-in); LDS of a work-group: AMD's CDNA3 and CDNA4 ISA guides.
+# Multiprocessors: of A100, L40S, H100 SXM, B200, RTX 5090, MI300X, MI355X, by their data sheets.
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("sm_80", "cuda", 80, 32, 166_912, 108, False),
+        Target("sm_89", "cuda", 89, 32, 101_376, 142, False),
+        Target("sm_90", "cuda", 90, 32, 232_448, 132, True),
+        Target("sm_100", "cuda", 100, 32, 232_448, 148, True),
+        Target("sm_120", "cuda", 120, 32, 101_376, 170, True),
+        Target("gfx942", "hip", "gfx942", 64, 65_536, 304, False),
+        Target("gfx950", "hip", "gfx950", 64, 163_840, 256, False),
+    )
+}
+INTERPRETER = Target("interpreter", "cpu", "interpreter", 1, 1 << 40, 1, False)
+
+_assumed: list[Target] = []
+_overrides: list[How] = []
+
+
+@dataclass(frozen=True)
+class Task:
+    """One kernel's work: op is "down", "up" or "weight_gradient", or image_ and that."""
+
+    op: str
+    geometry: Geometry
+    dtype: torch.dtype
+    prologue: str  # "none": operands are loaded as they are
+    epilogue: str
+    groups: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """One layer on one batch, for the choice among implementations."""
+
+    kind: str  # "down" or "up"
+    geometry: Geometry
+    dtype: torch.dtype
+    norm: bool
+    groups: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`how` is one of the module's four words; `measured`: by the tuner, on this device."""
+
+    how: How
+    measured: bool = False
+
+
+@torch.compiler.assume_constant_result
+def mode() -> str:
+    """FASTDCGAN_IMPL: "auto" (default), "reference" or "triton".
+
+    Raises:
+        ValueError: for anything else.
+    """
+    given = os.environ.get("FASTDCGAN_IMPL", "auto")
+    if given not in MODES:
+        raise ValueError(f"FASTDCGAN_IMPL={given!r} was given; give one of {', '.join(MODES)}")
+    return given
+
+
+@torch.compiler.assume_constant_result
+def target_of(device: torch.device) -> Target | None:
+    """What kernels on this device are made for; None where none run."""
+    if device.type == "meta":
+        return _assumed[-1] if _assumed else None
+    if device.type == "cpu":
+        return INTERPRETER if os.environ.get("TRITON_INTERPRET") == "1" else None
+    if device.type == "cuda":
+        return _cuda_target(torch.cuda.current_device() if device.index is None else device.index)
+    return None
+
+
+@functools.cache
+def _cuda_target(index: int) -> Target | None:
+    """The known target at or below this device's capability, with the device's own figures."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return None
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        known = TARGETS.get(properties.gcnArchName.split(":")[0])
+        return known and replace(known, multiprocessors=properties.multi_processor_count)
+    capability = 10 * properties.major + properties.minor
+    below = [
+        target
+        for target in TARGETS.values()
+        if target.backend == "cuda" and int(target.arch) // 10 == capability // 10
+        and int(target.arch) <= capability
+    ]  # fmt: skip
+    if not below:
+        return None
+    known = max(below, key=lambda target: int(target.arch))
+    shared = getattr(properties, "shared_memory_per_block_optin", known.shared_bytes)
+    return replace(
+        known,
+        shared_bytes=min(known.shared_bytes, shared),
+        multiprocessors=properties.multi_processor_count,
+    )
+
+
+@contextlib.contextmanager
+def assume(target: Target) -> Iterator[None]:
+    """Inside, tensors on the meta device are taken to be on this target."""
+    _assumed.append(target)
+    try:
+        yield
+    finally:
+        _assumed.pop()
+
+
+@contextlib.contextmanager
+def override(how: How) -> Iterator[None]:
+    """Inside, every block runs like this."""
+    if how not in get_args(How):
+        raise ValueError(f"how={how!r} was given; give one of {', '.join(get_args(How))}")
+    _overrides.append(how)
+    try:
+        yield
+    finally:
+        _overrides.pop()
+
+
+def bucket(n: int) -> int:
+    """The power of two at or above n: batches of 65 to 128 share one decision."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _bucketed(geometry: Geometry) -> Geometry:
+    return replace(geometry, N=bucket(geometry.N))
+
+
+def choose(block: Block, target: Target) -> Choice:
+    """How this block runs here. Unmeasured default: our GEMM with materialised activations, which
+    keeps loads free of arithmetic that 16 taps would repeat."""
+    if _overrides:
+        return Choice(_overrides[-1])
+    from fastdcgan_kernels import tuner
+
+    stored = tuner.stored_choice(replace(block, geometry=_bucketed(block.geometry)), target)
+    return Choice(stored, measured=True) if stored else Choice("materialised")
+
+
+def tile_for(task: Task, target: Target) -> Tile:
+    """The tile of this task: a measured one, else the heuristic's."""
+    from fastdcgan_kernels import tuner
+
+    task = replace(task, geometry=_bucketed(task.geometry))
+    return tuner.stored_tile(task, target) or _heuristic(task, target)
+
+
+def _power(n: int, least: int, most: int) -> int:
+    """The smallest power of two that covers n, within bounds."""
+    return max(least, min(most, bucket(n)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _heuristic(task: Task, target: Target) -> Tile:
+    """Large tiles while there are programs for every multiprocessor and room for their operands;
+    then smaller ones, then parts of the sum. Start: 128 x 128 x 64 with 8 warps and 3 stages, which
+    compiles without spills for all GEMMs here (inspect.py)."""
+    g, op = task.geometry, task.op.removeprefix("image_")
+    image = task.op.startswith("image_")
+    size = torch.empty(0, dtype=task.dtype).element_size()
+    pixels = g.N // task.groups * g.P * g.Q
+    if op == "weight_gradient":
+        m, n, k, copies = g.CS, (64 if image else g.CL), pixels, (1 if image else 16)
+    elif op == "down":
+        m, n, k, copies = pixels, g.CS, (64 if image else 16 * g.CL), 1
+    else:
+        m, n = pixels, 16 if image else g.CL
+        k = 9 * g.CS if image else (4 if g.stride > 1 else 1) * g.CS
+        copies = 1 if image else g.phases
+    if target.name == "interpreter":
+        return Tile(_power(m, 16, 128), _power(n, 16, 128), _power(k, 16, 128), warps=1, stages=1)
+    depth_of = {"weight_gradient": k, "down": g.CL, "up": g.CS}[op]
+    rows, columns = _power(m, 16, 128), _power(n, 16, 128)
+    depth = _power(depth_of, 16, 128 // size)
+    if target.name == "sm_100" and not image:
+        rows = max(rows, 64)  # the least that its matrix instruction takes
+
+    def programs(rows: int, columns: int) -> int:
+        return cdiv(m, rows) * cdiv(n, columns) * copies * task.groups
+
+    while programs(rows, columns) < target.multiprocessors and max(rows, columns) > 64:
+        rows, columns = (rows // 2, columns) if rows >= columns else (rows, columns // 2)
+    steps = cdiv(k, depth)
+    split = 1
+    if not (image and op != "weight_gradient"):
+        while split < 32 and programs(rows, columns) * split < target.multiprocessors:
+            if steps // (2 * split) < 4:
+                break
+            split *= 2
+    stages = 2 if task.prologue != "none" or task.epilogue == "gradient" else 3
+    operands = 2 if task.prologue != "none" else 1
+
+    def shared(stages: int, depth: int) -> int:
+        return stages * operands * (rows + columns) * depth * size
+
+    while shared(stages, depth) > target.shared_bytes * 3 // 4:
+        if stages > 2:
+            stages -= 1
+        elif depth > 16:
+            depth //= 2
+        else:
+            break
+    warps = 8 if rows * columns >= 128 * 128 else 4
+    return Tile(rows, columns, depth, split, warps, stages)

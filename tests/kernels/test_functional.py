@@ -1,0 +1,413 @@
+"""The public ops through the kernels (in the interpreter) against plain PyTorch in float64: every
+kind of layer, gradients, autocast, compile, double backward, groups, deferral, and the edges."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastdcgan_kernels as fk
+from fastdcgan_kernels import functional, plan, reference
+from fastdcgan_kernels.ops import ops
+
+CL = torch.channels_last
+# (transposed, stride, x's shape, weight's shape): the four kinds, and the two three-channel ends.
+LAYERS = {
+    "down": (False, 2, (3, 6, 8, 4), (5, 6, 4, 4)),
+    "up": (True, 2, (3, 6, 4, 2), (6, 5, 4, 4)),
+    "collapse": (False, 1, (3, 6, 4, 4), (2, 6, 4, 4)),
+    "project": (True, 1, (3, 7, 1, 1), (7, 5, 4, 4)),
+    "image_down": (False, 2, (3, 3, 8, 4), (5, 3, 4, 4)),
+    "image_up": (True, 2, (3, 6, 4, 2), (6, 3, 4, 4)),
+}
+ACTIVATIONS = ["relu", "leaky_relu", "tanh", "none"]
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    """Everything here runs the kernels, or raises."""
+    monkeypatch.setenv("FASTDCGAN_IMPL", "triton")
+
+
+@pytest.fixture(params=["materialised", "prologue", "vendor"])
+def how(request):
+    with plan.override(request.param):
+        yield request.param
+
+
+def leaves(*shapes, dtype=torch.float32, seed=0):
+    """Tensors with gradients, the same values for each dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        None
+        if shape is None
+        else torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+        for shape in shapes
+    ]
+
+
+def wide(tensors):
+    """float64 twins."""
+    return [None if t is None else t.detach().double().requires_grad_() for t in tensors]
+
+
+def close(ours, theirs, rms=2e-6, most=2e-5):
+    """Relative RMS and maximum error against float64; fp32 sums of a few hundred terms."""
+    assert ours.shape == theirs.shape
+    apart, size = (ours.double() - theirs).detach(), theirs.detach().square().mean().sqrt()
+    floor = size + 1e-12
+    assert apart.square().mean().sqrt() <= rms * floor, apart.square().mean().sqrt() / floor
+    assert apart.abs().max() <= most * floor, apart.abs().max() / floor
+
+
+def channels(weight, transposed):
+    return weight[1] if transposed else weight[0]
+
+
+def run_bn(op, tensors, buffers, stride, **more):
+    options = dict(
+        stride=stride, padding=stride - 1, training=True, momentum=0.3, eps=1e-4,
+        activation="leaky_relu", slope=0.2,
+    )  # fmt: skip
+    return op(*tensors, *buffers, **{**options, **more})
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_blocks_with_norm_and_their_gradients(layer, activation, how):
+    transposed, stride, x, weight = LAYERS[layer]
+    c = channels(weight, transposed)
+    tensors = leaves(x, weight, None, (c,), (c,))
+    twins = wide(tensors)
+    buffers, twin_buffers = [[torch.zeros(c, dtype=d), torch.ones(c, dtype=d)]
+                             for d in (torch.float32, torch.float64)]  # fmt: skip
+    name = "conv_transpose_bn_act" if transposed else "conv_bn_act"
+    out = run_bn(getattr(functional, name), tensors, buffers, stride, activation=activation)
+    expected = run_bn(
+        getattr(reference, name), twins, twin_buffers, stride, activation=activation
+    )
+    close(out, expected)
+    assert out.is_contiguous(memory_format=CL)
+    for mine, theirs in zip(buffers, twin_buffers, strict=True):
+        close(mine, theirs, 1e-5, 1e-4)  # a mean is small beside what it is the mean of
+    upstream = torch.randn(out.shape)
+    out.backward(upstream)
+    expected.backward(upstream.double())
+    for mine, theirs in zip(tensors, twins, strict=True):
+        if mine is not None:
+            close(mine.grad, theirs.grad, 4e-6, 4e-5)  # a gradient through two more sums
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_blocks_without_norm_and_their_gradients(layer, activation, how):
+    transposed, stride, x, weight = LAYERS[layer]
+    tensors = leaves(x, weight, (channels(weight, transposed),))
+    twins = wide(tensors)
+    name = "conv_transpose_act" if transposed else "conv_act"
+    options = dict(stride=stride, padding=stride - 1, activation=activation, slope=0.2)
+    out = getattr(functional, name)(*tensors, **options)
+    expected = getattr(reference, name)(*twins, **options)
+    close(out, expected)
+    upstream = torch.randn(out.shape)
+    out.backward(upstream)
+    expected.backward(upstream.double())
+    for mine, theirs in zip(tensors, twins, strict=True):
+        close(mine.grad, theirs.grad, 4e-6, 4e-5)
+
+
+def chain(op, x, weights, norms, **options):
+    """Three blocks up; the first two may leave their activation to the next."""
+    defer = options.pop("defer", False)
+    for weight, (gamma, beta) in zip(weights, norms, strict=True):
+        more = {"defer": defer and weight is not weights[-1]} if op is not None else {}
+        call = op or reference.conv_transpose_bn_act
+        x = call(
+            x, weight, None, gamma, beta, None, None, stride=2, padding=1, training=True,
+            momentum=0.1, eps=1e-5, activation="relu", **more, **options,
+        )  # fmt: skip
+    return x
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_chain_that_defers_its_activations_is_the_chain(groups, how):
+    """The next block normalises and activates as it loads; its backward sums for this one's."""
+    shapes = [(4, 5, 2, 3), (5, 6, 4, 4), (6, 4, 4, 4), (4, 3, 4, 4)]
+    tensors = leaves(*shapes, *[(6,), (6,), (4,), (4,), (3,), (3,)])
+    twins = wide(tensors)
+    results = []
+    for (x, *rest), op in ((tensors, fk.conv_transpose_bn_act), (twins, None)):
+        weights, norms = rest[:3], list(zip(rest[3::2], rest[4::2], strict=True))
+        if op is not None:
+            out = chain(op, x, weights, norms, defer=True, stat_groups=groups)
+        else:
+            out = torch.cat([chain(op, part, weights, norms) for part in x.chunk(groups)])
+        results.append(out)
+    close(*results, 4e-6, 4e-5)
+    upstream = torch.randn(results[0].shape)
+    results[0].backward(upstream)
+    results[1].backward(upstream.double())
+    for mine, theirs in zip(tensors, twins, strict=True):
+        close(mine.grad, theirs.grad, 1e-5, 1e-4)  # three blocks of fp32 sums
+
+
+def test_two_batches_in_one_launch_move_the_buffers_one_after_the_other():
+    x, weight, gamma, beta = leaves((6, 3, 8, 8), (5, 3, 4, 4), (5,), (5,))
+    own, theirs = [[torch.zeros(5), torch.ones(5)] for _ in range(2)]
+    run_bn(fk.conv_bn_act, (x, weight, None, gamma, beta), own, 2, stat_groups=2)
+    norm = nn.BatchNorm2d(5, momentum=0.3)
+    for part in x.chunk(2):
+        norm(F.conv2d(part, weight, None, 2, 1))
+    torch.testing.assert_close(own[0], norm.running_mean)
+    torch.testing.assert_close(own[1], norm.running_var)
+    with pytest.raises(ValueError, match="stat_groups=4 does not divide a batch of 6"):
+        run_bn(fk.conv_bn_act, (x, weight, None, gamma, beta), theirs, 2, stat_groups=4)
+
+
+def test_running_var_is_unbiased_and_the_normalisation_biased():
+    """4 values a channel, where n / (n - 1) is far from 1."""
+    x, weight = leaves((1, 2, 4, 4), (3, 2, 4, 4))
+    mean, var = torch.zeros(3), torch.zeros(3)
+    out = run_bn(
+        fk.conv_bn_act, (x, weight, None, None, None), (mean, var), 2, momentum=1.0,
+        activation="none", eps=0.0,
+    )  # fmt: skip
+    y = F.conv2d(x, weight, None, 2, 1)
+    torch.testing.assert_close(var, y.var((0, 2, 3), correction=1))
+    torch.testing.assert_close(out.var((0, 2, 3), correction=0), torch.ones(3))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_evaluation_folds_the_norm_and_is_differentiable(transposed):
+    x, weight, bias, gamma, beta = leaves((2, 4, 4, 4), (4, 4, 4, 4), (4,), (4,), (4,))
+    tensors = [x, weight, bias, gamma, beta]
+    twins = wide(tensors)
+    buffers = [torch.randn(4), torch.rand(4) + 0.5]
+    name = "conv_transpose_bn_act" if transposed else "conv_bn_act"
+    out = run_bn(getattr(fk, name), tensors, buffers, 2, training=False)
+    expected = run_bn(
+        getattr(reference, name), twins, [b.double() for b in buffers], 2, training=False
+    )
+    close(out, expected)
+    out.square().sum().backward()
+    expected.square().sum().backward()
+    for mine, theirs in zip(tensors, twins, strict=True):
+        close(mine.grad, theirs.grad, 4e-6, 4e-5)
+
+
+def test_one_value_a_channel_is_refused_in_training():
+    x, weight = leaves((1, 2, 4, 4), (3, 2, 4, 4))
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        run_bn(fk.conv_bn_act, (x, weight, None, None, None), (None, None), 1)
+
+
+@pytest.mark.parametrize("needs", [(True, False), (False, True)])
+def test_only_what_is_needed_is_computed(needs, monkeypatch):
+    """No weight gradient of a frozen net, no input gradient of a first layer."""
+    from fastdcgan_kernels import blocks
+
+    calls = []
+    for name in ("_convolve", "_weight_gradient_of"):
+        whole = getattr(blocks, name)
+        monkeypatch.setattr(
+            blocks, name, lambda *a, _n=name, _w=whole, **k: calls.append(_n) or _w(*a, **k)
+        )
+    x, weight, gamma, beta = leaves((2, 5, 4, 4), (6, 5, 4, 4), (6,), (6,))
+    x.requires_grad_(needs[0])
+    weight.requires_grad_(needs[1])
+    out = run_bn(fk.conv_bn_act, (x, weight, None, gamma, beta), (None, None), 2)
+    calls.clear()
+    out.sum().backward()
+    assert calls == (["_convolve"] if needs[0] else ["_weight_gradient_of"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_takes_its_own_dtype_and_leaves_gradients_in_the_parameters(dtype):
+    tensors = leaves((4, 32, 8, 8), (32, 32, 4, 4), None, (32,), (32,))
+    twins = wide(tensors)
+    rivals = [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
+    out = {}
+    with torch.autocast("cpu", dtype=dtype):
+        out["ours"] = run_bn(fk.conv_bn_act, tensors, (None, None), 2)
+        out["theirs"] = run_bn(reference.conv_bn_act, rivals, (None, None), 2)
+    out["exact"] = run_bn(reference.conv_bn_act, twins, (None, None), 2)
+    assert out["ours"].dtype == dtype
+    upstream = torch.randn(out["ours"].shape)
+    for value in out.values():
+        value.backward(upstream.to(value.dtype))
+    for ours, theirs, exact in zip(
+        [out["ours"], *(t.grad for t in tensors if t is not None)],
+        [out["theirs"], *(t.grad for t in rivals if t is not None)],
+        [out["exact"], *(t.grad for t in twins if t is not None)],
+        strict=True,
+    ):
+        error, rival = ((v.double() - exact).square().mean().sqrt() for v in (ours, theirs))
+        assert error <= 1.5 * rival, (error / rival).item()
+    for tensor in tensors[1:]:
+        assert tensor is None or tensor.grad.dtype == torch.float32
+
+
+def test_penalties_on_the_gradient_are_plain_pytorchs():
+    """R1 and WGAN-GP: the gradient of a function of the gradient, all the way to the weights."""
+    for kind in ("r1", "gp"):
+        found = []
+        tensors = leaves((3, 3, 8, 8), (6, 3, 4, 4), (4, 6, 4, 4), (4,), (4,))
+        for own, op in ((tensors, functional), (wide(tensors), reference)):
+            x, first, second, gamma, beta = own
+            h = op.conv_act(x, first, stride=2, padding=1, activation="leaky_relu", slope=0.2)
+            h = run_bn(op.conv_bn_act, (h, second, None, gamma, beta), (None, None), 2)
+            (gx,) = torch.autograd.grad(h.sigmoid().sum(), x, create_graph=True)
+            norm = gx.square().sum((1, 2, 3))
+            (norm.mean() if kind == "r1" else (norm.sqrt() - 1).square().mean()).backward()
+            found.append([t.grad for t in (first, second, gamma)])
+        for mine, theirs in zip(*found, strict=True):
+            close(mine, theirs, 1e-5, 1e-4)  # fp32 through two backward passes
+
+
+def test_second_gradients_of_the_reference_pieces():
+    x, coef, weight, gamma, beta = (
+        t.detach().double().requires_grad_()
+        for t in leaves((3, 2, 4, 4), (3, 1, 2), (3, 2, 4, 4), (3,), (3,))
+    )
+
+    def pieces(x, coef, weight, gamma, beta):
+        y, c, _ = reference.conv_bn(
+            x, coef, weight, None, gamma, beta, False, 2, 1, 1e-3, "tanh", 0.0, ""
+        )
+        return reference.activate(y, c, "tanh", 0.0)
+
+    assert torch.autograd.gradcheck(pieces, (x, coef, weight, gamma, beta))
+    assert torch.autograd.gradgradcheck(pieces, (x, coef, weight, gamma, beta))
+
+
+OPCHECK = {
+    "conv_bn": (
+        ops.conv_bn,
+        lambda: (
+            *leaves((4, 5, 4, 4), (3, 2, 5), (6, 5, 4, 4), None, (6,), (6,)),
+            False, 2, 2, 1e-5, "relu", 0.0, "",
+        ),
+    ),
+    "conv_act": (
+        ops.conv_act,
+        lambda: (*leaves((2, 5, 4, 4), None, (5, 3, 4, 4), (3,)), True, 2, "none", 0.0, "tanh", 0.0),
+    ),
+    "activate": (ops.activate, lambda: (*leaves((4, 5, 4, 4), (3, 2, 5)), "leaky_relu", 0.2)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPCHECK)
+def test_opcheck(name):
+    op, arguments = OPCHECK[name]
+    torch.library.opcheck(op.default, arguments())
+
+
+def small_net(x, weights, norm, op):
+    h = op.conv_act(x, weights[0], stride=2, padding=1, activation="leaky_relu", slope=0.2)
+    return run_bn(op.conv_bn_act, (h, weights[1], None, *norm), (None, None), 2)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_takes_the_blocks_whole(backend):
+    tensors = leaves((2, 3, 8, 8), (5, 3, 4, 4), (6, 5, 4, 4), (6,), (6,))
+    twins = wide(tensors)
+
+    def step(x, first, second, gamma, beta):
+        return small_net(x, (first, second), (gamma, beta), functional)
+
+    out = torch.compile(step, backend=backend, fullgraph=True)(*tensors)
+    x, first, second, gamma, beta = twins
+    expected = small_net(x, (first, second), (gamma, beta), reference)
+    close(out, expected)
+    out.square().sum().backward()
+    expected.square().sum().backward()
+    for mine, theirs in zip(tensors, twins, strict=True):
+        close(mine.grad, theirs.grad, 4e-6, 4e-5)
+
+
+def test_fakes_run_forward_and_backward_on_the_meta_device():
+    tensors = [t.detach().to("meta").requires_grad_()
+               for t in leaves((2, 3, 8, 8), (5, 3, 4, 4), (6, 5, 4, 4), (6,), (6,))]  # fmt: skip
+    x, first, second, gamma, beta = tensors
+    out = small_net(x, (first, second), (gamma, beta), functional)
+    assert out.shape == (2, 6, 2, 2)
+    assert out.is_contiguous(memory_format=CL)
+    out.sum().backward()
+    assert [t.grad.shape for t in tensors] == [t.shape for t in tensors]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda x: x.contiguous(),
+        lambda x: x.to(memory_format=CL),
+        lambda x: torch.cat([x, x], 1)[:, ::2],
+        lambda x: x[:1].expand(3, -1, -1, -1),
+        lambda x: x.transpose(2, 3),
+    ],
+    ids=["nchw", "channels_last", "sliced", "expanded", "transposed"],
+)
+def test_strides_of_input_and_gradient_do_not_matter(given):
+    (x,) = leaves((3, 6, 4, 4))
+    (weight,) = leaves((5, 6, 4, 4), seed=1)
+    x = given(x.detach()).requires_grad_()
+    out = fk.conv_act(x, weight, stride=2, padding=1, activation="relu")
+    x64, w64 = wide([x, weight])
+    expected = F.conv2d(x64, w64, None, 2, 1).relu()
+    close(out, expected)
+    out.sum().backward()  # an upstream gradient of stride 0
+    expected.sum().backward()
+    close(x.grad, x64.grad, 4e-6, 4e-5)
+    close(weight.grad, w64.grad, 4e-6, 4e-5)
+
+
+def test_a_float32_weight_meets_a_16_bit_input():
+    x, weight, bias = leaves((2, 6, 4, 4), (5, 6, 4, 4), (5,))
+    half = x.detach().bfloat16().requires_grad_()
+    out = fk.conv_act(half, weight, bias, stride=2, padding=1, activation="none")
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    assert (half.grad.dtype, weight.grad.dtype, bias.grad.dtype) == (
+        torch.bfloat16, torch.float32, torch.float32,
+    )  # fmt: skip
+
+
+UNSUPPORTED = {
+    "kernels are 4x4": ((2, 3, 8, 8), (5, 3, 3, 3), 2, 1, torch.float32),
+    "stride 1 with padding 1": ((2, 3, 8, 8), (5, 3, 4, 4), 1, 1, torch.float32),
+    "sides must be even": ((2, 3, 7, 8), (5, 3, 4, 4), 2, 1, torch.float32),
+    "4x4 pixels": ((2, 3, 5, 5), (5, 3, 4, 4), 1, 0, torch.float32),
+    "torch.float64": ((2, 3, 8, 8), (5, 3, 4, 4), 2, 1, torch.float64),
+}
+
+
+@pytest.mark.parametrize("why", UNSUPPORTED)
+def test_what_no_kernel_takes_goes_to_plain_pytorch_or_raises(why, monkeypatch):
+    x, weight, stride, padding, dtype = UNSUPPORTED[why]
+    x, weight = leaves(x, weight, dtype=dtype)
+    options = dict(stride=stride, padding=padding, activation="relu")
+    with pytest.raises(ValueError, match=f"FASTDCGAN_IMPL=triton.*{why}"):
+        fk.conv_act(x, weight, **options)
+    for mode in ("auto", "reference"):
+        monkeypatch.setenv("FASTDCGAN_IMPL", mode)
+        out = fk.conv_act(x, weight, **options)
+        torch.testing.assert_close(out, F.conv2d(x, weight, None, stride, padding).relu())
+
+
+def test_the_same_bits_twice():
+    found = []
+    for _ in range(2):
+        tensors = leaves((4, 9, 8, 8), (7, 9, 4, 4), None, (7,), (7,))
+        out = run_bn(fk.conv_bn_act, tensors, (None, None), 2)
+        out.square().sum().backward()
+        found.append([out, *(t.grad for t in tensors if t is not None)])
+    for first, second in zip(*found, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_nan_stays_nan():
+    x, weight = leaves((1, 3, 4, 4), (2, 3, 4, 4))
+    x.data[0, 0, 0, 0] = float("nan")
+    for activation in ACTIVATIONS:
+        out = fk.conv_act(x, weight, stride=2, padding=1, activation=activation, slope=0.2)
+        assert out[0, :, 0, 0].isnan().all(), activation
