@@ -9,12 +9,19 @@ from fastdcgan_kernels.functional import (
     conv_transpose_bn_act,
     materialise,
 )
+from fastdcgan_kernels.fuse import Finding, findings, fuse, unfuse
+from fastdcgan_kernels.modules import ConvBlock
 
 __all__ = [
+    "ConvBlock",
     "Deferred",
+    "Finding",
     "conv_act",
     "conv_bn_act",
     "conv_transpose_act",
     "conv_transpose_bn_act",
+    "findings",
+    "fuse",
     "materialise",
+    "unfuse",
 ]

@@ -173,7 +173,7 @@ def _by_reference(
         outs = outs if isinstance(outs, tuple) else (outs,)
         pairs = [
             (out, grad)
-            for out, grad in zip(outs, grads, strict=True)
+            for out, grad in zip(outs, grads, strict=False)  # stats have none
             if grad is not None and out.requires_grad
         ]
         found = iter(

@@ -1,0 +1,150 @@
+"""The fused block as a module of real children, and how such children are run as one block. Not
+here: how they are found in a user's model (fuse.py)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastdcgan_kernels import functional
+from fastdcgan_kernels.functional import Deferred, Input
+
+Convolution = nn.Conv2d | nn.ConvTranspose2d
+Norm = nn.BatchNorm2d | nn.SyncBatchNorm
+
+
+class ConvBlock(nn.Module):
+    """Convolution, BatchNorm and activation as one block.
+
+    The parts stay what they are, so the state_dict has their keys: conv.weight, norm.weight, ...
+    As `nn.Sequential(conv, norm, activation)` in every respect, nn.BatchNorm2d's momentum=None,
+    affine=False, track_running_stats=False and evaluation included. Evaluation folds the norm into
+    the weight, anew at every call.
+
+    Args:
+        conv: nn.Conv2d or nn.ConvTranspose2d, 4x4 with stride 2 and padding 1, or stride 1 and
+            padding 0. Input and output are (N, C, H, W), the output channels_last.
+        norm: nn.BatchNorm2d or nn.SyncBatchNorm of conv's output channels. Default None.
+        activation: nn.ReLU, nn.LeakyReLU, nn.Tanh. Default None.
+
+    Raises:
+        ValueError: for a part that no fused block has.
+    """
+
+    def __init__(
+        self, conv: Convolution, norm: Norm | None = None, activation: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        why = why_not_conv(conv)
+        if not why and norm is not None and norm.num_features != conv.out_channels:
+            why = f"the norm has {norm.num_features} features"
+        if not why and activation is not None and activation_of(activation) is None:
+            why = f"{type(activation).__name__} is not ReLU, LeakyReLU or Tanh"
+        if why:
+            raise ValueError(f"no fused block of {conv}: {why}; use nn.Sequential")
+        self.conv = conv
+        self.norm = norm
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block's output, (N, C, P, Q) channels_last."""
+        return functional.materialise(run_block(self.conv, self.norm, self.activation, x))
+
+
+def activation_of(module: nn.Module | None) -> tuple[Any, float] | None:
+    """(name, slope) of an activation that blocks have; None for any other module."""
+    if module is None:
+        return "none", 0.0
+    if type(module).forward is nn.ReLU.forward:
+        return "relu", 0.0
+    if type(module).forward is nn.LeakyReLU.forward and module.negative_slope >= 0:
+        return "leaky_relu", float(module.negative_slope)
+    return ("tanh", 0.0) if type(module).forward is nn.Tanh.forward else None
+
+
+def why_not_conv(conv: Convolution) -> str:
+    """Why no fused block has this convolution; "" if one has."""
+    if tuple(conv.kernel_size) != (4, 4):
+        return f"its kernel is {'x'.join(map(str, conv.kernel_size))}, blocks have 4x4"
+    if (tuple(conv.stride), conv.padding) not in (((2, 2), (1, 1)), ((1, 1), (0, 0))):
+        return f"stride {conv.stride} with padding {conv.padding}; blocks have 2 with 1, 1 with 0"
+    if tuple(conv.dilation) != (1, 1) or conv.groups != 1 or conv.padding_mode != "zeros":
+        return "dilation, groups and padding modes are not in any block"
+    if isinstance(conv, nn.ConvTranspose2d) and tuple(conv.output_padding) != (0, 0):
+        return f"output_padding {conv.output_padding} is not in any block"
+    return ""
+
+
+def run_block(
+    conv: Convolution, norm: Norm | None, activation: nn.Module | None, x: Input
+) -> Input:
+    """What the modules compute one after the other; `Deferred` where the norm's block left its
+    activation to whoever takes the result."""
+    found = activation_of(activation)
+    assert found is not None
+    name, slope = found
+    up = isinstance(conv, nn.ConvTranspose2d)
+    stride, padding = conv.stride[0], int(conv.padding[0])
+    if norm is None:
+        plain = functional.conv_transpose_act if up else functional.conv_act
+        return plain(
+            x, conv.weight, conv.bias, stride=stride, padding=padding, activation=name, slope=slope
+        )
+    # As nn.BatchNorm2d.forward; the count stays on its device.
+    momentum: float | Tensor = 0.0 if norm.momentum is None else norm.momentum
+    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:
+            momentum = 1.0 / norm.num_batches_tracked.float()
+    moving = not norm.training or norm.track_running_stats
+    op = functional.conv_transpose_bn_act if up else functional.conv_bn_act
+    result: Tensor | Deferred = op(
+        x,
+        conv.weight,
+        conv.bias,
+        norm.weight,
+        norm.bias,
+        norm.running_mean if moving else None,
+        norm.running_var if moving else None,
+        stride=stride,
+        padding=padding,
+        training=norm.training or (norm.running_mean is None and norm.running_var is None),
+        momentum=momentum,
+        eps=norm.eps,
+        activation=name,
+        slope=slope,
+        sync=_process_group(norm),
+        defer=True,
+    )
+    return result
+
+
+def _process_group(norm: Norm) -> str:
+    """Name of the processes whose batches are normalised as one; "" for this one alone."""
+    if not (isinstance(norm, nn.SyncBatchNorm) and norm.training and dist.is_initialized()):
+        return ""
+    group = norm.process_group or dist.group.WORLD
+    assert group is not None
+    return str(group.group_name) if dist.get_world_size(group) > 1 else ""
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody watches this module being called, or changed how it is called."""
+    own = (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+    everywhere = torch.nn.modules.module
+    return bool(
+        own
+        or everywhere._global_forward_hooks
+        or everywhere._global_forward_pre_hooks
+        or everywhere._global_backward_hooks
+        or everywhere._global_backward_pre_hooks
+    )
