@@ -9,6 +9,8 @@ loads. Nothing else is kept for the backward pass.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,14 +30,15 @@ def _is_image(geometry: Geometry) -> bool:
 
 def _precision(dtype: torch.dtype) -> str:
     """How tl.dot multiplies fp32: as PyTorch's convolutions are told to."""
-    cudnn = torch.backends.cudnn
-    settings = (cudnn.conv.fp32_precision, cudnn.fp32_precision, torch.backends.fp32_precision)
+    backends: Any = torch.backends
+    cudnn = backends.cudnn
+    settings = (cudnn.conv.fp32_precision, cudnn.fp32_precision, backends.fp32_precision)
     chosen = next((setting for setting in settings if setting != "none"), "ieee")
     return "tf32" if dtype == torch.float32 and chosen == "tf32" else "ieee"
 
 
 def _target(device: torch.device) -> plan.Target:
-    target = plan.target_of(device)
+    target: plan.Target | None = plan.target_of(device)
     assert target is not None, f"no kernels for {device}"
     return target
 
@@ -267,7 +270,7 @@ def _convolution_backward(
         gx, gw = _vendor_gradients(dy.value, values, w, geometry, up, (need_x, need_weight))
         if gw is not None:
             gw = gw.to(weight.dtype)
-        if gx is not None and x_coef is not None:
+        if gx is not None and source.coef is not None:
             gx = gx.contiguous(memory_format=CHANNELS_LAST)
             gx, partials = normalisation.activation_gradient(
                 gx, source.value, source.coef, x_activation, x_slope, groups
@@ -281,6 +284,8 @@ def _convolution_backward(
             "gradient", aux=source.value, coef=source.coef, activation=x_activation, slope=x_slope
         )
         result = _convolve(dy, w, geometry, not up, epilogue, groups)
+        assert result.partials is not None
+        assert source.coef is not None
         gx, gx_coef = result.value, normalisation.finalize_gradient(result.partials, source.coef)
     if need_weight:
         gw = _weight_gradient_of(source, dy, geometry, up, weight.dtype, groups)

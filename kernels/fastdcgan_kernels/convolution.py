@@ -147,9 +147,7 @@ def gather(
     return result if whole else reduce(store, out, epilogue, groups)
 
 
-def reduce(
-    parts: Tensor, out: Tensor, epilogue: Epilogue = Epilogue(), groups: int = 1
-) -> Result:
+def reduce(parts: Tensor, out: Tensor, epilogue: Epilogue = Epilogue(), groups: int = 1) -> Result:
     """Sum fp32 parts [splits, out.numel()] in their order, then the epilogue, into `out`, whose
     memory is rows of `channels`; the rows of a group are together."""
     channels = out.shape[1]

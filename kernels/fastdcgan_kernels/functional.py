@@ -149,7 +149,8 @@ def materialise(x: Input) -> Tensor:
     """The output that a `Deferred` stands for; a tensor as it is."""
     if isinstance(x, Tensor):
         return x
-    return ops.activate(x.y, x.coef, x.activation, x.slope)
+    out: Tensor = ops.activate(x.y, x.coef, x.activation, x.slope)
+    return out
 
 
 def defers(x: Input, weight: Tensor, stride: int, padding: int, transposed: bool) -> bool:
@@ -281,4 +282,7 @@ def _plain(
             activation=activation, slope=slope,
         )  # fmt: skip
     y, coef, x_activation, x_slope = x if isinstance(x, Deferred) else (x, None, "none", 0.0)
-    return ops.conv_act(y, coef, weight, bias, up, stride, x_activation, x_slope, activation, slope)
+    out: Tensor = ops.conv_act(
+        y, coef, weight, bias, up, stride, x_activation, x_slope, activation, slope
+    )
+    return out

@@ -29,9 +29,7 @@ class Launch:
             return
         current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         with current:
-            self.kernel[self.grid](
-                **self.arguments, num_warps=self.warps, num_stages=self.stages
-            )
+            self.kernel[self.grid](**self.arguments, num_warps=self.warps, num_stages=self.stages)
 
 
 _recorders: list[list[Launch]] = []

@@ -35,7 +35,7 @@ def conv_bn(
 
 
 @conv_bn.register_fake
-def _(x, x_coef, weight, bias, gamma, beta, up, stride, groups, eps, x_activation, x_slope, sync):  # type: ignore[no-untyped-def]
+def _(x, x_coef, weight, bias, gamma, beta, up, stride, groups, eps, x_activation, x_slope, sync):
     y = empty_output(x, weight, up, stride)
     rows = [x.new_empty((3, groups, y.shape[1]), dtype=torch.float32) for _ in range(2)]
     return y, *rows
@@ -64,7 +64,7 @@ def conv_bn_backward(
 
 @conv_bn_backward.register_fake
 def _(gy, gcoef, x, x_coef, weight, bias, gamma, y, stats, up, stride, groups, eps, x_activation,
-      x_slope, sync, need):  # type: ignore[no-untyped-def]  # fmt: skip
+      x_slope, sync, need):  # fmt: skip
     channels = (y.shape[1],)
     ggamma = x.new_empty(channels, dtype=torch.float32 if gamma is None else gamma.dtype)
     gbeta = x.new_empty(channels, dtype=torch.float32)
@@ -85,7 +85,7 @@ def conv_act(
 
 
 @conv_act.register_fake
-def _(x, x_coef, weight, bias, up, stride, x_activation, x_slope, activation, slope):  # type: ignore[no-untyped-def]
+def _(x, x_coef, weight, bias, up, stride, x_activation, x_slope, activation, slope):
     return empty_output(x, weight, up, stride)
 
 
@@ -108,7 +108,7 @@ def conv_act_backward(
 
 
 @conv_act_backward.register_fake
-def _(g, out, x, x_coef, weight, bias, up, stride, x_activation, x_slope, activation, slope, need):  # type: ignore[no-untyped-def]
+def _(g, out, x, x_coef, weight, bias, up, stride, x_activation, x_slope, activation, slope, need):
     return _fake_gradients(x, x_coef, weight, bias, need)
 
 
@@ -121,7 +121,7 @@ def activate(y: Tensor, coef: Tensor, activation: str, slope: float) -> Tensor:
 
 
 @activate.register_fake
-def _(y, coef, activation, slope):  # type: ignore[no-untyped-def]
+def _(y, coef, activation, slope):
     return torch.empty_like(y, memory_format=CHANNELS_LAST)
 
 
@@ -136,7 +136,7 @@ def activate_backward(
 
 
 @activate_backward.register_fake
-def _(g, y, coef, activation, slope):  # type: ignore[no-untyped-def]
+def _(g, y, coef, activation, slope):
     return torch.empty_like(y, memory_format=CHANNELS_LAST), torch.empty_like(coef)
 
 
@@ -144,9 +144,7 @@ def _present(grad: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if grad is None else grad
 
 
-def _fake_gradients(  # type: ignore[no-untyped-def]
-    x, x_coef, weight, bias, need
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_gradients(x, x_coef, weight, bias, need) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def one(wanted: bool, like: Tensor) -> Tensor:
         if not wanted:
             return x.new_empty(0)

@@ -91,7 +91,7 @@ class Choice:
     measured: bool = False
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def mode() -> str:
     """FASTDCGAN_IMPL: "auto" (default), "reference" or "triton".
 
@@ -104,7 +104,7 @@ def mode() -> str:
     return given
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def target_of(device: torch.device) -> Target | None:
     """What kernels on this device are made for; None where none run."""
     if device.type == "meta":

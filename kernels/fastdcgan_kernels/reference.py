@@ -196,7 +196,7 @@ def statistics(y: Tensor, groups: int = 1, sync: str = "") -> Tensor:
     from torch.distributed.nn.functional import all_reduce
 
     # The process group is found by name: an operator's arguments are plain data.
-    group = dist.distributed_c10d._resolve_process_group(sync)  # type: ignore[arg-type]
+    group = dist.distributed_c10d._resolve_process_group(sync)  # type: ignore[attr-defined]
     total, count = all_reduce(torch.stack([wide.sum((1, 3, 4)), count]), group=group)
     mean = total / count
     apart = wide - mean[:, None, :, None, None]

@@ -65,10 +65,10 @@ def channels(weight, transposed):
 
 
 def run_bn(op, tensors, buffers, stride, **more):
-    options = dict(
-        stride=stride, padding=stride - 1, training=True, momentum=0.3, eps=1e-4,
-        activation="leaky_relu", slope=0.2,
-    )  # fmt: skip
+    options = {
+        "stride": stride, "padding": stride - 1, "training": True, "momentum": 0.3, "eps": 1e-4,
+        "activation": "leaky_relu", "slope": 0.2,
+    }  # fmt: skip
     return op(*tensors, *buffers, **{**options, **more})
 
 
@@ -83,9 +83,7 @@ def test_blocks_with_norm_and_their_gradients(layer, activation, how):
                              for d in (torch.float32, torch.float64)]  # fmt: skip
     name = "conv_transpose_bn_act" if transposed else "conv_bn_act"
     out = run_bn(getattr(functional, name), tensors, buffers, stride, activation=activation)
-    expected = run_bn(
-        getattr(reference, name), twins, twin_buffers, stride, activation=activation
-    )
+    expected = run_bn(getattr(reference, name), twins, twin_buffers, stride, activation=activation)
     close(out, expected)
     assert out.is_contiguous(memory_format=CL)
     for mine, theirs in zip(buffers, twin_buffers, strict=True):
@@ -105,7 +103,7 @@ def test_blocks_without_norm_and_their_gradients(layer, activation, how):
     tensors = leaves(x, weight, (channels(weight, transposed),))
     twins = wide(tensors)
     name = "conv_transpose_act" if transposed else "conv_act"
-    options = dict(stride=stride, padding=stride - 1, activation=activation, slope=0.2)
+    options = {"stride": stride, "padding": stride - 1, "activation": activation, "slope": 0.2}
     out = getattr(functional, name)(*tensors, **options)
     expected = getattr(reference, name)(*twins, **options)
     close(out, expected)
@@ -290,7 +288,10 @@ OPCHECK = {
     ),
     "conv_act": (
         ops.conv_act,
-        lambda: (*leaves((2, 5, 4, 4), None, (5, 3, 4, 4), (3,)), True, 2, "none", 0.0, "tanh", 0.0),
+        lambda: (
+            *leaves((2, 5, 4, 4), None, (5, 3, 4, 4), (3,)),
+            *(True, 2, "none", 0.0, "tanh", 0.0),
+        ),
     ),
     "activate": (ops.activate, lambda: (*leaves((4, 5, 4, 4), (3, 2, 5)), "leaky_relu", 0.2)),
 }  # fmt: skip
@@ -385,7 +386,7 @@ UNSUPPORTED = {
 def test_what_no_kernel_takes_goes_to_plain_pytorch_or_raises(why, monkeypatch):
     x, weight, stride, padding, dtype = UNSUPPORTED[why]
     x, weight = leaves(x, weight, dtype=dtype)
-    options = dict(stride=stride, padding=padding, activation="relu")
+    options = {"stride": stride, "padding": padding, "activation": "relu"}
     with pytest.raises(ValueError, match=f"FASTDCGAN_IMPL=triton.*{why}"):
         fk.conv_act(x, weight, **options)
     for mode in ("auto", "reference"):

@@ -349,9 +349,7 @@ def norm_gradient(
         gmean = tl.load(source + row, mask=mask, other=0.0)
         gscale = tl.load(source + plane + row, mask=mask, other=0.0)
         tl.store(dcoef + row, mean, mask=mask)
-        tl.store(
-            dcoef + plane + row, -weight * rstd * rstd * rstd * gscale / count, mask=mask
-        )
+        tl.store(dcoef + plane + row, -weight * rstd * rstd * rstd * gscale / count, mask=mask)
         tl.store(dcoef + 2 * plane + row, gmean / count, mask=mask)
     tl.store(dgamma + channel, sum_gamma, mask=mask)
     tl.store(dbeta + channel, sum_beta, mask=mask)

@@ -99,6 +99,4 @@ def weight_gradient_pointers(
 
     offsets = (cs * (16 * CL) + tap * CL).to(tl.int64)[:, None] + cl[None, :]
     offsets += part.to(tl.int64) * (CS * 16 * CL)
-    tl.store(
-        out + offsets, acc.to(out.dtype.element_ty), mask=cs_mask[:, None] & cl_mask[None, :]
-    )
+    tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=cs_mask[:, None] & cl_mask[None, :])
