@@ -108,10 +108,7 @@ def gather(
     """
     g, x = geometry, source.value
     images = g.N // groups
-    if up:
-        out = empty(g.N, g.CL, g.H, g.W, x)
-    else:
-        out = empty(g.N, g.CS, g.P, g.Q, x)
+    out = empty(g.N, g.CL, g.H, g.W, x) if up else empty(g.N, g.CS, g.P, g.Q, x)
     channels = out.shape[1]
     row_tiles = cdiv(images * g.P * g.Q, tile.rows) * (g.phases if up else 1)
     whole = tile.split == 1

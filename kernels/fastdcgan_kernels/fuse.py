@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from torch import Tensor, fx, nn
 
@@ -111,7 +111,8 @@ def unfuse(model: Model) -> Model:
 
 def findings(model: nn.Module) -> tuple[Finding, ...]:
     """What `fuse` found in this model; () for a model that it has not seen."""
-    return model.__dict__.get("_fuse_findings", ())
+    found: tuple[Finding, ...] = model.__dict__.get("_fuse_findings", ())
+    return found
 
 
 class FusedSequential(nn.Sequential):
@@ -139,6 +140,8 @@ class FusedSequential(nn.Sequential):
 class FusedConv2d(nn.Conv2d):
     """A convolution that runs the norm and the activation after it, too."""
 
+    _fused_with: tuple[Norm | None, nn.Module | None]
+
     def forward(self, input: Tensor) -> Tensor:
         """The output of the whole block."""
         return functional.materialise(run_block(self, *self._fused_with, input))
@@ -146,6 +149,8 @@ class FusedConv2d(nn.Conv2d):
 
 class FusedConvTranspose2d(nn.ConvTranspose2d):
     """A transposed convolution that runs the norm and the activation after it, too."""
+
+    _fused_with: tuple[Norm | None, nn.Module | None]
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """The output of the whole block."""
@@ -198,35 +203,35 @@ def _is_special(module: nn.Module) -> bool:
     """Whether calling this module may do more than its class says."""
     if is_hooked(module):
         return True
-    if isinstance(module, nn.Conv2d):
-        own = type(module)._conv_forward is not nn.Conv2d._conv_forward
-        return own or type(module).forward is not nn.Conv2d.forward
-    if isinstance(module, nn.ConvTranspose2d):
-        return type(module).forward is not nn.ConvTranspose2d.forward
-    if isinstance(module, nn.SyncBatchNorm):
-        return type(module).forward is not nn.SyncBatchNorm.forward
-    if isinstance(module, nn.BatchNorm2d):
-        return type(module).forward is not nn.BatchNorm2d.forward
-    return False
+    forward = type(module).forward
+    for kind in _CLASSES:
+        if isinstance(module, kind):
+            inner = getattr(type(module), "_conv_forward", None)
+            changed = isinstance(module, nn.Conv2d) and inner is not nn.Conv2d._conv_forward
+            return changed or forward is not kind.forward
+    return True
 
 
-def _is_conv(module: nn.Module) -> bool:
-    kind = isinstance(module, nn.Conv2d | nn.ConvTranspose2d)
-    return kind and not _is_special(module) and not why_not_conv(module)
+def _is_conv(module: nn.Module) -> TypeGuard[Convolution]:
+    if not isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        return False
+    return not _is_special(module) and not why_not_conv(module)
 
 
-def _is_norm(module: nn.Module, conv: Convolution) -> bool:
-    kind = isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)
-    return kind and not _is_special(module) and module.num_features == conv.out_channels
+def _is_norm(module: nn.Module, conv: Convolution) -> TypeGuard[Norm]:
+    if not isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
+        return False
+    return not _is_special(module) and module.num_features == conv.out_channels
 
 
 def _is_activation(module: nn.Module) -> bool:
     return activation_of(module) is not None and not _is_special(module)
 
 
-def _flat(sequential: nn.Sequential) -> Iterator[nn.Module]:
+def _flat(sequential: nn.Module) -> Iterator[nn.Module]:
     """Children in order, those of nn.Sequentials that nobody watches in their place."""
-    for child in sequential:
+    for child in sequential._modules.values():  # a module that is there twice, twice
+        assert child is not None
         if type(child) in (nn.Sequential, FusedSequential) and not is_hooked(child):
             yield from _flat(child)
         else:
@@ -238,7 +243,10 @@ def _run_at(modules: list[nn.Module], at: int) -> _Run | None:
     conv, *rest = modules[at : at + 3]
     if not _is_conv(conv):
         return None
-    norm = rest.pop(0) if rest and _is_norm(rest[0], conv) else None
+    norm: Norm | None = None
+    if rest and _is_norm(rest[0], conv):
+        norm = rest[0]
+        rest = rest[1:]
     activation = rest[0] if rest and _is_activation(rest[0]) else None
     return _Run(conv, norm, activation)
 
@@ -272,7 +280,7 @@ def _fuse_one(module: nn.Module, reasons: dict[nn.Module, str]) -> Iterator[_Run
         return
     reasons.update(dict.fromkeys(convs, "its module's forward does not call it once, by itself"))
     for run in runs:
-        run.conv.__class__ = _CLASSES[type(run.conv)]
+        run.conv.__class__ = _CLASSES[type(run.conv)]  # type: ignore[assignment]
         run.conv.__dict__["_fused_with"] = (run.norm, run.activation)
         for absorbed in run.modules[1:]:
             absorbed.__class__ = _CLASSES.get(type(absorbed), type(absorbed))

@@ -22,6 +22,13 @@ from fastdcgan_kernels.launch import Launch
 COLUMNS = 16  # of image_up: four phases of up to 4 channels
 
 
+def _constants(g: Geometry) -> dict[str, int]:
+    """The sides, of which the large one is twice the small one."""
+    assert (g.H, g.W, g.stride, g.pad) == (2 * g.P, 2 * g.Q, 2, 1)
+    assert g.CL <= 4
+    return {"P": g.P, "Q": g.Q, "CS": g.CS, "CL": g.CL}
+
+
 def image_down(
     source: Operand,
     weight: Tensor,
@@ -80,7 +87,7 @@ def _convolve(
             **epilogue_arguments(epilogue, out, result),
             "groups": groups,
             "images": g.N // groups,
-            **g.constants,
+            **_constants(g),
             "PROLOGUE": source.prologue,
             "X_ACTIVATION": source.activation,
             "BLOCK_M": tile.rows,
@@ -119,7 +126,7 @@ def image_weight_gradient(
             "out": store,
             "groups": groups,
             "images": g.N // groups,
-            **g.constants,
+            **_constants(g),
             "SMALL_PROLOGUE": small.prologue,
             "SMALL_ACTIVATION": small.activation,
             "LARGE_PROLOGUE": large.prologue,

@@ -58,11 +58,11 @@ def activation_of(module: nn.Module | None) -> tuple[Any, float] | None:
     """(name, slope) of an activation that blocks have; None for any other module."""
     if module is None:
         return "none", 0.0
-    if type(module).forward is nn.ReLU.forward:
+    if isinstance(module, nn.ReLU):
         return "relu", 0.0
-    if type(module).forward is nn.LeakyReLU.forward and module.negative_slope >= 0:
+    if isinstance(module, nn.LeakyReLU) and module.negative_slope >= 0:
         return "leaky_relu", float(module.negative_slope)
-    return ("tanh", 0.0) if type(module).forward is nn.Tanh.forward else None
+    return ("tanh", 0.0) if isinstance(module, nn.Tanh) else None
 
 
 def why_not_conv(conv: Convolution) -> str:

@@ -15,6 +15,7 @@ from fastdcgan_kernels.convolution import Operand, Result
 from fastdcgan_kernels.geometry import cdiv
 from fastdcgan_kernels.jit import norm
 from fastdcgan_kernels.launch import Launch
+from fastdcgan_kernels.reference import process_group
 
 # A row of 64 channels is 128 bytes or more; 64 rows keep a program's tile in its registers.
 ROWS, COLUMNS, TILES = 64, 64, 64
@@ -85,14 +86,9 @@ def _merge(
     return coef, stats
 
 
-def _process_group(name: str) -> dist.ProcessGroup:
-    """By its name: an operator's arguments are plain data."""
-    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined,no-any-return]
-
-
 def _gather(own: Tensor, sync: str) -> Tensor:
     """`own` of every process, stacked in the order of their ranks."""
-    group = _process_group(sync)
+    group = process_group(sync)
     every = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(every, own, group=group)
     return torch.stack(every)
@@ -184,7 +180,7 @@ def norm_gradient(
     total = gcoef
     if sync:
         total = gcoef.clone()
-        dist.all_reduce(total, group=_process_group(sync))
+        dist.all_reduce(total, group=process_group(sync))
     dcoef = torch.empty_like(gcoef)
     dgamma, dbeta = (gcoef.new_empty(channels) for _ in range(2))
     block = _block(channels)

@@ -141,13 +141,13 @@ def _(g, y, coef, activation, slope):
 
 
 def _present(grad: Tensor | None, like: Tensor) -> Tensor:
-    return like.new_empty(0) if grad is None else grad
+    return torch.empty(0, dtype=like.dtype, device=like.device) if grad is None else grad
 
 
 def _fake_gradients(x, x_coef, weight, bias, need) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def one(wanted: bool, like: Tensor) -> Tensor:
         if not wanted:
-            return x.new_empty(0)
+            return _present(None, x)
         return torch.empty_like(like, memory_format=CHANNELS_LAST if like.dim() == 4 else None)
 
     with_coef = need[0] and x_coef is not None
@@ -181,7 +181,7 @@ def _by_reference(
                 [grad for _, grad in pairs],
                 create_graph=True,
                 allow_unused=True,
-            )  # fmt: skip
+            )
         )
     return [next(found) if need else None for need in needs]
 

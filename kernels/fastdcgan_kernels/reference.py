@@ -8,7 +8,7 @@ KH x KW taps. Outputs are channels_last; inputs may have any strides. Gradients 
 those of the PyTorch functions called.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -195,13 +195,19 @@ def statistics(y: Tensor, groups: int = 1, sync: str = "") -> Tensor:
         return torch.stack([mean, var, count])
     from torch.distributed.nn.functional import all_reduce
 
-    # The process group is found by name: an operator's arguments are plain data.
-    group = dist.distributed_c10d._resolve_process_group(sync)  # type: ignore[attr-defined]
+    group = process_group(sync)
     total, count = all_reduce(torch.stack([wide.sum((1, 3, 4)), count]), group=group)
     mean = total / count
     apart = wide - mean[:, None, :, None, None]
     var = all_reduce(apart.square().sum((1, 3, 4)), group=group) / count
     return torch.stack([mean, var, count])
+
+
+def process_group(name: str) -> dist.ProcessGroup:
+    """The process group of this name: an operator's arguments are plain data."""
+    resolve: Any = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
+    group: dist.ProcessGroup = resolve(name)
+    return group
 
 
 def coefficients(stats: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Tensor:

@@ -3,7 +3,7 @@ would be nearly all padding, so taps are merged. Not here: the wider layers (gat
 
 Going down, a kernel row of 4 pixels is 4 * CL values that lie together in memory: 4 rows of up to
 16 values make one sum of 64. Going up, the four phases share a 3x3 window of small pixels: one GEMM
-of 9 * CS deep with the columns (r, s, channel).
+of 9 * CS deep with the columns (r, s, channel). The large side is 2P x 2Q pixels, P x Q the small.
 """
 
 import triton
@@ -13,8 +13,65 @@ from fastdcgan_kernels.jit.tile import load_operand, store_tile
 
 
 @triton.jit
+def window_taps(CL: tl.constexpr):
+    """Of the 64 columns of `load_windows`: where in [4, 4, CL] each one's weight is, and which of
+    them have one."""
+    k = tl.arange(0, 64)
+    j = k % 16 - CL % 2
+    return k // 16 * (4 * CL) + j, (j >= 0) & (j < 4 * CL)
+
+
+@triton.jit
+def load_windows(
+    x,  # pointer, [N, 2P, 2Q, CL]
+    aux,  # like x
+    coef,  # pointer at the group's row, [3, groups, CL] fp32
+    plane,  # groups * CL
+    n,  # [A] int64: image,
+    p,  # [A]: row and
+    q,  # [A]: column of a small pixel
+    row_mask,  # [A]
+    slope,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    CL: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
+    """[A, 64]: the 4x4 windows of small pixels, 16 columns for each of their rows.
+
+    A window row starts at pixel 2q - 1, so for odd CL at an odd element. Its first column is the
+    element before that: then all start at an even one, and values are copied two at a time, as an
+    asynchronous copy of 16-bit values needs. Columns without a tap hold a neighbour or 0.
+    """
+    LEAD: tl.constexpr = CL % 2
+    k = tl.arange(0, 64)
+    kh = k // 16
+    j = k % 16
+    h = (2 * p - 1)[:, None] + kh[None, :]
+    # Only a window's first pixel can be left of the image, and only its last one right of it.
+    left = (q > 0)[:, None] | (j >= LEAD + CL)[None, :]
+    right = (q < Q - 1)[:, None] | (j < LEAD + 3 * CL)[None, :]
+    used = (j < 4 * CL + 2 * LEAD)[None, :]
+    corner = ((n * (2 * P) + 2 * p - 1) * Q + q) * (2 * CL) - (CL + LEAD)
+    return load_operand(
+        x,
+        aux,
+        coef,
+        plane,
+        corner[:, None] + (kh * (2 * Q * CL) + j)[None, :],
+        row_mask[:, None] & (h >= 0) & (h < 2 * P) & left & right & used,
+        ((j + CL - LEAD) % CL)[None, :],
+        used,
+        slope,
+        PROLOGUE,
+        ACTIVATION,
+    )
+
+
+@triton.jit
 def image_down(
-    x,  # [N, H, W, CL]
+    x,  # [N, 2P, 2Q, CL]
     x_aux,  # like x
     x_coef,  # [3, groups, CL] fp32
     w,  # [CS, 4, 4, CL]
@@ -31,11 +88,7 @@ def image_down(
     P: tl.constexpr,
     Q: tl.constexpr,
     CS: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
     CL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PAD: tl.constexpr,
     PROLOGUE: tl.constexpr,
     X_ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -59,29 +112,27 @@ def image_down(
     channel = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     channel_mask = channel < CS
 
-    k = tl.arange(0, 64)
-    kh = k // 16
-    j = k % 16
-    used = j < 4 * CL
-    h = (p * STRIDE - PAD)[:, None] + kh[None, :]
-    v = (q * STRIDE - PAD)[:, None] + (j // CL)[None, :]
-    inside = row_mask[:, None] & used[None, :] & (h >= 0) & (h < H) & (v >= 0) & (v < W)
-    corner = ((n * H + (p * STRIDE - PAD)) * W + (q * STRIDE - PAD)) * CL
-    a = load_operand(
+    taps, used = window_taps(CL)
+    a = load_windows(
         x,
         x_aux,
         x_coef + group * CL,
         groups * CL,
-        corner[:, None] + (kh * (W * CL) + j)[None, :],
-        inside,
-        (j % CL)[None, :],
-        used[None, :],
+        n,
+        p,
+        q,
+        row_mask,
         x_slope,
+        P,
+        Q,
+        CL,
         PROLOGUE,
         X_ACTIVATION,
     )
+    # Not only the weight: a neighbour's NaN times 0 is NaN.
+    a = tl.where(used[None, :], a, 0.0)
     b = tl.load(
-        w + (kh * (4 * CL) + j)[:, None] + (channel * (16 * CL))[None, :],
+        w + taps[:, None] + (channel * (16 * CL))[None, :],
         mask=used[:, None] & channel_mask[None, :],
         other=0.0,
     )
@@ -117,7 +168,7 @@ def image_up(
     x_aux,  # like x
     x_coef,  # [3, groups, CS] fp32
     w,  # [CS, 4, 4, CL]
-    out,  # [N, H, W, CL]
+    out,  # [N, 2P, 2Q, CL]
     bias,  # [CL]
     out_aux,  # like out
     out_coef,  # [3, groups, CL] fp32
@@ -130,11 +181,7 @@ def image_up(
     P: tl.constexpr,
     Q: tl.constexpr,
     CS: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
     CL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PAD: tl.constexpr,
     PROLOGUE: tl.constexpr,
     X_ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -197,13 +244,13 @@ def image_up(
         )
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
 
-    pixel = (((n * H + 2 * p) * W + 2 * q) * CL)[:, None]
+    pixel = (((n * P + p) * (2 * Q) + q) * (2 * CL))[:, None]
     tiles = tl.num_programs(0) * 4
     tile = row_tile * 4 + phase
     count = store_tile(
         acc,
         out,
-        pixel + ((r * W + s) * CL + channel)[None, :],
+        pixel + ((r * (2 * Q) + s) * CL + channel)[None, :],
         row_mask,
         channel,
         column_mask,
@@ -229,7 +276,7 @@ def image_weight_gradient(
     small,  # [N, P, Q, CS]
     small_aux,
     small_coef,  # [3, groups, CS] fp32
-    large,  # [N, H, W, CL]
+    large,  # [N, 2P, 2Q, CL]
     large_aux,
     large_coef,  # [3, groups, CL] fp32
     out,  # [CS, 4, 4, CL], or fp32 [groups * SPLIT, like that]
@@ -240,11 +287,7 @@ def image_weight_gradient(
     P: tl.constexpr,
     Q: tl.constexpr,
     CS: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
     CL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PAD: tl.constexpr,
     SMALL_PROLOGUE: tl.constexpr,
     SMALL_ACTIVATION: tl.constexpr,
     LARGE_PROLOGUE: tl.constexpr,
@@ -262,10 +305,7 @@ def image_weight_gradient(
     split = part % SPLIT
     cs = s_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     cs_mask = cs < CS
-    k = tl.arange(0, 64)
-    kh = k // 16
-    j = k % 16
-    used = j < 4 * CL
+    taps, used = window_taps(CL)
     pixels = images * (P * Q)
     blocks = tl.cdiv(pixels, BLOCK_K)
     share = tl.cdiv(blocks, SPLIT)
@@ -277,10 +317,6 @@ def image_weight_gradient(
         q = m % Q
         p = (m // Q) % P
         n = (group * images + m // (P * Q)).to(tl.int64)
-        h = (p * STRIDE - PAD)[:, None] + kh[None, :]
-        v = (q * STRIDE - PAD)[:, None] + (j // CL)[None, :]
-        inside = m_mask[:, None] & used[None, :] & (h >= 0) & (h < H) & (v >= 0) & (v < W)
-        corner = ((n * H + (p * STRIDE - PAD)) * W + (q * STRIDE - PAD)) * CL
         a = load_operand(
             small,
             small_aux,
@@ -294,21 +330,24 @@ def image_weight_gradient(
             SMALL_PROLOGUE,
             SMALL_ACTIVATION,
         )
-        b = load_operand(
+        b = load_windows(
             large,
             large_aux,
             large_coef + group * CL,
             groups * CL,
-            corner[:, None] + (kh * (W * CL) + j)[None, :],
-            inside,
-            (j % CL)[None, :],
-            used[None, :],
+            n,
+            p,
+            q,
+            m_mask,
             large_slope,
+            P,
+            Q,
+            CL,
             LARGE_PROLOGUE,
             LARGE_ACTIVATION,
         )
         acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
 
-    offsets = (cs * (16 * CL)).to(tl.int64)[:, None] + (kh * (4 * CL) + j)[None, :]
+    offsets = (cs * (16 * CL)).to(tl.int64)[:, None] + taps[None, :]
     offsets += part.to(tl.int64) * (CS * 16 * CL)
     tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=cs_mask[:, None] & used[None, :])

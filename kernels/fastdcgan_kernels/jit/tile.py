@@ -59,7 +59,7 @@ def transform(
 
     activate   act(scale * (value - mean) + shift)   a producer's raw output, normalised here
     normgrad   value + scale * (aux - mean) + shift  gradient through batch statistics; aux = y
-    actgrad    value * act'(aux)                     gradient through an activation; aux = its output
+    actgrad    value * act'(aux)                     gradient of an activation; aux: its output
     """
     value = value.to(tl.float32)
     if PROLOGUE == "activate":
