@@ -1,16 +1,23 @@
 """Blocks of convolution, BatchNorm and activation for any project, forward and backward, by fused
-Triton kernels; imports nothing of fastdcgan."""
+Triton kernels; imports nothing of fastdcgan.
 
-from fastdcgan_kernels.functional import (
-    Deferred,
-    conv_act,
-    conv_bn_act,
-    conv_transpose_act,
-    conv_transpose_bn_act,
-    materialise,
-)
-from fastdcgan_kernels.fuse import Finding, findings, fuse, unfuse
-from fastdcgan_kernels.modules import ConvBlock
+Names are imported when they are first used, so that `python -m fastdcgan_kernels.inspect --help`
+does not wait for torch."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastdcgan_kernels.functional import (
+        Deferred,
+        conv_act,
+        conv_bn_act,
+        conv_transpose_act,
+        conv_transpose_bn_act,
+        materialise,
+    )
+    from fastdcgan_kernels.fuse import Finding, findings, fuse, unfuse
+    from fastdcgan_kernels.modules import ConvBlock
 
 __all__ = [
     "ConvBlock",
@@ -25,3 +32,13 @@ __all__ = [
     "materialise",
     "unfuse",
 ]
+
+_ROOMS = {"ConvBlock": "modules", "Finding": "fuse", "findings": "fuse", "unfuse": "fuse"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f"{__name__}.{_ROOMS.get(name, 'functional')}"), name)
+    globals()[name] = found
+    return found

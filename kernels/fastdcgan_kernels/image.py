@@ -3,6 +3,8 @@ give what `convolution.gather` and `convolution.weight_gradient` do. Stride 2 on
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,7 @@ from fastdcgan_kernels.jit import image
 from fastdcgan_kernels.launch import Launch
 
 COLUMNS = 16  # of image_up: four phases of up to 4 channels
+WINDOW = 64  # columns of a 4x4 window: 4 rows of up to 16 values
 
 
 def _constants(g: Geometry) -> dict[str, int]:
@@ -39,14 +42,13 @@ def image_down(
     groups: int = 1,
     precision: str = "ieee",
 ) -> Result:
-    """Image to features. The whole sum of 64 is one step: `tile.depth` and `tile.split` are not
-    read."""
+    """Image to features: a sum of 64, of which `tile.depth` at a time. `tile.split` is not read."""
     g = geometry
     out = empty(g.N, g.CS, g.P, g.Q, source.value)
     row_tiles = cdiv(g.N // groups * g.P * g.Q, tile.rows)
     return _convolve(
-        image.image_down, row_tiles * cdiv(g.CS, tile.columns), row_tiles, {}, source, weight, g,
-        out, tile, tile.columns, epilogue, groups, precision,
+        image.image_down, row_tiles * cdiv(g.CS, tile.columns), row_tiles, source, weight, g, out,
+        replace(tile, depth=min(tile.depth, WINDOW)), epilogue, groups, precision,
     )  # fmt: skip
 
 
@@ -65,15 +67,14 @@ def image_up(
     out = empty(g.N, g.CL, g.H, g.W, source.value)
     row_tiles = cdiv(g.N // groups * g.P * g.Q, tile.rows)
     return _convolve(
-        image.image_up, row_tiles, 4 * row_tiles, {"BLOCK_K": tile.depth}, source, weight, g, out,
-        tile, COLUMNS, epilogue, groups, precision,
+        image.image_up, row_tiles, 4 * row_tiles, source, weight, g, out,
+        replace(tile, columns=COLUMNS), epilogue, groups, precision,
     )  # fmt: skip
 
 
 def _convolve(
-    kernel: object, programs: int, tiles: int, more: dict[str, int], source: Operand,
-    weight: Tensor, g: Geometry, out: Tensor, tile: Tile, columns: int, epilogue: Epilogue,
-    groups: int, precision: str,
+    kernel: object, programs: int, tiles: int, source: Operand, weight: Tensor, g: Geometry,
+    out: Tensor, tile: Tile, epilogue: Epilogue, groups: int, precision: str,
 ) -> Result:  # fmt: skip
     buffers = epilogue_buffers(epilogue.kind, groups, tiles, out.shape[1], out)
     result = Result(out, *buffers)
@@ -91,8 +92,8 @@ def _convolve(
             "PROLOGUE": source.prologue,
             "X_ACTIVATION": source.activation,
             "BLOCK_M": tile.rows,
-            "BLOCK_N": columns,
-            **more,
+            "BLOCK_N": tile.columns,
+            "BLOCK_K": tile.depth,
             "PRECISION": precision,
         },
         tile.warps,

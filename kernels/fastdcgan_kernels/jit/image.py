@@ -13,10 +13,9 @@ from fastdcgan_kernels.jit.tile import load_operand, store_tile
 
 
 @triton.jit
-def window_taps(CL: tl.constexpr):
-    """Of the 64 columns of `load_windows`: where in [4, 4, CL] each one's weight is, and which of
-    them have one."""
-    k = tl.arange(0, 64)
+def window_taps(k, CL: tl.constexpr):
+    """Of columns k of `load_windows`: where in [4, 4, CL] each one's weight is, and which of them
+    have one."""
     j = k % 16 - CL % 2
     return k // 16 * (4 * CL) + j, (j >= 0) & (j < 4 * CL)
 
@@ -31,6 +30,7 @@ def load_windows(
     p,  # [A]: row and
     q,  # [A]: column of a small pixel
     row_mask,  # [A]
+    k,  # [B]: columns, of 64
     slope,
     P: tl.constexpr,
     Q: tl.constexpr,
@@ -38,14 +38,13 @@ def load_windows(
     PROLOGUE: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    """[A, 64]: the 4x4 windows of small pixels, 16 columns for each of their rows.
+    """[A, B]: columns of the 4x4 windows of small pixels, which have 16 for each of their rows.
 
     A window row starts at pixel 2q - 1, so for odd CL at an odd element. Its first column is the
     element before that: then all start at an even one, and values are copied two at a time, as an
     asynchronous copy of 16-bit values needs. Columns without a tap hold a neighbour or 0.
     """
     LEAD: tl.constexpr = CL % 2
-    k = tl.arange(0, 64)
     kh = k // 16
     j = k % 16
     h = (2 * p - 1)[:, None] + kh[None, :]
@@ -96,9 +95,11 @@ def image_down(
     ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid: (row tiles * column tiles, groups). Rows are small pixels of a group."""
+    """Grid: (row tiles * column tiles, groups). Rows are small pixels of a group; BLOCK_K divides
+    64."""
     COLUMN_TILES: tl.constexpr = (CS + BLOCK_N - 1) // BLOCK_N
     pid = tl.program_id(0)
     column_tile = pid % COLUMN_TILES
@@ -112,31 +113,35 @@ def image_down(
     channel = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     channel_mask = channel < CS
 
-    taps, used = window_taps(CL)
-    a = load_windows(
-        x,
-        x_aux,
-        x_coef + group * CL,
-        groups * CL,
-        n,
-        p,
-        q,
-        row_mask,
-        x_slope,
-        P,
-        Q,
-        CL,
-        PROLOGUE,
-        X_ACTIVATION,
-    )
-    # Not only the weight: a neighbour's NaN times 0 is NaN.
-    a = tl.where(used[None, :], a, 0.0)
-    b = tl.load(
-        w + taps[:, None] + (channel * (16 * CL))[None, :],
-        mask=used[:, None] & channel_mask[None, :],
-        other=0.0,
-    )
-    acc = tl.dot(a, b, input_precision=PRECISION)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for step in range(64 // BLOCK_K):
+        k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        taps, used = window_taps(k, CL)
+        a = load_windows(
+            x,
+            x_aux,
+            x_coef + group * CL,
+            groups * CL,
+            n,
+            p,
+            q,
+            row_mask,
+            k,
+            x_slope,
+            P,
+            Q,
+            CL,
+            PROLOGUE,
+            X_ACTIVATION,
+        )
+        # Not only the weight: a neighbour's NaN times 0 is NaN.
+        a = tl.where(used[None, :], a, 0.0)
+        b = tl.load(
+            w + taps[:, None] + (channel * (16 * CL))[None, :],
+            mask=used[:, None] & channel_mask[None, :],
+            other=0.0,
+        )
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
 
     tiles = tl.num_programs(0) // COLUMN_TILES
     count = store_tile(
@@ -305,7 +310,8 @@ def image_weight_gradient(
     split = part % SPLIT
     cs = s_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     cs_mask = cs < CS
-    taps, used = window_taps(CL)
+    k = tl.arange(0, 64)
+    taps, used = window_taps(k, CL)
     pixels = images * (P * Q)
     blocks = tl.cdiv(pixels, BLOCK_K)
     share = tl.cdiv(blocks, SPLIT)
@@ -339,6 +345,7 @@ def image_weight_gradient(
             p,
             q,
             m_mask,
+            k,
             large_slope,
             P,
             Q,
