@@ -1,0 +1,231 @@
+"""What the tests of single kernels share: random operands, the same work in plain PyTorch, and how
+far from it a kernel may be. Not here: any test.
+
+Operands lie between NaNs and results start as NaN, so that a value read from outside or never
+written is seen.
+
+Tolerances, as errors against PyTorch in float64 on the same inputs, relative to the RMS of what is
+expected:
+    float32  RMS 2e-6 and maximum 2e-5: sums of up to 8192 products, each rounded at 6e-8, whose
+             errors add up like a random walk of the blocks that are summed.
+    16 bits  1.5 times what PyTorch's own op in that dtype is off, RMS and maximum alike: both sum
+             in float32 and round once, at the end; 1.5 is for the luck of roundings.
+"""
+
+import contextlib
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+from fastdcgan_kernels.convolution import Epilogue, Operand
+from fastdcgan_kernels.geometry import Geometry, Tile
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+PROLOGUES = ["none", "activate", "normgrad", "actgrad"]
+EPILOGUES = ["store", "statistics", "gradient"]
+ACTIVATIONS = ["relu", "leaky_relu", "tanh", "none"]
+SLOPE = 0.2
+TILE = Tile(rows=32, columns=32, depth=64)  # the interpreter is slow: few of them for small shapes
+
+
+@contextlib.contextmanager
+def results_start_as_nan():
+    """torch.empty fills with NaN in this mode."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def layer(n, p, q, cs, cl, stride=2):
+    """Geometry of a 4x4 layer: stride 2 with padding 1, or stride 1 between 1x1 and 4x4 pixels."""
+    if stride == 1:
+        return Geometry(n, 1, 1, cs, 4, 4, cl, 1, 0)
+    return Geometry(n, p, q, cs, 2 * p, 2 * q, cl, 2, 1)
+
+
+class Draw:
+    """Random tensors in one dtype, all different."""
+
+    def __init__(self, dtype, seed=0):
+        self.dtype, self.generator = dtype, torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape, dtype=None, spread=1.0, offset=0.0):
+        """Contiguous, or channels_last where it has four dimensions, with NaN on both sides."""
+        values = torch.randn(shape, generator=self.generator) * spread + offset
+        memory = torch.full((values.numel() + 256,), torch.nan, dtype=dtype or self.dtype)
+        inner = memory[128:-128]
+        if len(shape) == 4:
+            n, c, h, w = shape
+            return inner.view(n, h, w, c).permute(0, 3, 1, 2).copy_(values)
+        return inner.view(shape).copy_(values)
+
+    def coef(self, groups, channels):
+        return self.normal(3, groups, channels, dtype=torch.float32)
+
+    def sides(self, g):
+        return (g.N, g.CS, g.P, g.Q), (g.N, g.CL, g.H, g.W)
+
+    def weight(self, g):
+        return self.normal(g.CS, g.CL, 4, 4, spread=0.1)
+
+    def operand(self, shape, groups, prologue, activation):
+        value = self.normal(*shape)
+        aux = coef = None
+        if prologue == "actgrad":
+            aux = self.normal(*shape)
+            aux.copy_(act(aux.clone(), activation))
+        elif prologue == "normgrad":
+            aux = self.normal(*shape)
+        if prologue in ("activate", "normgrad"):
+            coef = self.coef(groups, shape[1])
+        return Operand(value, prologue, aux, coef, activation, SLOPE)
+
+    def epilogue(self, shape, groups, kind, activation):
+        bias = None if kind == "gradient" else self.normal(shape[1])
+        if kind == "gradient":
+            aux, coef = self.normal(*shape), self.coef(groups, shape[1])
+            return Epilogue(kind, bias, aux, coef, activation, SLOPE)
+        return Epilogue(
+            kind, bias, activation=activation if kind == "store" else "none", slope=SLOPE
+        )
+
+
+def act(z, activation):
+    if activation == "leaky_relu":
+        return F.leaky_relu(z, SLOPE)
+    return {"relu": torch.relu, "tanh": torch.tanh, "none": torch.clone}[activation](z)
+
+
+def act_backward(grad, o, activation):
+    """PyTorch's own derivatives, which take the output."""
+    aten = torch.ops.aten
+    if activation == "leaky_relu":
+        return aten.leaky_relu_backward(grad, o, SLOPE, True)
+    if activation == "relu":
+        return aten.threshold_backward(grad, o, 0)
+    return aten.tanh_backward(grad, o) if activation == "tanh" else grad
+
+
+def planes(coef, n):
+    """mean, scale and shift as [N, C, 1, 1]: each image has those of its group."""
+    each = coef.repeat_interleave(n // coef.shape[1], dim=1)
+    return each[..., None, None].unbind(0)
+
+
+def prepared(operand, dtype):
+    """The operand after its prologue, worked out in `dtype`."""
+    value = operand.value.to(dtype)
+    if operand.prologue == "actgrad":
+        return act_backward(value, operand.aux.to(dtype), operand.activation)
+    if operand.prologue == "none":
+        return value
+    mean, scale, shift = planes(operand.coef.to(dtype), value.shape[0])
+    if operand.prologue == "activate":
+        return act(scale * (value - mean) + shift, operand.activation)
+    return value + (scale * (operand.aux.to(dtype) - mean) + shift)
+
+
+def seen(operand):
+    """What a kernel multiplies, in float64: by contract the prologue's result is rounded to the
+    storage dtype, from float32; in float32 nothing is rounded here."""
+    dtype = operand.value.dtype
+    if dtype == torch.float32:
+        return prepared(operand, torch.float64)
+    return prepared(operand, torch.float32).to(dtype).double()
+
+
+def finish(result, epilogue, dtype):
+    """(stored value, partials or None) of a convolution's result; `dtype` is the one to work in."""
+    if epilogue.bias is not None:
+        result = result + epilogue.bias.to(dtype)[:, None, None]
+    if epilogue.kind != "gradient":
+        return act(result, epilogue.activation), None
+    mean, scale, shift = planes(epilogue.coef.to(dtype), result.shape[0])
+    apart = epilogue.aux.to(dtype) - mean
+    dz = act_backward(result, act(scale * apart + shift, epilogue.activation), epilogue.activation)
+    sums = torch.stack([dz, dz * apart]).unflatten(1, (epilogue.coef.shape[1], -1)).sum((2, 4, 5))
+    return scale * dz, sums
+
+
+def errors(ours, truth):
+    """(RMS, maximum) of the difference, relative to the RMS of the truth."""
+    assert ours.shape == truth.shape, (ours.shape, truth.shape)
+    apart = ours.double() - truth
+    size = truth.square().mean().sqrt() + 1e-30
+    return (apart.square().mean().sqrt() / size).item(), (apart.abs().max() / size).item()
+
+
+def close(ours, truth, eager=None):
+    """Within the tolerances above; `eager` is PyTorch's result in the 16-bit dtype."""
+    rms, most = errors(ours, truth)
+    limit_rms, limit_most = (
+        (2e-6, 2e-5) if eager is None else (1.5 * e for e in errors(eager, truth))
+    )
+    assert rms <= limit_rms, f"RMS error {rms}, of {limit_rms} allowed"
+    assert most <= limit_most, f"maximum error {most}, of {limit_most} allowed"
+
+
+def check_statistics(result, groups):
+    """Partials merged by Chan's formula are the moments of the stored values."""
+    (mean, m2), count = result.partials.double(), result.counts.double()[..., None]
+    y = result.value.double().unflatten(0, (groups, -1)).transpose(1, 2).flatten(2)
+    assert torch.equal(count.sum((1, 2)), torch.full((groups,), float(y.shape[2])).double())
+    total = (count * mean).sum(1) / count.sum(1)
+    close(total, y.mean(2))
+    close(
+        (m2 + count * (mean - total[:, None]).square()).sum(1), y.var(2, correction=0) * y.shape[2]
+    )
+
+
+def check_gather(
+    run, up, g, dtype, prologue, epilogue, activations, groups=1, tile=TILE, seed=0, bias=True
+):
+    """One launch of a convolution up or down by `run` (called as `image.image_up` is) against
+    PyTorch; `activations` are those of the prologue and of the epilogue."""
+    draw = Draw(dtype, seed)
+    to, of = draw.sides(g)[:: -1 if up else 1]
+    source = draw.operand(of, groups, prologue, activations[0])
+    finishing = draw.epilogue(to, groups, epilogue, activations[1])
+    if not bias:
+        finishing = replace(finishing, bias=None)
+    weight = draw.weight(g)
+    result = run(source, weight, g, tile=tile, epilogue=finishing, groups=groups)
+    assert result.value.dtype == dtype
+    assert result.value.is_contiguous(memory_format=torch.channels_last)
+    convolve = F.conv_transpose2d if up else F.conv2d
+    x = seen(source)
+    truth = convolve(x, weight.double(), None, g.stride, g.pad)
+    truth, sums = finish(truth, finishing, torch.float64)
+    eager = None
+    if dtype != torch.float32:
+        eager = convolve(x.to(dtype), weight, None, g.stride, g.pad).float()
+        eager = finish(eager, finishing, torch.float32)[0].to(dtype)
+    close(result.value, truth, eager)
+    if epilogue == "statistics":
+        check_statistics(result, groups)
+    if epilogue == "gradient":
+        close(result.partials.double().sum(2), sums)
+    return result
+
+
+def check_weight_gradient(
+    run, g, dtype, prologues, activations, groups=1, tile=TILE, out_dtype=torch.float32, seed=0
+):
+    """One weight gradient by `run` (called as `image.image_weight_gradient` is) against PyTorch;
+    prologues and activations are those of the small side and of the large side."""
+    draw = Draw(dtype, seed)
+    small, large = (
+        draw.operand(shape, groups, prologue, activation)
+        for shape, prologue, activation in zip(draw.sides(g), prologues, activations, strict=True)
+    )
+    ours = run(small, large, g, tile=tile, dtype=out_dtype, groups=groups)
+    assert ours.dtype == out_dtype
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    shape = (g.CS, g.CL, 4, 4)
+    truth = torch.nn.grad.conv2d_weight(seen(large), shape, seen(small), g.stride, g.pad)
+    # Sums of exact products in float32, whatever the operands; rounded where the result is.
+    close(ours, truth, None if out_dtype == torch.float32 else truth.to(out_dtype))
+    return ours
