@@ -16,7 +16,7 @@ import functools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 
@@ -37,6 +37,7 @@ class Target:
     shared_bytes: int  # most that one program may have
     multiprocessors: int
     descriptors: bool  # loads by tensor descriptor (TMA)
+    device: str = ""  # name of the device itself, by which measured choices are stored
 
 
 # Shared memory of a block: CUDA C++ Programming Guide, table "Technical Specifications per Compute
@@ -54,10 +55,11 @@ TARGETS = {
         Target("gfx950", "hip", "gfx950", 64, 163_840, 256, False),
     )
 }
-INTERPRETER = Target("interpreter", "cpu", "interpreter", 1, 1 << 40, 1, False)
+INTERPRETER = Target("interpreter", "cpu", "interpreter", 1, 1 << 40, 1, False, "interpreter")
 
 _assumed: list[Target] = []
 _overrides: list[How] = []
+_questions: list[dict[Block | Task, None]] = []
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,9 @@ class Block:
     dtype: torch.dtype
     norm: bool
     groups: int
+
+
+Question = TypeVar("Question", Block, Task)
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,9 @@ def _cuda_target(index: int) -> Target | None:
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
         known = TARGETS.get(properties.gcnArchName.split(":")[0])
-        return known and replace(known, multiprocessors=properties.multi_processor_count)
+        return known and replace(
+            known, multiprocessors=properties.multi_processor_count, device=properties.name
+        )
     capability = 10 * properties.major + properties.minor
     below = [
         target
@@ -142,6 +149,7 @@ def _cuda_target(index: int) -> Target | None:
         known,
         shared_bytes=min(known.shared_bytes, shared),
         multiprocessors=properties.multi_processor_count,
+        device=properties.name,
     )
 
 
@@ -167,32 +175,106 @@ def override(how: How) -> Iterator[None]:
         _overrides.pop()
 
 
+@contextlib.contextmanager
+def recording() -> Iterator[dict[Block | Task, None]]:
+    """What `choose` and `tile_for` are asked inside, bucketed, each once, in order."""
+    asked: dict[Block | Task, None] = {}
+    _questions.append(asked)
+    try:
+        yield asked
+    finally:
+        _questions.pop()
+
+
 def bucket(n: int) -> int:
     """The power of two at or above n: batches of 65 to 128 share one decision."""
     return 1 << max(n - 1, 0).bit_length()
 
 
-def _bucketed(geometry: Geometry) -> Geometry:
-    return replace(geometry, N=bucket(geometry.N))
+def _bucketed(asked: Question) -> Question:
+    return replace(asked, geometry=replace(asked.geometry, N=bucket(asked.geometry.N)))
 
 
 def choose(block: Block, target: Target) -> Choice:
-    """How this block runs here. Unmeasured default: our GEMM with materialised activations, which
-    keeps loads free of arithmetic that 16 taps would repeat."""
+    """How this block runs here: as overridden, else as measured, else materialised. That default,
+    which was not timed, keeps loads free of arithmetic that 16 taps would repeat."""
+    block = _bucketed(block)
+    if _questions:
+        _questions[-1][block] = None
     if _overrides:
         return Choice(_overrides[-1])
+    g = block.geometry
+    sizes = (g.N, g.P, g.Q, g.CS, g.H, g.W, g.CL, g.stride, g.pad)
+    stored = _measured(target.device, block.kind, sizes, block.dtype, block.norm, block.groups)
+    return Choice(stored, measured=True) if stored else Choice("materialised")
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _measured(
+    device: str, kind: str, sizes: tuple[int, ...], dtype: torch.dtype, norm: bool, groups: int
+) -> How | None:
+    """What the tuner stored. torch.compile takes it for a constant, and does not look into the
+    reading of a file; for that the arguments are plain."""
     from fastdcgan_kernels import tuner
 
-    stored = tuner.stored_choice(replace(block, geometry=_bucketed(block.geometry)), target)
-    return Choice(stored, measured=True) if stored else Choice("materialised")
+    block = Block(kind, Geometry(*sizes), dtype, norm, groups)
+    stored: How | None = tuner.stored_choice(block, device)
+    return stored
 
 
 def tile_for(task: Task, target: Target) -> Tile:
     """The tile of this task: a measured one, else the heuristic's."""
     from fastdcgan_kernels import tuner
 
-    task = replace(task, geometry=_bucketed(task.geometry))
-    return tuner.stored_tile(task, target) or _heuristic(task, target)
+    task = _bucketed(task)
+    if _questions:
+        _questions[-1][task] = None
+    return tuner.stored_tile(task, target.device) or _heuristic(task, target)
+
+
+def shared_bytes(task: Task, tile: Tile) -> int:
+    """Estimate of the shared memory that a program takes: its operands, in every stage."""
+    operands = 2 if task.prologue != "none" else 1
+    return tile.stages * operands * (tile.rows + tile.columns) * tile.depth * task.dtype.itemsize
+
+
+def neighbours(task: Task, target: Target) -> list[Tile]:
+    """The heuristic's tile, then those one step away from it that fit: what the tuner tries."""
+    first = _heuristic(task, target)
+    steps = {  # least and most; a step is a factor of 2
+        "rows": (64 if target.name in ("sm_90", "sm_100") else 16, 256),
+        "columns": (16, 256),
+        "depth": (16, 128 // task.dtype.itemsize),
+        "split": (1, 64),
+        "stages": (2, 4),
+    }
+    if task.op in ("image_up", "image_weight_gradient"):
+        del steps["columns"]  # not read
+    if task.op in ("image_up", "image_down"):
+        del steps["split"]  # not read
+    found = [replace(first, warps=12 - first.warps)]
+    if target.descriptors and not task.op.startswith("image_"):
+        found.append(replace(first, descriptors=not first.descriptors))
+    for name, (least, most) in steps.items():
+        value = getattr(first, name)
+        others = (value - 1, value + 1) if name == "stages" else (value // 2, value * 2)
+        for other in others:
+            if least <= other <= most:
+                tile = replace(first, **{name: other})
+                found.append(replace(tile, warps=_warps(task, tile.rows, tile.columns)))
+    fit = [
+        tile
+        for tile in found
+        if shared_bytes(task, tile) <= target.shared_bytes
+        and tile.rows * tile.columns <= 128 * 256
+        and tile.warps >= _warps(task, tile.rows, tile.columns)
+    ]
+    return list(dict.fromkeys([first, *fit]))
+
+
+def _warps(task: Task, rows: int, columns: int) -> int:
+    most = 64 * 32 if task.prologue != "none" else 128 * 64  # more would spill
+    return 8 if rows * columns > most else 4
 
 
 def _power(n: int, least: int, most: int) -> int:
@@ -207,7 +289,7 @@ def _heuristic(task: Task, target: Target) -> Tile:
     compiles without spills for all GEMMs here (inspect.py)."""
     g, op = task.geometry, task.op.removeprefix("image_")
     image = task.op.startswith("image_")
-    size = torch.empty(0, dtype=task.dtype).element_size()
+    size = task.dtype.itemsize
     pixels = g.N // task.groups * g.P * g.Q
     if op == "weight_gradient":
         m, n, k, copies = g.CS, (64 if image else g.CL), pixels, (1 if image else 16)
@@ -222,8 +304,8 @@ def _heuristic(task: Task, target: Target) -> Tile:
     depth_of = {"weight_gradient": k, "down": g.CL, "up": g.CS}[op]
     rows, columns = _power(m, 16, 128), _power(n, 16, 128)
     depth = _power(depth_of, 16, 128 // size)
-    if target.name == "sm_100" and not image:
-        rows = max(rows, 64)  # the least that its matrix instruction takes
+    if target.name in ("sm_90", "sm_100"):
+        rows = max(rows, 64)  # the least that their matrix instructions take
 
     def programs(rows: int, columns: int) -> int:
         return cdiv(m, rows) * cdiv(n, columns) * copies * task.groups
@@ -238,10 +320,9 @@ def _heuristic(task: Task, target: Target) -> Tile:
                 break
             split *= 2
     stages = 2 if task.prologue != "none" or task.epilogue == "gradient" else 3
-    operands = 2 if task.prologue != "none" else 1
 
     def shared(stages: int, depth: int) -> int:
-        return stages * operands * (rows + columns) * depth * size
+        return shared_bytes(task, Tile(rows, columns, depth, stages=stages))
 
     while shared(stages, depth) > target.shared_bytes * 3 // 4:
         if stages > 2:
@@ -250,5 +331,6 @@ def _heuristic(task: Task, target: Target) -> Tile:
             depth //= 2
         else:
             break
-    warps = 8 if rows * columns >= 128 * 128 else 4
-    return Tile(rows, columns, depth, split, warps, stages)
+    # A prologue works on registers: then the way through them is no detour.
+    descriptors = target.descriptors and not image and task.prologue == "none"
+    return Tile(rows, columns, depth, split, _warps(task, rows, columns), stages, descriptors)

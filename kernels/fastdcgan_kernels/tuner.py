@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 
-def stored_choice(block, target):
+def stored_choice(block, device):
     return None
 
 
-def stored_tile(task, target):
+def stored_tile(task, device):
     return None
