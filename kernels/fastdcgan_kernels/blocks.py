@@ -9,6 +9,7 @@ loads. Nothing else is kept for the backward pass.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -94,7 +95,8 @@ def _weight_gradient_of(
 
 def _vendor(x: Tensor, weight: Tensor, geometry: Geometry, up: bool) -> Tensor:
     op = F.conv_transpose2d if up else F.conv2d
-    with torch.autocast(x.device.type, enabled=False):
+    off = nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+    with off:
         y = op(x, weight, None, geometry.stride, geometry.pad)
     return y.contiguous(memory_format=CHANNELS_LAST)
 

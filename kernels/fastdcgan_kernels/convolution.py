@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdcgan_kernels.geometry import Geometry, Tile, cdiv, empty
+from fastdcgan_kernels.geometry import Geometry, Tile, box_of, cdiv, empty
+from fastdcgan_kernels.jit.descriptors import gather_descriptors, weight_gradient_descriptors
 from fastdcgan_kernels.jit.gather import gather_pointers
 from fastdcgan_kernels.jit.norm import reduce_splits
 from fastdcgan_kernels.jit.wgrad import weight_gradient_pointers
@@ -91,6 +92,50 @@ def operand_arguments(name: str, operand: Operand) -> dict[str, Any]:
     }
 
 
+def fits_descriptors(*tensors: Tensor | None) -> bool:
+    """Whether each starts at a multiple of 16 bytes, and so does each of its pixels: what a tensor
+    descriptor asks for."""
+    return all(
+        t is None or (t.data_ptr() % 16 == 0 and t.shape[1] * t.element_size() % 16 == 0)
+        for t in tensors
+    )
+
+
+def _side(t: Tensor, geometry: Geometry, large: bool, pixels: int, channels: int) -> Any:
+    """Descriptor of a side, of which a box has these channels of `pixels` (jit/descriptors.py)."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    n, c, h, w = t.shape
+    images, rows, columns = box_of(pixels, geometry)
+    if large and geometry.stride == 2:
+        shape, strides = [n, h // 2, 2, w // 2, 2 * c], [h * w * c, 2 * w * c, w * c, 2 * c, 1]
+        return TensorDescriptor(t, shape, strides, [images, rows, 1, columns, channels])
+    shape, strides = [n, h, w, c], [h * w * c, w * c, c, 1]
+    return TensorDescriptor(t, shape, strides, [images, rows, columns, channels])
+
+
+def _described(
+    name: str, operand: Operand, geometry: Geometry, large: bool, pixels: int, channels: int
+) -> dict[str, Any]:
+    """`operand_arguments` with descriptors of its tensors, and the box."""
+    value = _side(operand.value, geometry, large, pixels, channels)
+    aux = operand.aux
+    return {
+        **operand_arguments(name, operand),
+        name: value,
+        f"{name}_aux": value if aux is None else _side(aux, geometry, large, pixels, channels),
+        **dict(zip(("BOX_N", "BOX_P", "BOX_Q"), box_of(pixels, geometry), strict=True)),
+    }
+
+
+def _weight_matrix(weight: Tensor, rows: int, columns: int) -> Any:
+    """Descriptor of the weight as [CS, 16 * CL]."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    wide = 16 * weight.shape[1]
+    return TensorDescriptor(weight, [weight.shape[0], wide], [wide, 1], [rows, columns])
+
+
 def gather(
     source: Operand,
     weight: Tensor,
@@ -110,7 +155,18 @@ def gather(
     images = g.N // groups
     out = empty(g.N, g.CL, g.H, g.W, x) if up else empty(g.N, g.CS, g.P, g.Q, x)
     channels = out.shape[1]
-    row_tiles = cdiv(images * g.P * g.Q, tile.rows) * (g.phases if up else 1)
+    row_tiles = cdiv(images * g.P * g.Q, tile.rows)
+    kernel, loads = gather_pointers, {**operand_arguments("x", source), "w": weight}
+    whole_taps = up or g.CL % tile.depth == 0
+    if tile.descriptors and whole_taps and fits_descriptors(x, source.aux, weight):
+        kernel, loads = (
+            gather_descriptors,
+            _described("x", source, g, not up, tile.rows, tile.depth),
+        )
+        box = (tile.depth, tile.columns) if up else (tile.columns, tile.depth)
+        loads["w"] = _weight_matrix(weight, *box)
+        row_tiles = cdiv(images, loads["BOX_N"]) * g.P * g.Q // (loads["BOX_P"] * loads["BOX_Q"])
+    row_tiles *= g.phases if up else 1
     whole = tile.split == 1
     if whole:
         result = Result(out, *epilogue_buffers(epilogue.kind, groups, row_tiles, channels, out))
@@ -119,11 +175,10 @@ def gather(
         result = Result(out)
         now, store = Epilogue(), x.new_empty((tile.split, out.numel()), dtype=torch.float32)
     Launch(
-        gather_pointers,
+        kernel,
         (row_tiles * cdiv(channels, tile.columns), groups, tile.split),
         {
-            **operand_arguments("x", source),
-            "w": weight,
+            **loads,
             "out": store,
             **epilogue_arguments(now, store, result),
             "groups": groups,
@@ -185,14 +240,21 @@ def weight_gradient(
     in their order."""
     g = geometry
     parts = groups * tile.split
+    kernel = weight_gradient_pointers
+    loads = operand_arguments("small", small) | operand_arguments("large", large)
+    whole_boxes = groups == 1 or g.N // groups % box_of(tile.depth, g)[0] == 0
+    tensors = (small.value, small.aux, large.value, large.aux)
+    if tile.descriptors and whole_boxes and fits_descriptors(*tensors):
+        kernel = weight_gradient_descriptors
+        loads = _described("small", small, g, False, tile.depth, tile.rows)
+        loads |= _described("large", large, g, True, tile.depth, tile.columns)
     out = empty(g.CS, g.CL, 4, 4, small.value, dtype)
     store = out if parts == 1 else out.new_empty((parts, out.numel()), dtype=torch.float32)
     Launch(
-        weight_gradient_pointers,
+        kernel,
         (16 * cdiv(g.CS, tile.rows) * cdiv(g.CL, tile.columns), parts),
         {
-            **operand_arguments("small", small),
-            **operand_arguments("large", large),
+            **loads,
             "out": store,
             "groups": groups,
             "images": g.N // groups,

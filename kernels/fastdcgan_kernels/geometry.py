@@ -43,8 +43,8 @@ class Geometry:
 @dataclass(frozen=True)
 class Tile:
     """rows x columns of the result a program makes, `depth` of the sum it takes at a time, parts
-    the sum is split into, and what the compiler is told. `box`: (images, rows, columns) of pixels
-    in a tile, for the descriptor kernels; None: pointers."""
+    the sum is split into, and what the compiler is told. `descriptors`: loads are by tensor
+    descriptors, where the tensors fit them; else by pointers."""
 
     rows: int
     columns: int
@@ -52,12 +52,20 @@ class Tile:
     split: int = 1
     warps: int = 4
     stages: int = 3
-    box: tuple[int, int, int] | None = None
+    descriptors: bool = False
 
 
 def cdiv(a: int, b: int) -> int:
     """a / b rounded up."""
     return -(-a // b)
+
+
+def box_of(pixels: int, geometry: Geometry) -> tuple[int, int, int]:
+    """(images, rows, columns) of a box of so many small pixels, a power of two: the widest whose
+    sides divide the small side's."""
+    columns = min(pixels, geometry.Q & -geometry.Q)
+    rows = min(pixels // columns, geometry.P & -geometry.P)
+    return pixels // columns // rows, rows, columns
 
 
 def geometry_of(x: Tensor, weight: Tensor, up: bool, stride: int) -> Geometry:

@@ -40,6 +40,7 @@ RESIDENT = {
     "sm_100": (64, 32, 233_472),
     "sm_120": (48, 24, 102_400),
 }
+PROLOGUES = ("PROLOGUE", "SMALL_PROLOGUE", "LARGE_PROLOGUE")
 MATRIX = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}  # else HMMA; v_mfma on AMD
 
 
@@ -65,7 +66,8 @@ def order_of(launch: Launch) -> Order:
     kernel, signature, constants, aligned = launch.kernel, [], [], []
     for position, parameter in enumerate(kernel.params):
         name, value = parameter.name, launch.arguments[parameter.name]
-        if parameter.is_constexpr or (value == 1 and isinstance(value, int)):
+        plain = parameter.do_not_specialize
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1 and not plain):
             kind = "constexpr"
             constants.append((name, value))
         elif isinstance(value, torch.Tensor):
@@ -73,7 +75,7 @@ def order_of(launch: Launch) -> Order:
             aligned.append(position)
         elif isinstance(value, int):
             kind = "i32"
-            if value % 16 == 0 and not parameter.do_not_specialize:
+            if value % 16 == 0 and not plain:
                 aligned.append(position)
         elif isinstance(value, float):
             kind = "fp32"
@@ -93,6 +95,7 @@ def compile_order(order: Order, arch: str) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from fastdcgan_kernels.launch import OPTIONS
     from fastdcgan_kernels.plan import TARGETS
 
     target = TARGETS[arch]
@@ -105,7 +108,7 @@ def compile_order(order: Order, arch: str) -> dict[str, Any]:
     built = triton.compile(
         source,
         target=GPUTarget(target.backend, target.arch, target.warp_size),
-        options={"num_warps": order.warps, "num_stages": order.stages},
+        options={"num_warps": order.warps, "num_stages": order.stages, **OPTIONS},
     )
     if target.backend == "cuda":
         found = describe_cubin(built.asm["cubin"], arch)
@@ -122,10 +125,10 @@ def resident(found: dict[str, Any], warps: int, target: Target) -> int:
     registers, shared = max(found["registers"], 1), found["shared_bytes"]
     if target.backend == "hip":  # a CU: 4 SIMDs of 512 registers a lane and 8 waves (CDNA3 ISA)
         waves = 4 * min(8, 512 // (-(-registers // 8) * 8))
-        return min(waves // warps, target.shared_bytes // max(shared, 1))
+        return int(min(waves // warps, target.shared_bytes // max(shared, 1)))
     slots, blocks, memory = RESIDENT[target.name]
     a_warp = -(-registers * 32 // 256) * 256
-    return min(blocks, slots // warps, 65_536 // (a_warp * warps), memory // (shared + 1024))
+    return int(min(blocks, slots // warps, 65_536 // (a_warp * warps), memory // (shared + 1024)))
 
 
 @functools.cache
@@ -174,7 +177,9 @@ def describe_sass(sass: str, matrix: str) -> dict[str, Any]:
 def describe_amdgcn(text: str) -> dict[str, Any]:
     """The same of AMD assembly; a spill is what the compiler counts, or any scratch memory."""
     lines = [line.strip() for line in text.splitlines()]
-    labels = {line.split(":")[0]: at for at, line in enumerate(lines) if re.match(r"\.LBB\S*:", line)}
+    labels = {
+        line.split(":")[0]: at for at, line in enumerate(lines) if re.match(r"\.LBB\S*:", line)
+    }
     loops = []
     for at, line in enumerate(lines):
         branch = re.match(r"s_c?branch\S*\s+(\.LBB\S+)", line)
@@ -196,22 +201,23 @@ def describe_amdgcn(text: str) -> dict[str, Any]:
         "main_loop": main_loop(
             loops,
             r"^v_mfma",
-            {"to LDS": r"_load_lds_|_load_dword\S* .*\blds\b", "registers": r"^(global|buffer)_load"},
+            {
+                "to LDS": r"_load_lds_|_load_dword\S* .*\blds\b",
+                "registers": r"^(global|buffer)_load",
+            },
         ),
     }
 
 
-def main_loop(
-    loops: list[list[str]], matrix: str, copies: dict[str, str]
-) -> dict[str, Any] | None:
-    """The loop with the most matrix instructions, the shortest of several: its instructions, those
+def main_loop(loops: list[list[str]], matrix: str, copies: dict[str, str]) -> dict[str, Any] | None:
+    """The loop with the fewest instructions per matrix instruction: its instructions, those
     per matrix instruction, and how memory is read in it: the first kind of `copies` that occurs.
     `registers` is a load into registers, stored to shared memory a step later. None: no such loop.
     """
     with_matrix = [loop for loop in loops if _count(loop, matrix)]
     if not with_matrix:
         return None
-    loop = min(with_matrix, key=lambda loop: (-_count(loop, matrix), len(loop)))
+    loop = min(with_matrix, key=lambda loop: len(loop) / _count(loop, matrix))
     kinds = {kind: _count(loop, pattern) for kind, pattern in copies.items()}
     kind = next((kind for kind, count in kinds.items() if count), "")
     count = _count(loop, matrix)
@@ -240,9 +246,7 @@ def launches(arch: str, dtype: str, batch: int = 128) -> Iterator[tuple[str, Lau
 
     def image(channels: int, side: int) -> Any:
         shape = (batch, channels, side, side)
-        return torch.empty(
-            shape, dtype=of, device="meta", memory_format=torch.channels_last
-        )
+        return torch.empty(shape, dtype=of, device="meta", memory_format=torch.channels_last)
 
     def few(*shape: int) -> Any:
         return torch.empty(shape, dtype=torch.float32, device="meta")
@@ -276,9 +280,7 @@ def launches(arch: str, dtype: str, batch: int = 128) -> Iterator[tuple[str, Lau
                     if how != "prologue":
                         blocks.activate(y, own, after, 0.2)
                 else:
-                    y = blocks.conv_act(
-                        x, coef, weight, None, up, stride, before, 0.2, after, 0.2
-                    )
+                    y = blocks.conv_act(x, coef, weight, None, up, stride, before, 0.2, after, 0.2)
             with plan.assume(plan.TARGETS[arch]), plan.override(how), recording() as backward:
                 if norm:
                     if how != "prologue":
@@ -316,11 +318,15 @@ def report(
     with concurrent.futures.ProcessPoolExecutor(jobs) as pool:
         results = pool.map(compile_order, *zip(*wanted, strict=True), chunksize=4)
         for done, ((order, arch), found) in enumerate(zip(wanted, results, strict=True), 1):
-            print(f"\r{done} of {len(wanted)} compiled", end="", file=sys.stderr)
+            if sys.stderr.isatty():
+                print(f"\r{done} of {len(wanted)} compiled", end="", file=sys.stderr)
             for name in wanted[order, arch]:
                 row = {"kernel": order.kernel, "layer": name, "arch": arch, "dtype": dtype}
-                rows.append({**row, "tile": tiles[order], **found})
-    print(file=sys.stderr)
+                words = dict(order.constants)
+                used = any(words.get(name, "none") != "none" for name in PROLOGUES)
+                rows.append({**row, "tile": tiles[order], "prologue": used, **found})
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
     return rows
 
 
@@ -328,8 +334,8 @@ def tile_of(launch: Launch) -> str:
     """The tile, and what is done on the way in and out, in words."""
     given = launch.arguments
     sizes = [str(given[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if name in given]
-    roles = ("PROLOGUE", "SMALL_PROLOGUE", "LARGE_PROLOGUE", "EPILOGUE")
-    words = [given[name] for name in roles if given.get(name, "none") not in ("none", "store")]
+    roles = [given.get(name, "none") for name in (*PROLOGUES, "EPILOGUE")]
+    words = [word for word in roles if word not in ("none", "store")]
     return " ".join(["x".join(sizes) or "-", f"{launch.warps}w{launch.stages}s", *words])
 
 
@@ -362,9 +368,11 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def complaints(rows: list[dict[str, Any]]) -> list[str]:
     """What must not be: a spill, too much shared memory, a GEMM without the target's matrix
-    instruction, a main loop that waits for its loads. fp32 products in full precision have no
-    matrix instruction, and gfx942 has no wide copy into LDS: loads a step ahead, into registers,
-    are its way."""
+    instruction, a main loop that waits for its loads.
+
+    fp32 products in full precision have no matrix instruction. On AMD loads may go into registers
+    a step ahead: gfx942 has no wide copy into LDS, and a prologue works on registers. D5's gradient
+    has one channel, an element a pixel, and no target copies 2 bytes asynchronously."""
     found = []
     for row in rows:
         what = f"{row['arch']} {row['kernel']} {row['tile']} ({row['layer']})"
@@ -375,8 +383,11 @@ def complaints(rows: list[dict[str, Any]]) -> list[str]:
         if row["kernel"].startswith(GEMMS) and row["dtype"] != "fp32":
             if not row["matrix_instruction"]:
                 found.append(f"{what}: no matrix instruction of this target")
-            ways = ("registers", "to LDS") if row["arch"] == "gfx942" else ("TMA", "cp.async", "to LDS")
-            if row["main_loop"] and row["main_loop"]["copies"] not in ways:
+            ways = ["TMA", "cp.async", "to LDS"]
+            if row["arch"] == "gfx942" or (row["arch"] == "gfx950" and row["prologue"]):
+                ways.append("registers")
+            loop = row["main_loop"]
+            if loop and loop["copies"] not in ways and not row["layer"].startswith("D5 backward"):
                 found.append(f"{what}: no asynchronous copies in the main loop")
     return found
 
@@ -385,8 +396,8 @@ def main(arguments: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(
         prog="python -m fastdcgan_kernels.inspect",
-        description="Compile every kernel of the standard DCGAN ahead of time and report registers, "
-        "spills, shared memory and instructions. Needs no GPU; measures no speed.",
+        description="Compile every kernel of the standard DCGAN ahead of time and report "
+        "registers, spills, shared memory and instructions. Needs no GPU; measures no speed.",
         epilog="Example: python -m fastdcgan_kernels.inspect --arch sm_90,gfx942 --json",
     )
     parser.add_argument(

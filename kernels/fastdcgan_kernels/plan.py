@@ -306,6 +306,8 @@ def _heuristic(task: Task, target: Target) -> Tile:
     depth = _power(depth_of, 16, 128 // size)
     if target.name in ("sm_90", "sm_100"):
         rows = max(rows, 64)  # the least that their matrix instructions take
+    if task.prologue != "none":
+        columns = min(columns, 64)  # operands in registers: more would spill
 
     def programs(rows: int, columns: int) -> int:
         return cdiv(m, rows) * cdiv(n, columns) * copies * task.groups
@@ -331,6 +333,9 @@ def _heuristic(task: Task, target: Target) -> Tile:
             depth //= 2
         else:
             break
+    warps = _warps(task, rows, columns)
+    if {"down": g.CL, "up": g.CS}.get(op, 8) * size % 16:
+        warps = 8  # no 16-byte loads: the addresses of smaller ones take registers
     # A prologue works on registers: then the way through them is no detour.
     descriptors = target.descriptors and not image and task.prologue == "none"
-    return Tile(rows, columns, depth, split, _warps(task, rows, columns), stages, descriptors)
+    return Tile(rows, columns, depth, split, warps, stages, descriptors)

@@ -18,7 +18,7 @@ import triton.language as tl
 from fastdcgan_kernels.jit.tile import load_operand, store_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images"])
 def gather_pointers(
     x,  # source: down [N, H, W, CL], up [N, P, Q, CS]
     x_aux,  # same shape as x, for its prologue

@@ -68,7 +68,7 @@ def load_windows(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images"])
 def image_down(
     x,  # [N, 2P, 2Q, CL]
     x_aux,  # like x
@@ -167,7 +167,7 @@ def image_down(
         tl.store(counts + group * tiles + row_tile, count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images"])
 def image_up(
     x,  # [N, P, Q, CS]
     x_aux,  # like x
@@ -276,7 +276,7 @@ def image_up(
         tl.store(counts + group * tiles + row_tile * 4 + four, count + four * 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images"])
 def image_weight_gradient(
     small,  # [N, P, Q, CS]
     small_aux,

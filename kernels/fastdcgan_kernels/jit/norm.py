@@ -7,7 +7,7 @@ import triton.language as tl
 from fastdcgan_kernels.jit.tile import load_operand, store_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def reduce_splits(
     parts,  # [SPLITS, groups, rows, C] fp32
     out,  # [groups, rows, C]
@@ -68,7 +68,7 @@ def reduce_splits(
         tl.store(counts + group * tiles + row_tile, count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def partial_statistics(
     y,  # [groups, rows, C]
     partials,  # [2, groups, tiles, C] fp32: mean and M2 of each tile
@@ -103,7 +103,7 @@ def partial_statistics(
         tl.store(counts + group * tiles + row_tile, count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def merge_statistics(
     partials,  # [2, groups, tiles, C] fp32: mean and M2 of each tile
     counts,  # [groups, tiles] fp32
@@ -169,7 +169,7 @@ def merge_statistics(
     tl.store(stats + 2 * groups * C + row, var * 0.0 + n, mask=channel_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def apply_prologue(
     value,  # [groups, rows, C]
     aux,  # like value
@@ -221,7 +221,7 @@ def apply_prologue(
         tl.store(out + offsets, tile, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def activation_gradient(
     g,  # [groups, rows, C]: gradient of act(z)
     y,  # like g: z = scale * (y - mean) + shift
@@ -270,7 +270,7 @@ def activation_gradient(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def sum_partials(
     partials,  # [2, groups, tiles, C] fp32
     coef,  # [3, groups, C] fp32: mean, scale, shift; read unless COLUMNS

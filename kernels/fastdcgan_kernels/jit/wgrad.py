@@ -7,7 +7,7 @@ import triton.language as tl
 from fastdcgan_kernels.jit.tile import load_operand
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images"])
 def weight_gradient_pointers(
     small,  # [N, P, Q, CS]: Conv2d's output gradient, ConvTranspose2d's input
     small_aux,
