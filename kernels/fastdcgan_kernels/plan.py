@@ -215,21 +215,21 @@ def _measured(
 ) -> How | None:
     """What the tuner stored. torch.compile takes it for a constant, and does not look into the
     reading of a file; for that the arguments are plain."""
-    from fastdcgan_kernels import tuner
+    from fastdcgan_kernels import measured
 
     block = Block(kind, Geometry(*sizes), dtype, norm, groups)
-    stored: How | None = tuner.stored_choice(block, device)
+    stored: How | None = measured.stored_choice(block, device)
     return stored
 
 
 def tile_for(task: Task, target: Target) -> Tile:
     """The tile of this task: a measured one, else the heuristic's."""
-    from fastdcgan_kernels import tuner
+    from fastdcgan_kernels import measured
 
     task = _bucketed(task)
     if _questions:
         _questions[-1][task] = None
-    return tuner.stored_tile(task, target.device) or _heuristic(task, target)
+    return measured.stored_tile(task, target.device) or _heuristic(task, target)
 
 
 def shared_bytes(task: Task, tile: Tile) -> int:

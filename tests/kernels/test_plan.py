@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastdcgan_kernels import plan, tuner
+from fastdcgan_kernels import measured, plan
 from fastdcgan_kernels.geometry import Geometry, Tile, cdiv
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -105,7 +105,7 @@ def test_larger_tiles_where_there_is_work():
     target = plan.TARGETS["sm_90"]
     geometry = Geometry(512, 16, 16, 128, 32, 32, 64, 2, 1)
     task = plan.Task("down", geometry, torch.bfloat16, "none", "statistics", 1)
-    assert plan.tile_for(task, target) == Tile(128, 128, 64, 1, 8, 3)
+    assert plan.tile_for(task, target) == Tile(128, 128, 64, 1, 8, 3, descriptors=True)
     small = plan.tile_for(replace(task, geometry=replace(geometry, N=1)), target)
     assert small.rows * small.columns < 128 * 128
     assert small.split > 1
@@ -138,8 +138,8 @@ def test_what_is_asked_is_recorded_once_and_bucketed():
 
 def test_stored_choices_come_before_defaults_and_after_overrides(monkeypatch):
     asked, tile = [], Tile(16, 16, 16)
-    monkeypatch.setattr(tuner, "stored_choice", lambda *given: asked.append(given) or "vendor")
-    monkeypatch.setattr(tuner, "stored_tile", lambda *given: asked.append(given) or tile)
+    monkeypatch.setattr(measured, "stored_choice", lambda *given: asked.append(given) or "vendor")
+    monkeypatch.setattr(measured, "stored_tile", lambda *given: asked.append(given) or tile)
     target = replace(plan.TARGETS["sm_90"], device="NVIDIA H100")
     assert plan.choose(BLOCK, target) == plan.Choice("vendor", measured=True)
     assert plan.tile_for(TASK, target) == tile
@@ -248,5 +248,5 @@ def test_amd_is_known_by_its_architecture(gpu, arch, known):
 def test_the_shipped_targets_have_no_measured_choices():
     """inspect.py compiles the same tiles on every machine."""
     assert not any(target.device for target in plan.TARGETS.values())
-    assert tuner.stored_tile(TASK, "") is None
-    assert tuner.stored_choice(BLOCK, "") is None
+    assert measured.stored_tile(TASK, "") is None
+    assert measured.stored_choice(BLOCK, "") is None
