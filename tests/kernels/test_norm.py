@@ -88,7 +88,7 @@ def test_variance_of_values_far_from_zero():
     torch.testing.assert_close(stats[0, 0].double(), wide.mean(0), rtol=5e-7, atol=0)
     # Each tile's mean is a float32 near 1000, 3e-5 off at most.
     torch.testing.assert_close(stats[1, 0].double(), wide.var(0, correction=0), rtol=1e-4, atol=0)
-    normal = reference.activate(y, coef, "none", 0.0)
+    normal = norm.pointwise(exact.Operand(y, "activate", coef=coef))
     expected = F.batch_norm(y.double(), None, None, training=True, eps=EPS)
     torch.testing.assert_close(normal.double(), expected, rtol=0, atol=1e-3)
 
