@@ -153,17 +153,34 @@ def materialise(x: Input) -> Tensor:
     return out
 
 
-def defers(x: Input, weight: Tensor, stride: int, padding: int, transposed: bool) -> bool:
+def defers(
+    x: Input,
+    weight: Tensor,
+    stride: int,
+    padding: int,
+    transposed: bool,
+    norm: bool = True,
+    groups: int = 1,
+) -> bool:
     """Whether the block that takes an x like this would rather apply its producer's activation
-    itself (the plan's choice "prologue")."""
+    itself (the plan's choice "prologue"). `norm`: it has one; `groups`: its stat_groups."""
     x = _cast(x)
     if unsupported(x, weight, stride, padding, transposed) or not _runs_kernels(x):
         return False
+    return _how(x, weight, stride, transposed, norm, groups) == "prologue"
+
+
+def _how(
+    x: Input, weight: Tensor, stride: int, transposed: bool, norm: bool, groups: int
+) -> plan.How:
+    """The plan's choice for this block; the default where no device is known."""
     y = x if isinstance(x, Tensor) else x.y
-    geometry = geometry_of(y, weight, transposed, stride)
-    block = plan.Block("up" if transposed else "down", geometry, y.dtype, True, 1)
     target = plan.target_of(y.device)
-    return target is not None and plan.choose(block, target).how == "prologue"
+    if target is None:
+        return "materialised"
+    geometry = geometry_of(y, weight, transposed, stride)
+    block = plan.Block("up" if transposed else "down", geometry, y.dtype, norm, groups)
+    return plan.choose(block, target).how
 
 
 def unsupported(
@@ -230,6 +247,12 @@ def _takes_kernels(
     return not why
 
 
+def _like(x: Input, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Parameters in the dtype of x, as kernels take them and PyTorch's convolutions must have."""
+    dtype = (x if isinstance(x, Tensor) else x.y).dtype
+    return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
 def _block(
     up: bool, x: Input, weight: Tensor, bias: Tensor | None, gamma: Tensor | None,
     beta: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None, stride: int,
@@ -246,6 +269,9 @@ def _block(
         return _plain(up, x, weight, bias, stride, padding, activation, slope)
     if x.shape[0] % groups:
         raise ValueError(f"stat_groups={groups} does not divide a batch of {x.shape[0]}")
+    if kernels and _how(x, weight, stride, up, True, groups) == "reference":
+        kernels = False
+        weight, bias = _like(x, weight, bias)
     if not kernels:
         op = reference.conv_transpose_bn_act if up else reference.conv_bn_act
         outs = [
@@ -275,7 +301,12 @@ def _plain(
 ) -> Tensor:  # fmt: skip
     reference.check_activation(activation)
     x = _cast(x)
-    if not _takes_kernels(x, weight, stride, padding, up, slope):
+    kernels = _takes_kernels(x, weight, stride, padding, up, slope)
+    groups = x.coef.shape[1] if isinstance(x, Deferred) else 1
+    if kernels and _how(x, weight, stride, up, False, groups) == "reference":
+        kernels = False
+        weight, bias = _like(x, weight, bias)
+    if not kernels:
         op = reference.conv_transpose_act if up else reference.conv_act
         return op(
             materialise(x), weight, bias, stride=stride, padding=padding,

@@ -187,8 +187,12 @@ def recording() -> Iterator[dict[Block | Task, None]]:
 
 
 def bucket(n: int) -> int:
-    """The power of two at or above n: batches of 65 to 128 share one decision."""
-    return 1 << max(n - 1, 0).bit_length()
+    """The power of two at or above n: batches of 65 to 128 share one decision. By comparisons, so
+    that torch.compile, too, asks no more of a batch than these bounds."""
+    power = 1
+    while power < n:
+        power *= 2
+    return power
 
 
 def _bucketed(asked: Question) -> Question:
