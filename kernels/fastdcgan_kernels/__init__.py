@@ -16,7 +16,7 @@ if TYPE_CHECKING:
         conv_transpose_bn_act,
         materialise,
     )
-    from fastdcgan_kernels.fuse import Finding, findings, fuse, unfuse
+    from fastdcgan_kernels.fusion import Finding, findings, fuse, unfuse
     from fastdcgan_kernels.modules import ConvBlock
 
 __all__ = [
@@ -33,7 +33,10 @@ __all__ = [
     "unfuse",
 ]
 
-_ROOMS = {"ConvBlock": "modules", "Finding": "fuse", "findings": "fuse", "unfuse": "fuse"}
+_ROOMS = {
+    "ConvBlock": "modules",
+    **dict.fromkeys(["Finding", "findings", "fuse", "unfuse"], "fusion"),
+}
 
 
 def __getattr__(name: str) -> Any:

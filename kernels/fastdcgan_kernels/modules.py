@@ -1,5 +1,5 @@
 """The fused block as a module of real children, and how such children are run as one block. Not
-here: how they are found in a user's model (fuse.py)."""
+here: how they are found in a user's model (fusion.py)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ConvBlock(nn.Module):
     The parts stay what they are, so the state_dict has their keys: conv.weight, norm.weight, ...
     As `nn.Sequential(conv, norm, activation)` in every respect, nn.BatchNorm2d's momentum=None,
     affine=False, track_running_stats=False and evaluation included. Evaluation folds the norm into
-    the weight, anew at every call.
+    the weight, anew at every call. While a part has hooks, the parts are called one by one.
 
     Args:
         conv: nn.Conv2d or nn.ConvTranspose2d, 4x4 with stride 2 and padding 1, or stride 1 and
@@ -51,7 +51,33 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The block's output, (N, C, P, Q) channels_last."""
-        return functional.materialise(run_block(self.conv, self.norm, self.activation, x))
+        if is_block(self.conv, self.norm, self.activation) and isinstance(x, Tensor):
+            return functional.materialise(run_block(self.conv, self.norm, self.activation, x))
+        for part in (self.conv, self.norm, self.activation):
+            x = x if part is None else part(x)
+        return x
+
+
+def is_block(conv: nn.Module, norm: nn.Module | None, activation: nn.Module | None) -> bool:
+    """Whether calling these one after the other is, as they are now, what `run_block` computes."""
+    if not is_convolution(conv) or is_special(conv):
+        return False
+    if norm is not None and (not is_norm_of(norm, conv) or is_special(norm)):
+        return False
+    return activation is None or (activation_of(activation) is not None
+                                  and not is_special(activation))  # fmt: skip
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """Whether blocks have this convolution."""
+    return isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and not why_not_conv(module)
+
+
+def is_norm_of(module: nn.Module, conv: nn.Module) -> bool:
+    """Whether this is a BatchNorm of the convolution's output."""
+    if not isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
+        return False
+    return bool(module.num_features == conv.out_channels)
 
 
 def activation_of(module: nn.Module | None) -> tuple[Any, float] | None:
@@ -129,6 +155,27 @@ def _process_group(norm: Norm) -> str:
     group = norm.process_group or dist.group.WORLD
     assert group is not None
     return str(group.group_name) if dist.get_world_size(group) > 1 else ""
+
+
+# Whose forward, as their class has it, blocks stand for.
+KINDS: tuple[type[nn.Module], ...] = (
+    nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.LeakyReLU, nn.Tanh,
+)  # fmt: skip
+METHODS = ("__call__", "forward", "_conv_forward", "_output_padding", "_check_input_dim")
+
+
+def is_special(module: nn.Module) -> bool:
+    """Whether calling this module may do more than PyTorch's class does: hooks, or code of its own.
+    Classes of this package that stand in for PyTorch's have their `plain`."""
+    if is_hooked(module):
+        return True
+    own: Any = getattr(type(module), "plain", type(module))
+    for kind in KINDS:
+        if issubclass(own, kind):
+            changed = (getattr(own, name, None) is not getattr(kind, name, None)
+                       for name in METHODS)  # fmt: skip
+            return any(changed)
+    return True
 
 
 def is_hooked(module: nn.Module) -> bool:
