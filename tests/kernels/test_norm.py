@@ -143,6 +143,21 @@ def test_gradient_of_normalise_and_activate(activation, groups):
             close(gcoef[row], gcoef_truth[row])
 
 
+def test_sums_over_more_tiles_than_one_step_takes():
+    """72 tiles of 64 rows; 64 are one step."""
+    draw = Draw(torch.float32)
+    shape = (2, 3, 48, 48)
+    g, y, coef = draw.normal(*shape, offset=1.0), draw.normal(*shape), draw.coef(1, 3)
+    _, partials = norm.activation_gradient(g, y, coef, "none", 0.0, 1)
+    assert partials.shape[2] > norm.TILES
+    (wide,), (apart,) = columns(g, 1), columns(y, 1) - coef[0].double()
+    gcoef = norm.finalize_gradient(partials, coef)[:, 0]
+    close(gcoef[0], -coef[1, 0].double() * wide.sum(0))
+    close(gcoef[1], (wide * apart).sum(0))
+    close(gcoef[2], wide.sum(0))
+    close(norm.column_sum(exact.Operand(g)), wide.sum(0))
+
+
 @GROUPS
 @pytest.mark.parametrize("affine", [True, False])
 def test_gradient_through_the_batch_statistics(affine, groups):

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastdcgan_kernels import convolution
 from fastdcgan_kernels.convolution import weight_gradient
 from fastdcgan_kernels.geometry import Tile
 from tests.kernels import exact
@@ -25,6 +26,8 @@ check = partial(exact.check_weight_gradient, weight_gradient)
 PAIRS = list(product(PROLOGUES, PROLOGUES))
 # Ragged in both channels and in pixels, also in each of two groups.
 STRIDES = {"stride 2": layer(2, 3, 5, 20, 18), "stride 1": layer(6, 1, 1, 20, 18, stride=1)}
+# What tensor descriptors take: pixels of whole 16 bytes, and no box with pixels of two groups.
+DESCRIBED = {"stride 2": layer(4, 2, 6, 24, 40), "stride 1": layer(6, 1, 1, 24, 40, stride=1)}
 STRIDE = pytest.mark.parametrize("stride", STRIDES)
 
 
@@ -37,6 +40,24 @@ def test_every_pair_of_prologues(stride, prologues):
     activations = ACTIVATIONS[(first + second) % 4], ACTIVATIONS[(first + 2 * second) % 4]
     tile = Tile(32, 32, 16, split=1 + 2 * (first % 2))
     check(STRIDES[stride], dtype, prologues, activations, 1 + second % 2, tile, out_dtype=dtype)
+
+
+@STRIDE
+@pytest.mark.parametrize("p", range(4), ids=PROLOGUES)
+def test_every_prologue_by_descriptors(stride, p, monkeypatch):
+    monkeypatch.setattr(convolution, "weight_gradient_pointers", None)
+    prologues = PROLOGUES[p], PROLOGUES[(p + 1) % 4]
+    activations = ACTIVATIONS[p], ACTIVATIONS[(p + 2) % 4]
+    g, dtype = DESCRIBED[stride], DTYPES[p % 3]
+    tile = Tile(32, 32, 16, split=1 + p // 2, descriptors=True)
+    check(g, dtype, prologues, activations, 1, tile, out_dtype=dtype)
+
+
+def test_groups_by_descriptors(monkeypatch):
+    """A box of 16 pixels is 4 images here: all of a group."""
+    monkeypatch.setattr(convolution, "weight_gradient_pointers", None)
+    tile, prologues = Tile(32, 32, 16, split=2, descriptors=True), ("normgrad", "activate")
+    check(layer(8, 2, 6, 24, 40), torch.float32, prologues, ("none", "tanh"), 2, tile)
 
 
 @STRIDE
@@ -55,14 +76,14 @@ def test_groups_and_splits(stride, groups, split):
     check(STRIDES[stride], torch.float32, prologues, activations, groups, tile)
 
 
-channels = st.sampled_from([1, 3, 16, 17, 65, 100])
+channels = st.sampled_from([1, 3, 16, 17, 32, 65, 100])
 layers = st.builds(
     layer, st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), channels, channels,
     st.sampled_from([2, 2, 1]),
 )  # fmt: skip
 tiles = st.builds(
     Tile, st.just(64), st.sampled_from([32, 64]), st.sampled_from([16, 32]),
-    st.integers(1, 3),
+    st.integers(1, 3), descriptors=st.booleans(),
 )  # fmt: skip
 
 
