@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1  # of the file: change it when kernels change so much that old measurements mislead
 PATIENCE = 60  # seconds to wait for another process that stores
+# What a file may raise that somebody else wrote, or half wrote; RuntimeError: nesting without end.
+USELESS = (ValueError, TypeError, KeyError, AttributeError, RuntimeError)
 
 
 def stored_choice(block: Block, device: str) -> How | None:
@@ -52,25 +54,22 @@ def cache_file(device: str) -> Path:
 def _table(device: str) -> dict[Question, Answer]:
     """What is stored for this device and these versions; read once in a process. A file that
     cannot be used is one warning and no error: measurements are a convenience."""
-    table: dict[Question, Answer] = {}
     if not device:
-        return table
+        return {}
     versions, where = _versions(), ""
     try:
         path = cache_file(device)
         where = str(path)
         every = _read(path)
-        for key, value in every.get(versions, {}).items():
-            asked = _question(key)
-            table[asked] = _answer(asked, value)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        table = _answers(every.get(versions, {}))
+    except (OSError, *USELESS) as error:
         why = f"{type(error).__name__}: {error}"
         warnings.warn(f"measurements in {where} are ignored ({why}); tune again", stacklevel=2)
         return {}
     if every and versions not in every:
-        known = "; ".join(every)
+        others = "; ".join(every)
         warnings.warn(
-            f"measurements in {where} are of {known}, and not used with {versions}; tune again",
+            f"measurements in {where} are of {others}, and not used with {versions}; tune again",
             stacklevel=2,
         )
     return table
@@ -110,9 +109,11 @@ def store(found: dict[Question, Answer], device: str) -> None:
     with FileLock(f"{path}.lock", timeout=PATIENCE):
         try:
             entries = _read(path)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            entries = {}  # it was of no use to anybody
-        rows = entries.setdefault(_versions(), {})
+            rows = entries.setdefault(_versions(), {})
+            _answers(rows)
+        except USELESS:
+            rows = {}
+            entries = {_versions(): rows}
         rows.update({_key(asked): _plain(answer) for asked, answer in found.items()})
         whole = {"format": FORMAT, "device": device, "entries": entries}
         beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -144,6 +145,14 @@ def _question(key: str) -> Question:
     given["geometry"] = Geometry(**given["geometry"])
     given["dtype"] = getattr(torch, given["dtype"])
     return plan.Task(**given) if "op" in given else plan.Block(**given)
+
+
+def _answers(rows: dict[str, Any]) -> dict[Question, Answer]:
+    found: dict[Question, Answer] = {}
+    for key, value in rows.items():
+        asked = _question(key)
+        found[asked] = _answer(asked, value)
+    return found
 
 
 def _plain(answer: Answer) -> str | dict[str, int]:

@@ -250,8 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     import torch
 
-    from fastdcgan_kernels import plan
-    from fastdcgan_kernels.fuse import fuse
+    from fastdcgan_kernels import fuse, plan
 
     if not torch.cuda.is_available() or plan.target_of(torch.device("cuda")) is None:
         print("nothing to tune: PyTorch sees no GPU that the kernels run on", file=sys.stderr)
