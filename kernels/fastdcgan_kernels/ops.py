@@ -211,7 +211,9 @@ def _conv_bn_gradient(ctx: Any, gy: Tensor, gcoef: Tensor, _: Any) -> tuple[Tens
 
 def _save_conv_act(ctx: Any, inputs: Any, output: Any) -> None:
     x, x_coef, weight, bias, *ctx.options = inputs
-    ctx.save_for_backward(x, x_coef, weight, bias, output)
+    # Without an activation the output is not needed, and may be changed in place by its taker.
+    linear = ctx.options[-2] == "none"
+    ctx.save_for_backward(x, x_coef, weight, bias, None if linear else output)
 
 
 def _conv_act_gradient(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -221,6 +223,7 @@ def _conv_act_gradient(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         inputs = (x, x_coef, weight, bias, *ctx.options)
         return tuple(_by_reference(reference.conv_and_act, inputs, needs, (g,)))
     need = [needs[0] or needs[1], needs[2], needs[3]]
+    out = g.to(x.dtype) if out is None else out
     grads = ops.conv_act_backward(g, out, x, x_coef, weight, bias, *ctx.options, need)
     return _only(needs, *grads)
 

@@ -155,7 +155,8 @@ def _normalise(
 
 def _finish(y: Tensor, activation: Activation, slope: float) -> Tensor:
     check_activation(activation)
-    return act(y, activation, slope).contiguous(memory_format=torch.channels_last)
+    y = act(y, activation, slope)
+    return y.contiguous(memory_format=torch.channels_last) if y.dim() == 4 else y
 
 
 def check_activation(activation: str) -> None:
