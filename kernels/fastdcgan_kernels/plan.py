@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -208,7 +209,8 @@ def choose(block: Block, target: Target) -> Choice:
     if _overrides:
         return Choice(_overrides[-1])
     g = block.geometry
-    sizes = (g.N, g.P, g.Q, g.CS, g.H, g.W, g.CL, g.stride, g.pad)
+    numbers = (g.N, g.P, g.Q, g.CS, g.H, g.W, g.CL, g.stride, g.pad)
+    sizes = tuple([operator.index(n) for n in numbers])  # torch.compile may have symbols there
     stored = _measured(target.device, block.kind, sizes, block.dtype, block.norm, block.groups)
     return Choice(stored, measured=True) if stored else Choice("materialised")
 

@@ -93,6 +93,17 @@ def test_neighbours_are_few_and_fit(target, groups):
             assert {tile.split for tile in others} <= {1}
 
 
+def test_neighbours_of_a_wide_tile_do_not_spill(monkeypatch):
+    """Results of a program are in its registers: 128 a thread with 8 warps, 64 with 4."""
+    wide = Tile(128, 256, 16, warps=8, stages=2)
+    monkeypatch.setattr(plan, "_heuristic", lambda task, target: wide)
+    task = next(task for task in tasks(128) if task.op == "up")
+    first, *others = plan.neighbours(task, plan.TARGETS["sm_90"])
+    assert first == wide
+    for tile in others:
+        assert tile.rows * tile.columns // (32 * tile.warps) <= {4: 64, 8: 128}[tile.warps]
+
+
 def test_neighbours_try_the_other_way_to_load_where_there_is_one():
     task = next(task for task in tasks(128) if task.op == "up")
     for name, ways in (("sm_80", {False}), ("sm_90", {False, True})):

@@ -410,6 +410,32 @@ def test_a_choice_that_was_measured_is_how_the_block_runs(monkeypatch):
         assert ran == runs
 
 
+def test_plain_pytorch_may_win_without_a_norm_too(monkeypatch):
+    block = ConvBlock(nn.Conv2d(5, 6, 4, 2, 1), None, nn.Tanh())
+    x = torch.randn(4, 5, 8, 4).bfloat16()  # the parameters are float32, as kernels take them
+    expected = block(x)
+    measured.store({replace(BLOCK, dtype=torch.bfloat16, norm=False): "reference"}, "interpreter")
+    monkeypatch.setattr(blocks, "conv_act", None)
+    assert block(x).dtype == torch.bfloat16
+    torch.testing.assert_close(block(x), expected, rtol=2e-2, atol=2e-2)  # a rounding or two
+
+
+def test_compile_takes_choices_for_constants_and_batches_by_powers_of_two():
+    """In one graph, though a file is read; one compilation serves batches of 9 to 16."""
+    compiled = []
+    model = fuse(nn.Sequential(*net()[2:], nn.Conv2d(6, 7, 4, 2, 1)))
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    run = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+    for batch in (9, 10, 15, 16):
+        x = torch.randn(batch, 5, 8, 8)
+        torch.testing.assert_close(run(x), model(x))
+    assert len(compiled) == 1
+
+
 def net():
     return nn.Sequential(
         nn.Conv2d(3, 5, 4, 2, 1),
