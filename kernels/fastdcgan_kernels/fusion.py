@@ -144,7 +144,7 @@ class FusedSequential(nn.Sequential):
                 at += 1
                 continue
             conv, norm, activation = _parts(block)
-            if isinstance(x, Deferred) and not _defers(x, conv):
+            if isinstance(x, Deferred) and not _defers(x, conv, norm):
                 x = functional.materialise(x)
             x = run_block(conv, norm, activation, x)
             at += len(block)
@@ -182,9 +182,11 @@ def _parts(block: list[nn.Module]) -> tuple[Any, Any, Any]:
     return block[0], norm, activation
 
 
-def _defers(x: Deferred, conv: Any) -> bool:
-    up = isinstance(conv, nn.ConvTranspose2d)
-    return functional.defers(x, conv.weight, conv.stride[0], int(conv.padding[0]), up)
+def _defers(x: Deferred, conv: Any, norm: nn.Module | None) -> bool:
+    up, groups = isinstance(conv, nn.ConvTranspose2d), x.coef.shape[1]
+    return functional.defers(
+        x, conv.weight, conv.stride[0], int(conv.padding[0]), up, norm is not None, groups
+    )
 
 
 # --- Attributes: the first module runs the block, the others let its result pass ------------------

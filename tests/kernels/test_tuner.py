@@ -423,7 +423,7 @@ def test_plain_pytorch_may_win_without_a_norm_too(monkeypatch):
 def test_compile_takes_choices_for_constants_and_batches_by_powers_of_two():
     """In one graph, though a file is read; one compilation serves batches of 9 to 16."""
     compiled = []
-    model = fuse(nn.Sequential(*net()[2:], nn.Conv2d(6, 7, 4, 2, 1)))
+    model = fuse(net()[2:])
 
     def backend(graph, inputs):
         compiled.append(graph)
@@ -443,6 +443,7 @@ def net():
         nn.Conv2d(5, 6, 4, 2, 1, bias=False),
         nn.BatchNorm2d(6),
         nn.ReLU(),
+        nn.Conv2d(6, 7, 4, 2, 1),
     )
 
 
@@ -468,8 +469,8 @@ def test_tune_finds_measures_and_stores_what_a_model_runs(monkeypatch):
         ("down", "none", "statistics"), ("up", "normgrad", "store"),
         ("weight_gradient", "none", "store"), ("weight_gradient", "both", "store"),
     } <= tasks  # fmt: skip
-    kinds = {asked.geometry.CS for asked in found if isinstance(asked, plan.Block)}
-    assert kinds == {5, 6}
+    asked = {(one.geometry.CS, one.norm) for one in found if isinstance(one, plan.Block)}
+    assert asked == {(5, False), (6, True), (7, False)}
     order = [isinstance(asked, plan.Block) for asked in found]
     assert order == sorted(order)  # the tiles of kernels before the blocks that run them
     measured._table.cache_clear()
