@@ -97,11 +97,12 @@ def _name(asked: Question) -> str:
 
 def questions(model: nn.Module, *inputs: Any) -> list[Question]:
     """The kernels' tiles, then the blocks, that the plan is asked for by a forward and a backward
-    pass of the model, however the blocks run. Runs a copy: the model stays as it is."""
+    pass of the model, however the blocks run. Runs a copy, and none of its kernels: the model stays
+    as it is, and defaults that do not run here are still questions."""
     import torch
     from torch.utils._pytree import tree_leaves, tree_map
 
-    from fastdcgan_kernels import plan
+    from fastdcgan_kernels import launch, plan
 
     def leaf(value: Any) -> Any:
         if isinstance(value, torch.Tensor) and value.is_floating_point():
@@ -111,7 +112,12 @@ def questions(model: nn.Module, *inputs: Any) -> list[Question]:
     every: dict[Any, None] = {}
     for how in ("materialised", "prologue"):
         twin = copy.deepcopy(model).requires_grad_()
-        with plan.override(how), plan.recording() as asked, torch.enable_grad():
+        with (
+            plan.override(how),
+            plan.recording() as asked,
+            launch.recording(),
+            torch.enable_grad(),
+        ):
             outs = tree_leaves(twin(*tree_map(leaf, inputs)))
             total = [
                 out.float().sum()

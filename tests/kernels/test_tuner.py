@@ -487,6 +487,21 @@ def test_tune_finds_measures_and_stores_what_a_model_runs(monkeypatch):
     assert list(anew) == one
 
 
+def test_a_kernel_that_does_not_run_here_leaves_its_blocks_to_pytorch(monkeypatch):
+    class TooLarge:
+        def __getitem__(self, grid):
+            raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(convolution, "gather_pointers", TooLarge())
+    model, said = fuse(net()[2:4]), []
+    found = tuner.tune(model, torch.randn(2, 5, 8, 4), say=said.append, timer=backwards)
+    (choice,) = (found[one] for one in found if isinstance(one, plan.Block))
+    assert choice in ("vendor", "reference")
+    assert {one.op for one in found if isinstance(one, plan.Task)} == {"weight_gradient"}
+    assert any("no candidate is right" in line for line in said)
+    assert model(torch.randn(2, 5, 8, 4)).isfinite().all()
+
+
 def test_a_model_without_fused_blocks_has_nothing_to_tune(monkeypatch):
     monkeypatch.setenv("FASTDCGAN_IMPL", "auto")
     with pytest.raises(ValueError, match=r"on cpu: fuse\(model\) and move it to a GPU"):
