@@ -305,9 +305,10 @@ def _heuristic(task: Task, target: Target) -> Tile:
         m, n = pixels, 16 if image else g.CL
         k = 9 * g.CS if image else (4 if g.stride > 1 else 1) * g.CS
         copies = 1 if image else g.phases
-    if target.name == "interpreter":
-        return Tile(_power(m, 16, 128), _power(n, 16, 128), _power(k, 16, 128), warps=1, stages=1)
-    depth_of = {"weight_gradient": k, "down": g.CL, "up": g.CS}[op]
+    depth_of = k if image and op == "down" else {"down": g.CL, "up": g.CS}.get(op, k)
+    if target.name == "interpreter":  # what an operation costs hardly depends on its size
+        rows, columns, depth = _power(m, 16, 512), _power(n, 16, 128), _power(depth_of, 16, 512)
+        return Tile(rows, columns, depth, warps=1, stages=1)
     rows, columns = _power(m, 16, 128), _power(n, 16, 128)
     depth = _power(depth_of, 16, 128 // size)
     if target.name in ("sm_90", "sm_100"):

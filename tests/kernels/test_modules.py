@@ -68,7 +68,7 @@ def test_hooks_on_a_part_see_what_it_does():
     block.norm.register_forward_hook(lambda m, args, out: seen.append(args[0]))
     torch.testing.assert_close(block(x), expected)
     torch.testing.assert_close(seen[0], block.conv(x))
-    assert [str(f) for f in findings(fuse(block))][0].startswith("left  conv")
+    assert next(str(f) for f in findings(fuse(block))).startswith("left  conv")
 
 
 # The nets of PyTorch's DCGAN example (examples/dcgan/main.py), as plain layers.
@@ -149,30 +149,48 @@ class Example:
         self.losses += [part.item() for part in losses]
 
 
+def nearest_kink(run, real, z):
+    """How near to 0 any ReLU's input comes in this step, in standard deviations."""
+    run, found = copy.deepcopy(run), []
+
+    def look(module, args):
+        found.append(args[0].abs().min() / args[0].std())
+
+    for module in (*run.g, *run.d):
+        if isinstance(module, nn.ReLU | nn.LeakyReLU):
+            module.register_forward_pre_hook(look)
+    run.step(real, z)
+    return min(found)
+
+
 def test_the_examples_nets_fused_in_one_line_and_trained_10_steps():
-    """Against float64. Adam's first steps are the signs of gradients, whatever their size, so a
-    weight whose gradient is rounding may go the other way: by a few lr (2e-4), and rarely."""
+    """Against float64, and no further from it than three times what plain PyTorch is in float32.
+    Batches are drawn until no ReLU's input is within rounding of 0: there the derivative, and with
+    it Adam's first steps, would be a matter of luck in either."""
     g, d = generator().apply(example_weights), discriminator().apply(example_weights)
     exact = Example(copy.deepcopy(g), copy.deepcopy(d), torch.float64)
     plain = Example(copy.deepcopy(g), copy.deepcopy(d), torch.float32)
     ours = Example(fuse(g), fuse(d), torch.float32)
     assert sum(f.fused for f in (*findings(g), *findings(d))) == 10
     for _ in range(10):
-        real, z = torch.rand(4, 3, 64, 64) * 2 - 1, torch.randn(4, NZ, 1, 1)
+        batch = None
+        while batch is None or nearest_kink(exact, *batch) < 1e-5:
+            batch = torch.rand(2, 3, 64, 64) * 2 - 1, torch.randn(2, NZ, 1, 1)
         for run in (exact, plain, ours):
-            run.step(real, z)
-    torch.testing.assert_close(torch.tensor(ours.losses), torch.tensor(exact.losses),
-                               rtol=2e-3, atol=2e-4)  # fmt: skip
-    for mine, theirs, rival in zip(
-        (ours.g, ours.d), (exact.g, exact.d), (plain.g, plain.d), strict=True
-    ):
-        assert list(mine.state_dict()) == list(theirs.state_dict())
-        for name, value in mine.state_dict().items():
-            true = theirs.state_dict()[name].double()
-            size = true.square().mean().sqrt()
-            error, allowed = ((v.double() - true).square().mean().sqrt() / size
-                              for v in (value, rival.state_dict()[name]))  # fmt: skip
-            assert error <= 2 * allowed + 1e-5, (name, error.item(), allowed.item())
+            run.step(*batch)
+
+    def check(name, mine, rival, true):
+        mine, rival, true = (torch.as_tensor(v).double() for v in (mine, rival, true))
+        error, allowed = ((v - true).square().mean().sqrt() / true.square().mean().sqrt()
+                          for v in (mine, rival))  # fmt: skip
+        assert error <= 3 * allowed + 1e-6, (name, error.item(), allowed.item())
+
+    check("losses", ours.losses, plain.losses, exact.losses)
+    for nets in ((ours.g, plain.g, exact.g), (ours.d, plain.d, exact.d)):
+        mine, rival, true = (net.state_dict() for net in nets)
+        assert list(mine) == list(true)
+        for name, value in mine.items():
+            check(name, value, rival[name], true[name])
     twin = discriminator()
     twin.load_state_dict(ours.d.state_dict())
     assert [type(m) for m in unfuse(ours.d).modules()] == [type(m) for m in twin.modules()]
