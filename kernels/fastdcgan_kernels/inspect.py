@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 DTYPES = ("bf16", "fp16", "fp32")
+BATCH = 128
+COMMAND = "python -m fastdcgan_kernels.inspect"
 GEMMS = ("gather", "weight_gradient", "image")  # how the names of kernels with tl.dot begin
 
 # What a multiprocessor holds: CUDA C++ Programming Guide, "Technical Specifications per Compute
@@ -89,8 +91,8 @@ def order_of(launch: Launch) -> Order:
     )  # fmt: skip
 
 
-def compile_order(order: Order, arch: str) -> dict[str, Any]:
-    """Compile, and describe what came out."""
+def build(order: Order, arch: str) -> Any:
+    """What Triton compiles for this target."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -105,11 +107,18 @@ def compile_order(order: Order, arch: str) -> dict[str, Any]:
         dict(order.constants),
         {(position,): [["tt.divisibility", 16]] for position in order.aligned},
     )
-    built = triton.compile(
+    return triton.compile(
         source,
         target=GPUTarget(target.backend, target.arch, target.warp_size),
         options={"num_warps": order.warps, "num_stages": order.stages, **OPTIONS},
     )
+
+
+def compile_order(order: Order, arch: str) -> dict[str, Any]:
+    """Compile, and describe what came out."""
+    from fastdcgan_kernels.plan import TARGETS
+
+    target, built = TARGETS[arch], build(order, arch)
     if target.backend == "cuda":
         found = describe_cubin(built.asm["cubin"], arch)
     else:
@@ -234,7 +243,7 @@ def _count(lines: list[str], pattern: str) -> int:
     return sum(bool(re.search(pattern, line)) for line in lines)
 
 
-def launches(arch: str, dtype: str, batch: int = 128) -> Iterator[tuple[str, Launch]]:
+def launches(arch: str, dtype: str, batch: int = BATCH) -> Iterator[tuple[str, Launch]]:
     """(layer and pass, launch) of every layer of the 64-pixel DCGAN (nz 100, ngf and ndf 64), as
     the blocks make them for this target, each way that a plan may choose."""
     import torch
@@ -339,13 +348,28 @@ def tile_of(launch: Launch) -> str:
     return " ".join(["x".join(sizes) or "-", f"{launch.warps}w{launch.stages}s", *words])
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The report as a Markdown table, one line for each compilation."""
+def document(rows: list[dict[str, Any]]) -> str:
+    """The report in Markdown: what made it, and a table with one line for each compilation."""
+    import triton
+
     head = (
         "arch", "kernel", "tile, warps and stages, prologue, epilogue", "first layer", "registers",
         "spill", "shared / limit", "blocks", "matrix", "128-bit", "main loop",
     )  # fmt: skip
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines = [
+        "# What every kernel compiles to",
+        "",
+        f"By Triton {triton.__version__}, in {rows[0]['dtype']}, for the layers of the 64-pixel "
+        f"DCGAN at batch {BATCH}. No GPU was used: these are the compiler's figures, and nothing "
+        "here says how fast a kernel is. `blocks`: resident blocks that a multiprocessor has room "
+        "for; `128-bit`: loads and stores of 16 bytes; `main loop`: instructions for each matrix "
+        "instruction, and how it reads memory.",
+        "",
+        f"Made by `{COMMAND}`.",
+        "",
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * len(head),
+    ]
     seen = set()
     for row in rows:
         key = tuple(str(value) for name, value in row.items() if name != "layer")
@@ -395,7 +419,7 @@ def complaints(rows: list[dict[str, Any]]) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(
-        prog="python -m fastdcgan_kernels.inspect",
+        prog=COMMAND,
         description="Compile every kernel of the standard DCGAN ahead of time and report "
         "registers, spills, shared memory and instructions. Needs no GPU; measures no speed.",
         epilog="Example: python -m fastdcgan_kernels.inspect --arch sm_90,gfx942 --json",
@@ -417,7 +441,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows = report(archs, given.dtype, given.layer, given.jobs)
     if not rows:
         parser.error(f"--layer {given.layer} was given; layers are G1 to G5 and D1 to D5")
-    print(json.dumps(rows, indent=1) if given.json else table(rows))
+    print(json.dumps(rows, indent=1) if given.json else document(rows))
     wrong = complaints(rows)
     print(*wrong, sep="\n", file=sys.stderr, end="\n" if wrong else "")
     return 1 if wrong else 0
