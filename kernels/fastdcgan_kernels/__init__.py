@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     )
     from fastdcgan_kernels.fusion import Finding, findings, fuse, unfuse
     from fastdcgan_kernels.modules import ConvBlock
+    from fastdcgan_kernels.tuner import tune
 
 __all__ = [
     "ConvBlock",
@@ -30,11 +31,13 @@ __all__ = [
     "findings",
     "fuse",
     "materialise",
+    "tune",
     "unfuse",
 ]
 
 _ROOMS = {
     "ConvBlock": "modules",
+    "tune": "tuner",
     **dict.fromkeys(["Finding", "findings", "fuse", "unfuse"], "fusion"),
 }
 
