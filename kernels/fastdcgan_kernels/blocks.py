@@ -29,13 +29,14 @@ def _is_image(geometry: Geometry) -> bool:
     return geometry.stride == 2 and geometry.CL <= 4
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """How tl.dot multiplies fp32: as PyTorch's convolutions are told to."""
+def _precision(x: Tensor) -> str:
+    """How tl.dot multiplies fp32: as PyTorch's convolutions are told to, where the target can."""
     backends: Any = torch.backends
     cudnn = backends.cudnn
     settings = (cudnn.conv.fp32_precision, cudnn.fp32_precision, backends.fp32_precision)
     chosen = next((setting for setting in settings if setting != "none"), "ieee")
-    return "tf32" if dtype == torch.float32 and chosen == "tf32" else "ieee"
+    wanted = x.dtype == torch.float32 and chosen == "tf32"
+    return "tf32" if wanted and _target(x.device).tf32 else "ieee"
 
 
 def _target(device: torch.device) -> plan.Target:
@@ -76,8 +77,8 @@ def _convolve(
     tile = _task("up" if up else "down", geometry, x, source.prologue, epilogue.kind, groups)
     options = {"tile": tile, "epilogue": epilogue, "groups": groups}
     if run is not None:
-        return run(source, weight, geometry, precision=_precision(x.dtype), **options)
-    return _gather(source, weight, geometry, up=up, precision=_precision(x.dtype), **options)
+        return run(source, weight, geometry, precision=_precision(x), **options)
+    return _gather(source, weight, geometry, up=up, precision=_precision(x), **options)
 
 
 def _weight_gradient_of(
@@ -89,7 +90,7 @@ def _weight_gradient_of(
     run = image.image_weight_gradient if _is_image(geometry) else _weight_gradient
     return run(
         small, large, geometry, tile=tile, dtype=dtype, groups=groups,
-        precision=_precision(x.value.dtype),
+        precision=_precision(x.value),
     )  # fmt: skip
 
 

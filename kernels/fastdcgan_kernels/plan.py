@@ -38,6 +38,7 @@ class Target:
     shared_bytes: int  # most that one program may have
     multiprocessors: int
     descriptors: bool  # loads by tensor descriptor (TMA)
+    tf32: bool = True  # products of float32 in TF32
     device: str = ""  # name of the device itself, by which measured choices are stored
 
 
@@ -53,10 +54,12 @@ TARGETS = {
         Target("sm_100", "cuda", 100, 32, 232_448, 148, True),
         Target("sm_120", "cuda", 120, 32, 101_376, 170, True),
         Target("gfx942", "hip", "gfx942", 64, 65_536, 304, False),
-        Target("gfx950", "hip", "gfx950", 64, 163_840, 256, False),
+        Target("gfx950", "hip", "gfx950", 64, 163_840, 256, False, tf32=False),
     )
 }
-INTERPRETER = Target("interpreter", "cpu", "interpreter", 1, 1 << 40, 1, False, "interpreter")
+INTERPRETER = Target(
+    "interpreter", "cpu", "interpreter", 1, 1 << 40, 1, False, device="interpreter"
+)
 
 _assumed: list[Target] = []
 _overrides: list[How] = []

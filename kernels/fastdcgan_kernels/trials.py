@@ -206,7 +206,7 @@ class TileTrial(_Trial):
     def prepare(self, tile: Tile) -> Callable[[], Result | Tensor]:
         """What to run for this candidate."""
         task, of_image = self.task, self.task.op.startswith("image_")
-        precision = blocks._precision(task.dtype)
+        precision = blocks._precision(self.source.value)
         if self.sums:
             sums = image.image_weight_gradient if of_image else convolution.weight_gradient
             return lambda: sums(

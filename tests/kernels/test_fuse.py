@@ -896,3 +896,36 @@ def test_deferred_results_never_leave(blocks_run):
         same(plain, fused, picture(2, 3, 4))
         assert isinstance(fused[:2](picture(2, 3, 4)), torch.Tensor)
     assert any(isinstance(call[3], functional.Deferred) for call in blocks_run)
+
+
+@pytest.mark.parametrize("build", [Attributes, Holder])
+def test_distributed_data_parallel(build):
+    """One process of gloo: buckets, hooks on gradients, buffers broadcast."""
+    plain, fused = fused_twin(build())
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(fused)
+        plain.double()
+        for _ in range(2):
+            x = picture()
+            wrapped(x).square().sum().backward()
+            plain(x.double()).square().sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    for mine, theirs in zip(fused.parameters(), plain.parameters(), strict=True):
+        close(mine.grad, theirs.grad)
+    for mine, theirs in zip(fused.buffers(), plain.buffers(), strict=True):
+        close(mine, theirs)
+
+
+def test_of_a_compiled_model_the_checkpoint_has_plain_keys(blocks_run):
+    """Compiled in place, as torch.compile does not wrap it then."""
+    plain, fused = fused_twin(Holder())
+    fused.compile(backend="aot_eager")
+    x = picture()
+    close(fused(x), plain(x))
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    assert not any("_orig_mod" in key for key in fused.state_dict())
+    assert blocks_run

@@ -261,3 +261,28 @@ def test_the_shipped_targets_have_no_measured_choices():
     assert not any(target.device for target in plan.TARGETS.values())
     assert measured.stored_tile(TASK, "") is None
     assert measured.stored_choice(BLOCK, "") is None
+
+
+@pytest.mark.parametrize(
+    ("target", "setting", "dtype", "expected"),
+    [
+        ("sm_90", "tf32", torch.float32, "tf32"),
+        ("sm_90", "ieee", torch.float32, "ieee"),
+        ("sm_90", "tf32", torch.bfloat16, "ieee"),
+        ("gfx950", "tf32", torch.float32, "ieee"),
+    ],
+)
+def test_float32_products_are_as_pytorchs_convolutions_are_told(target, setting, dtype, expected):
+    from fastdcgan_kernels import blocks
+    from fastdcgan_kernels.launch import recording
+
+    x = torch.empty(2, 16, 8, 8, device="meta", dtype=dtype)
+    weight = torch.empty(8, 16, 4, 4, device="meta")
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = setting
+    try:
+        with plan.assume(plan.TARGETS[target]), recording() as launches:
+            blocks.conv_act(x, None, weight, None, False, 2, "none", 0.0, "relu", 0.0)
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+    assert launches[0].arguments["PRECISION"] == expected
