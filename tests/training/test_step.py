@@ -47,25 +47,48 @@ def plain_nets(size, channels, nz, ngf, ndf):
     return nn.Sequential(*g), nn.Sequential(*d)
 
 
-def plain_training(netG, netD, data, config):
+class Plain:
     """The example's loop body on plain layers: BCELoss on probabilities, Adam as PyTorch has it."""
-    optimisers = [
-        torch.optim.Adam(n.parameters(), config.lr, (config.beta1, config.beta2), foreach=False)
-        for n in (netG, netD)
-    ]
-    optG, optD = optimisers
-    criterion = nn.BCELoss()
-    for images, z in data:
+
+    def __init__(self, netG, netD, config):
+        self.netG, self.netD = netG, netD
+        self.optG, self.optD = (
+            torch.optim.Adam(n.parameters(), config.lr, (config.beta1, config.beta2), foreach=False)
+            for n in (netG, netD)
+        )
+
+    def step(self, images, z):
+        netG, netD, criterion = self.netG, self.netD, nn.BCELoss()
         images = images.contiguous()
         real, fake_label = torch.ones(len(images)).to(z), torch.zeros(len(images)).to(z)
         netD.zero_grad()
         criterion(netD(images), real).backward()
         fake = netG(z)
         criterion(netD(fake.detach()), fake_label).backward()
-        optD.step()
+        self.optD.step()
         netG.zero_grad()
         criterion(netD(fake), real).backward()
-        optG.step()
+        self.optG.step()
+
+
+def away_from_kinks(netG, netD, data, config, steps):
+    """As many batches of `data` in which no ReLU's input comes within rounding of 0 (3e-6 standard
+    deviations) while these nets train on them. There a last-bit difference of the convolutions
+    (channels_last against NCHW) decides a derivative, and Adam makes a whole step of it."""
+    run, chosen = Plain(copy.deepcopy(netG).double(), copy.deepcopy(netD).double(), config), []
+    while len(chosen) < steps:
+        images, z = next(data)
+        tried, nearest = copy.deepcopy(run), []
+        for module in (*tried.netG, *tried.netD):
+            if isinstance(module, nn.ReLU | nn.LeakyReLU):
+                module.register_forward_pre_hook(
+                    lambda m, args, into=nearest: into.append(args[0].abs().min() / args[0].std())
+                )
+        tried.step(images.double(), z.double())
+        if min(nearest) > 3e-6:
+            run.step(images.double(), z.double())
+            chosen.append((images, z))
+    return chosen
 
 
 def largest_difference(ours, plain):
@@ -74,15 +97,10 @@ def largest_difference(ours, plain):
     return max(((a.double() - b.double()).abs().max().item()) for a, b in pairs)
 
 
-# Where a ReLU's input is within rounding of 0, a last-bit difference of the convolutions
-# (channels_last against NCHW) decides its derivative, and Adam makes a step of what follows from
-# that: in float32 nets of 64 pixels part after a few steps. There the bound is two steps of 2e-4,
-# of the six that three steps can make between two runs; in float64 it is tight.
-@pytest.mark.parametrize(
-    ("dtype", "steps", "bound"), [(torch.float64, 20, 1e-10), (torch.float32, 3, 4e-4)]
-)
+# In float32 the bound is a twentieth of one step of 2e-4; in float64 it is rounding.
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("size", [32, 64])
-def test_steps_equal_the_plain_implementation(dtype, steps, bound, size):
+def test_20_steps_equal_the_plain_implementation(dtype, bound, size):
     config = TrainConfig(**{**SMALL, "image_size": size})
     state = TrainState(config, CPU, dtype=dtype)
     plainG, plainD = (n.to(dtype) for n in plain_nets(size, 3, 12, 8, 8))
@@ -93,18 +111,21 @@ def test_steps_equal_the_plain_implementation(dtype, steps, bound, size):
         {k.removeprefix("main."): v.clone() for k, v in state.netD.state_dict().items()}
     )
     start = copy.deepcopy(plainG)
-    data = list(batches(config, steps, dtype=dtype, ragged=4))
+    data = batches(config, 1000, dtype=dtype, ragged=4)
+    if dtype == torch.float32:
+        data = away_from_kinks(plainG, plainD, data, config, 20)
+    data = list(itertools.islice(data, 20))
     step = Step(state, batch_size=config.batch_size)
     for images, z in data:
         step(images, z)
-    plain_training(plainG, plainD, data, config)
+    plain = Plain(plainG, plainD, config)
+    for images, z in data:
+        plain.step(images, z)
     assert largest_difference(state.netG, plainG) < bound
     assert largest_difference(state.netD, plainD) < bound
-    assert largest_difference(start, plainG) > bound, "the plain loop must have trained"
+    assert largest_difference(start, plainG) > 1e-3, "the plain loop must have trained"
     tracked = [b for k, b in state.netD.named_buffers() if k.endswith("num_batches_tracked")]
-    assert {int(b) for b in tracked} == {3 * steps}, (
-        "real, fake, fake move D's statistics in each step"
-    )
+    assert {int(b) for b in tracked} == {60}, "real, fake, fake move D's statistics in each step"
 
 
 def test_readings_are_the_losses_and_mean_probabilities():
