@@ -463,6 +463,36 @@ def test_a_norm_that_is_left_out_raises():
     model(picture())
 
 
+def test_a_norm_and_an_activation_that_change_places_raise():
+    settings = {"norm first": True}
+
+    class Hidden(OnMode):
+        def forward(self, x):
+            first, second = self.bn, self.relu
+            if not settings["norm first"]:
+                first, second = second, first
+            return second(first(self.conv(x)))
+
+    model = fuse(Hidden())
+    model(picture())
+    settings["norm first"] = False
+    with pytest.raises(RuntimeError, match="as it did when fuse"):
+        model(picture())
+
+
+def test_an_argument_that_leaves_out_the_norm():
+    class Optional(OnMode):
+        def forward(self, x, norm=True):
+            h = self.conv(x)
+            return self.relu(self.bn(h) if norm else h)
+
+    plain, fused = fused_twin(Optional())
+    x = picture()
+    for arguments in ((), (False,), (True,)):
+        close(fused(x, *arguments), plain(x, *arguments))
+    close(fused(x, norm=False), plain(x, norm=False))
+
+
 def test_an_error_in_the_forward_leaves_nothing_behind():
     plain, fused = fused_twin(Attributes())
     with pytest.raises(ValueError, match="does not fit the weight"):
@@ -525,7 +555,8 @@ def test_hooks_see_what_they_saw(build, before):
 
     watch(plain, seen["plain"])
     watch(fused, seen["fused"])
-    fuse(fused)
+    if before:
+        fuse(fused)
     x = picture()
     close(fused(x), plain(x))
     assert [s[:2] for s in seen["fused"]] == [s[:2] for s in seen["plain"]]
@@ -896,6 +927,11 @@ def test_deferred_results_never_leave(blocks_run):
         same(plain, fused, picture(2, 3, 4))
         assert isinstance(fused[:2](picture(2, 3, 4)), torch.Tensor)
     assert any(isinstance(call[3], functional.Deferred) for call in blocks_run)
+    blocks_run.clear()
+    with plan.override("materialised"):
+        fused.train()(picture(2, 3, 4))
+    assert blocks_run
+    assert not any(isinstance(call[3], functional.Deferred) for call in blocks_run)
 
 
 @pytest.mark.parametrize("build", [Attributes, Holder])
