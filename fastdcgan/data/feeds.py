@@ -69,6 +69,9 @@ class Order:
 class Feed(ABC):
     """Batches on the device. Made by `make_feed`; `close()` it, or use it in a `with`."""
 
+    resident: bool
+    """Whether `rows` gives the same images at the same place for every step."""
+
     def __init__(
         self,
         packed: Packed,
@@ -97,9 +100,19 @@ class Feed(ABC):
             A tensor of shape (b, C, size, size) in channels_last, of the feed's dtype, on its
             device: value / 127.5 - 1 of the uint8 values.
         """
-        whole = self.order.batch_size(step)
+        images, rows = self.rows(step)
+        return self.assemble(images, rows, self.order.batch_size(step), generator)
+
+    def assemble(
+        self, images: Tensor, rows: Tensor, whole: int, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """The batch made of these `rows` of `images`, as `rows` gives them: cropped, flipped, from
+        -1 to 1. It is device work alone, so a CUDA graph can hold it.
+
+        Args:
+            whole: images in the batch of all ranks together.
+        """
         mine = self._part(whole)
-        images, rows = self._rows(step, mine)
         if self._margin or self._hflip:
             y = x = self._ramp.expand(len(rows), -1)
             if self._hflip:
@@ -114,6 +127,11 @@ class Feed(ABC):
         exact = torch.promote_types(self._dtype, torch.float32)
         values = pixels.to(exact).div_(127.5).sub_(1).to(self._dtype)
         return values.permute(0, 3, 1, 2)
+
+    def rows(self, step: int) -> tuple[Tensor, Tensor]:
+        """Images (·, window, window, C) uint8 and which rows of them are this rank's batch (int64),
+        both on the device; `assemble` makes the batch of them."""
+        return self._rows(step, self._part(self.order.batch_size(step)))
 
     def _draw(
         self, bound: int, whole: int, mine: slice, generator: torch.Generator | None
@@ -151,6 +169,8 @@ class Feed(ABC):
 class ResidentFeed(Feed):
     """All images lie on the device; on the CPU they stay in the mapped file."""
 
+    resident = True
+
     def __init__(self, packed: Packed, **options: Any) -> None:
         super().__init__(packed, **options)
         self._images = torch.from_numpy(packed.images).to(self.device)
@@ -171,6 +191,8 @@ class ResidentFeed(Feed):
 class StreamFeed(Feed):
     """Images stay in the mapped file: a thread reads the rows of the next batches, which are then
     copied to the device. Gives the very batches that a ResidentFeed gives."""
+
+    resident = False
 
     def __init__(self, packed: Packed, **options: Any) -> None:
         super().__init__(packed, **options)

@@ -71,6 +71,12 @@ class TrainConfig:
     """Mixed precision: bf16 where the device has it natively, else fp16 with gradient scaling."""
     compile: bool = _option(False, free=True)
     """Compile forward and backward with torch.compile."""
+    impl: Literal["auto", "reference", "triton"] = _option("auto", free=True)
+    """auto: fused blocks where they run and plain PyTorch elsewhere. reference: plain PyTorch.
+    triton: fused blocks, or an error."""
+    cuda_graph: Literal["auto", "on", "off"] = _option("auto", free=True)
+    """auto: on CUDA, the whole step is captured as one CUDA graph, compared with a step that is
+    not, and replayed; where that fails, a line says so. on: where it fails, the run ends. off."""
     device: str = _option("auto", free=True)
     """auto, cpu, cuda, cuda:N or mps."""
     sync_bn: bool = _option(False)

@@ -20,22 +20,27 @@ class EMA:
     def __init__(self, net: nn.Module, decay: float) -> None:
         self.average = copy.deepcopy(net).requires_grad_(False)
         self.decay = decay
-        self._net = net
-        self._pairs = [
-            (a, b.detach())
-            for a, b in zip(
-                self.average.state_dict(keep_vars=True).values(),
-                net.state_dict(keep_vars=True).values(),
-                strict=True,
-            )
-        ]
+        states = (n.state_dict(keep_vars=True).values() for n in (self.average, net))
+        pairs = [(a.detach(), b.detach()) for a, b in zip(*states, strict=True)]
+        self._followed = [pair for pair in pairs if pair[0].is_floating_point()]
+        self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]
+        # On the device, because a CUDA graph repeats whatever the host gives it.
+        self.updates = torch.zeros((), device=pairs[0][0].device)
 
     @torch.no_grad()
-    def update(self, t: int) -> None:
-        """Takes in the net as it is after step `t` (counted from 0)."""
-        weight = 1 - min(self.decay, (1 + t) / (10 + t))
-        floating = [(a, b) for a, b in self._pairs if a.is_floating_point()]
-        torch._foreach_lerp_([a for a, _ in floating], [b for _, b in floating], weight)
-        for a, b in self._pairs:
-            if not a.is_floating_point():
-                a.copy_(b)
+    def update(self) -> None:
+        """Takes in the net as it is now."""
+        # 1 - d, in a form that float32 does not cancel.
+        weight = (9 / (10 + self.updates)).clamp(min=1 - self.decay)
+        if weight.device.type == "cpu":  # one pass over memory, where launches cost nothing
+            for average, value in self._followed:
+                average.lerp_(value, weight.to(average.dtype))
+        else:
+            averages, values = (list(side) for side in zip(*self._followed, strict=True))
+            steps = torch._foreach_sub(values, averages)
+            torch._foreach_mul_(steps, weight.to(steps[0].dtype))
+            torch._foreach_add_(averages, steps)
+        if self._copied:
+            counts, newer = (list(side) for side in zip(*self._copied, strict=True))
+            torch._foreach_copy_(counts, newer)
+        self.updates.add_(1)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import torch
-from torch import Tensor
 
 from fastdcgan import models
 from fastdcgan.data import Order, Packed, grid, inspect_source, make_feed, prepare, to_uint8
@@ -26,7 +25,8 @@ from fastdcgan.training.distributed import Ranks
 from fastdcgan.training.interrupts import Interrupts
 from fastdcgan.training.readings import Meter, Readings
 from fastdcgan.training.state import TrainState
-from fastdcgan.training.step import READINGS, Step
+from fastdcgan.training.step import READINGS
+from fastdcgan.training.whole_step import WholeStep
 
 SAMPLES = 64
 CHECKPOINT_SECONDS = 120.0
@@ -236,25 +236,22 @@ class _Run:
             rank=self.ranks.rank,
             world=self.ranks.world,
             hflip=hflip,
+            dtype=engine.autocast or torch.float32,
         )
         stack.callback(feed.close)
         if self.ranks.writes:
             self.journal = stack.enter_context(self._open_journal())
-        step = Step(
-            state,
-            batch_size=config.batch_size,
-            autocast=engine.autocast,
-            compile=engine.compile,
-            say=self.say,
-        )
         readings = Readings(config.log_every, state.device)
+        step = WholeStep(
+            state, feed, engine=engine, ranks=self.ranks, readings=readings, say=self.say
+        )
         sample_every = config.sample_every or min(self.per_epoch, 500)
         saved_at, saved_step, start = time.monotonic(), state.step, state.step
         stop = False
         self.meter.lap(steady=False)
         while state.step < self.total and not stop:
-            share, z, rows = self._draw(state.step, feed)
-            full = readings.put(step(rows, z, share=share))
+            step()
+            full = readings.count()
             now, done = state.step, state.step - start
             self.meter.count(self.order.batch_size(now - 1))
             log = now % config.log_every == 0 or now in (1, self.total)
@@ -323,24 +320,6 @@ class _Run:
             start=self.state.step,
             tensorboard=self.config.tensorboard,
         )
-
-    def _draw(self, step: int, feed: Any) -> tuple[float, Tensor, Tensor]:
-        """This process's share of the global batch, its latent vectors and its images.
-
-        Noise is drawn for the whole batch by every process, and each keeps its rows: so the run
-        does not depend on how many processes share it.
-        """
-        images: Tensor = feed.batch(step, self.state.generator)
-        rows = self.order.batch_size(step)
-        z = torch.randn(
-            rows,
-            self.config.nz,
-            1,
-            1,
-            generator=self.state.generator,
-            device=self.state.device,
-        ).tensor_split(self.ranks.world)[self.ranks.rank]
-        return len(z) / rows, z, images
 
     def _plan_says_save(self, now: int) -> bool:
         every = (self.config.checkpoint_every, self.config.milestone_every)

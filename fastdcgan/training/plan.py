@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from fastdcgan import models
+from fastdcgan.errors import InputError
 from fastdcgan.hardware import amp_dtype
 from fastdcgan.training.config import TrainConfig
 from fastdcgan.training.distributed import Ranks
+from fastdcgan_kernels import plan as kernels
 
 
 @dataclass(frozen=True)
@@ -18,8 +20,11 @@ class Engine:
 
     device: torch.device
     autocast: torch.dtype | None
-    compile: bool
-    notes: tuple[str, ...]
+    compile: bool = False
+    impl: str = "auto"
+    cuda_graph: str = "off"
+    """"auto", "on" or "off", as TrainConfig's; "off" where no graph can be captured."""
+    notes: tuple[str, ...] = ()
     """One line for each wish of the configuration that this machine cannot grant."""
 
     @property
@@ -32,8 +37,16 @@ class Engine:
 
 
 def choose_engine(config: TrainConfig, ranks: Ranks, device: torch.device) -> Engine:
-    """Grants --amp and --compile where the machine can, and says where it cannot."""
+    """Grants --amp, --compile and --cuda-graph where the machine can, and says where it cannot.
+
+    Raises:
+        InputError: `impl` is "triton", or `cuda_graph` "on", and that cannot be here.
+    """
     notes = []
+    if config.impl == "triton" and kernels.target_of(device) is None:
+        raise InputError(
+            f"--impl triton was given; there are no Triton kernels for {device} here: leave it out"
+        )
     autocast = amp_dtype(device) if config.amp else None
     if config.amp and autocast is None:
         notes.append(
@@ -44,7 +57,24 @@ def choose_engine(config: TrainConfig, ranks: Ranks, device: torch.device) -> En
     if compile and config.sync_bn and ranks.world > 1:
         compile = False
         notes.append("--compile: not together with --sync-bn (its sums cross processes); eager")
-    return Engine(device, autocast, compile, tuple(notes))
+    why = _no_graph(config, ranks, device)
+    if why and config.cuda_graph == "on":
+        raise InputError(f"--cuda-graph on was given; {why}")
+    if why and config.cuda_graph == "auto" and device.type == "cuda":
+        notes.append(f"--cuda-graph: off, because {why}")
+    graph = "off" if why else config.cuda_graph
+    return Engine(device, autocast, compile, config.impl, graph, tuple(notes))
+
+
+def _no_graph(config: TrainConfig, ranks: Ranks, device: torch.device) -> str:
+    """Why a whole step cannot be captured; "" if it can."""
+    if device.type != "cuda":
+        return f"CUDA graphs are for CUDA devices, and this is {device}"
+    if ranks.world > 1:
+        return "a step of several processes waits for its all-reduces, which are not captured"
+    if config.keras_epsilon:
+        return "Keras's epsilon is another number in every step, and a graph would repeat the first"
+    return ""
 
 
 def total_steps(config: TrainConfig, epoch_images: int, ranks: Ranks) -> tuple[int, int]:
@@ -89,6 +119,17 @@ def memory_bytes(config: TrainConfig, autocast: torch.dtype | None) -> tuple[int
     return copies * 4, seen * width
 
 
+def _blocks(engine: Engine) -> str:
+    if engine.impl == "reference":
+        return "plain PyTorch"
+    with kernels.implementation(engine.impl):
+        mode = kernels.mode()
+    target = kernels.target_of(engine.device)
+    if mode == "reference" or target is None or (mode == "auto" and engine.device.type != "cuda"):
+        return "plain PyTorch"
+    return f"fused Triton kernels for {target.name}"
+
+
 def describe(
     config: TrainConfig,
     engine: Engine,
@@ -119,7 +160,9 @@ def describe(
     return [
         f"device     {where}" + (f", {ranks.world} processes" if ranks.world > 1 else ""),
         f"precision  {engine.precision}",
-        f"compile    {'torch.compile' if engine.compile else 'off (eager)'}",
+        f"compile    {'torch.compile' if engine.compile else 'off (eager)'}"
+        + ("" if engine.cuda_graph == "off" else ", whole steps as CUDA graph"),
+        f"blocks     {_blocks(engine)}",
         f"nets       {config.net}, {config.channels}x{config.image_size}x{config.image_size}, "
         f"nz {config.nz}, ngf {config.ngf}, ndf {config.ndf}",
         f"data       {source}: {images}",

@@ -18,11 +18,17 @@ class Readings:
 
     def __init__(self, capacity: int, device: torch.device) -> None:
         self._rows = torch.zeros(capacity, len(READINGS), device=device)
+        self.next = torch.zeros(1, dtype=torch.long, device=device)
+        """The row to write next, which is on the device because a CUDA graph does the writing."""
         self._count = 0
 
-    def put(self, row: Tensor) -> bool:
-        """Adds one step's row; True when there is room for no more."""
-        self._rows[self._count].copy_(row)
+    def put(self, row: Tensor) -> None:
+        """Writes one step's row: device work only. The host is to `count` it."""
+        self._rows.index_copy_(0, self.next, row[None])
+        self.next.add_(1).remainder_(len(self._rows))
+
+    def count(self) -> bool:
+        """One more row is written; True when there is room for no more."""
         self._count += 1
         return self._count == len(self._rows)
 
@@ -30,6 +36,7 @@ class Readings:
         """The rows since the last call, summed over processes. Waits for the device."""
         rows = self._rows[: self._count].clone()
         self._count = 0
+        self.next.zero_()
         summed: list[list[float]] = distributed.sum_over_ranks(rows).tolist()
         return summed
 

@@ -5,18 +5,19 @@ in the data."""
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastdcgan import models
 from fastdcgan.training.config import TrainConfig
 from fastdcgan.training.ema import EMA
+from fastdcgan_kernels import fuse
 
 
 class TrainState:
     """The state of a run after `step` steps.
 
     Args:
-        config: with `channels` filled in.
+        config: with `channels` filled in. Unless its `impl` is "reference", both nets are fused.
         device: where the nets live, in channels_last.
         dtype: of the parameters; float32 but in tests.
         scaling: whether gradients are scaled (fp16).
@@ -49,6 +50,9 @@ class TrainState:
         self.device = device
         self.netG: nn.Module = netG.to(**place)
         self.netD: nn.Module = netD.to(**place)
+        if config.impl != "reference":
+            fuse(self.netG)
+            fuse(self.netD)
         self.ema = EMA(self.netG, config.ema_decay) if config.ema else None
         self.optG = _adam(self.netG, config.lr_g or config.lr, config, device)
         self.optD = _adam(self.netD, config.lr_d or config.lr, config, device)
@@ -95,8 +99,11 @@ class TrainState:
         models.load_weights(self.netD, state["netD"], name="netD")
         if self.ema is not None:
             models.load_weights(self.ema.average, state["ema"], name="ema")
-        self.optG.load_state_dict(state["optG"])
-        self.optD.load_state_dict(state["optD"])
+            self.ema.updates.fill_(state["step"])
+        for optimiser, name in ((self.optG, "optG"), (self.optD, "optD")):
+            here = _adam_options(self.device)  # not those of the device that it was saved on
+            groups = [{**group, **here} for group in state[name]["param_groups"]]
+            optimiser.load_state_dict({**state[name], "param_groups": groups})
         for scaler, saved in zip(self.scalers, state["scalers"], strict=True):
             if scaler.is_enabled() and saved:
                 scaler.load_state_dict(saved)
@@ -108,6 +115,30 @@ class TrainState:
             torch.cuda.set_rng_state(rng["cuda"], self.device)
         self.step = state["step"]
 
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that a step changes, gradients left out. Makes those that the optimisers and
+        scalers would otherwise make in their first step."""
+        for optimiser in (self.optG, self.optD):
+            for group in optimiser.param_groups:
+                for p in group["params"]:
+                    if not optimiser.state[p]:
+                        optimiser.state[p] = {
+                            "step": torch.zeros((), dtype=torch.float32, device=self.device),
+                            "exp_avg": torch.zeros_like(p),
+                            "exp_avg_sq": torch.zeros_like(p),
+                        }
+        found = [*_tensors(self.netG), *_tensors(self.netD)]
+        for optimiser in (self.optG, self.optD):
+            for slots in optimiser.state.values():
+                found += slots.values()
+        for scaler in self.scalers:
+            if scaler.is_enabled():
+                scaler.scale(torch.zeros((), device=self.device))
+                found += [t for t in (scaler._scale, scaler._growth_tracker) if t is not None]
+        if self.ema is not None:
+            found += [*_tensors(self.ema.average), self.ema.updates]
+        return found
+
     def is_finite(self) -> bool:
         """Whether every parameter of both nets is finite. Waits for the device."""
         parameters = [*self.netG.parameters(), *self.netD.parameters()]
@@ -115,12 +146,17 @@ class TrainState:
         return bool(norms.isfinite().all())
 
 
+def _tensors(net: nn.Module) -> list[Tensor]:
+    return [t.detach() for t in net.state_dict(keep_vars=True).values()]
+
+
 def _adam(net: nn.Module, lr: float, config: TrainConfig, device: torch.device) -> torch.optim.Adam:
-    # Fused Adam is one pass over memory, and on CUDA it keeps the fp16 overflow test on the device.
-    return torch.optim.Adam(
-        net.parameters(),
-        lr=lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.adam_eps,
-        fused=device.type in ("cpu", "cuda"),
-    )
+    betas = (config.beta1, config.beta2)
+    options = _adam_options(device)
+    return torch.optim.Adam(net.parameters(), lr=lr, betas=betas, eps=config.adam_eps, **options)
+
+
+def _adam_options(device: torch.device) -> dict[str, bool]:
+    """Fused Adam is one pass over memory, and on CUDA it keeps the fp16 overflow test on the
+    device; a CUDA graph can hold it only if its step count is there, too."""
+    return {"fused": device.type in ("cpu", "cuda"), "capturable": device.type == "cuda"}

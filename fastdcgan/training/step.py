@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from fastdcgan.training import distributed
 from fastdcgan.training.losses import bce
 from fastdcgan.training.state import TrainState
+from fastdcgan_kernels.functional import runs_kernels
+from fastdcgan_kernels.modules import stat_groups
+from fastdcgan_kernels.plan import implementation
 
 READINGS = ("loss_d", "loss_g", "d_real", "d_fake", "d_fake_g")
 """What a step measures: both losses, and the mean D(x), D(G(z)) before and after D's update."""
@@ -34,6 +37,18 @@ def fake_loss(netD: nn.Module, fake: Tensor) -> tuple[Tensor, Tensor]:
     """D's loss on generated images, and the mean probability it gives them."""
     logits = netD(fake)
     return bce(logits, 0.0), _probability(logits)
+
+
+def discriminator_loss(
+    netD: nn.Module, images: Tensor, fake: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """D's loss on real and generated images, as many of each, and the mean probability of each: one
+    pass over both, each normalised by its own statistics, where `netD` is fused."""
+    with stat_groups(2):
+        logits = netD(torch.cat([images.to(fake.dtype), fake]))
+    real, generated = logits.chunk(2)
+    loss = bce(real, 1.0) + bce(generated, 0.0)
+    return loss, _probability(real), _probability(generated)
 
 
 def generator_loss(netD: nn.Module, fake: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,6 +101,7 @@ class Step:
             generate,
             real_loss,
             fake_loss,
+            discriminator_loss,
             generator_loss,
             both_fake_losses,
         )
@@ -112,9 +128,10 @@ class Step:
         state.netG.train()
         state.netD.train()
         self._call = self._compiled if images.shape[0] == self.batch_size else self._eager
-        readings = self._train(images, z, share)
+        with implementation(state.config.impl):
+            readings = self._train(images, z, share)
         if state.ema is not None:
-            state.ema.update(state.step)
+            state.ema.update()
         state.step += 1
         return torch.stack(readings).float() * share
 
@@ -123,11 +140,18 @@ class Step:
         own BatchNorm statistics, then G learns from the updated D."""
         state = self.state
         state.optD.zero_grad(set_to_none=True)
-        loss_real, d_real = self._run(real_loss, state.netD, images)
-        self._backward(0, loss_real * share)
         fake = self._run(generate, state.netG, z)[0]
-        loss_fake, d_fake = self._run(fake_loss, state.netD, fake.detach())
-        self._backward(0, loss_fake * share)
+        if state.config.impl != "reference" and runs_kernels(state.device):
+            loss_d, d_real, d_fake = self._run(
+                discriminator_loss, state.netD, images, fake.detach()
+            )
+            self._backward(0, loss_d * share)
+        else:
+            loss_real, d_real = self._run(real_loss, state.netD, images)
+            self._backward(0, loss_real * share)
+            loss_fake, d_fake = self._run(fake_loss, state.netD, fake.detach())
+            self._backward(0, loss_fake * share)
+            loss_d = loss_real + loss_fake
         self._update(0, state.optD, state.netD)
 
         state.optG.zero_grad(set_to_none=True)
@@ -137,7 +161,7 @@ class Step:
         self._backward(1, loss_g * share)
         state.netD.requires_grad_(True)
         self._update(1, state.optG, state.netG)
-        return [(loss_real + loss_fake).detach(), loss_g.detach(), d_real, d_fake, d_fake_g]
+        return [loss_d.detach(), loss_g.detach(), d_real, d_fake, d_fake_g]
 
     def _simultaneous(self, images: Tensor, z: Tensor, share: float) -> list[Tensor]:
         """The TensorFlow tutorial's step: both gradients at the same weights, and one pass of D
@@ -155,13 +179,13 @@ class Step:
         self._update(1, state.optG, state.netG)
         return [loss_d.detach(), loss_g.detach(), d_real, d_fake, d_fake]
 
-    def _run(self, part: Callable[..., object], net: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    def _run(self, part: Callable[..., object], net: nn.Module, *x: Tensor) -> tuple[Tensor, ...]:
         context: AbstractContextManager[object] = nullcontext()
         if self.autocast is not None:
             context = torch.autocast(self.state.device.type, dtype=self.autocast)
         with context:
             try:
-                out = self._call[part](net, x)
+                out = self._call[part](net, *x)
             except torch._dynamo.exc.TorchDynamoException as error:
                 # Compiling comes before running, so nothing has happened yet: run it eagerly.
                 reason = next(line for line in str(error).splitlines() if line.strip())
@@ -169,7 +193,7 @@ class Step:
                     f"--compile: torch.compile does not work here ({reason}); going on eagerly"
                 )
                 self._call = self._compiled = self._eager
-                out = part(net, x)
+                out = part(net, *x)
         return out if isinstance(out, tuple) else (out,)
 
     def _backward(

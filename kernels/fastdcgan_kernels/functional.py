@@ -71,7 +71,8 @@ def conv_bn_act(
         x: any strides; float32, bfloat16 or float16 for the kernels. Under autocast it is cast to
             the autocast dtype; parameters, statistics and coefficients stay as they are, and
             gradients come in the dtypes of the parameters.
-        momentum: a float, or a 0-dim tensor on the device (a cumulative average's 1 / count).
+        momentum: a float, or a tensor on the device (a cumulative average's 1 / count): 0-dim, or
+            [stat_groups].
         stat_groups: x is that many batches of equal size, one after the other: each is normalised
             with its own statistics, and the running buffers see them in order. Default 1.
         sync: name of the process group over which the batch's statistics are taken
@@ -153,6 +154,10 @@ def materialise(x: Input) -> Tensor:
     return out
 
 
+def _tensor(x: Input) -> Tensor:
+    return x if isinstance(x, Tensor) else x.y
+
+
 def defers(
     x: Input,
     weight: Tensor,
@@ -165,7 +170,7 @@ def defers(
     """Whether the block that takes an x like this would rather apply its producer's activation
     itself (the plan's choice "prologue"). `norm`: it has one; `groups`: its stat_groups."""
     x = _cast(x)
-    if unsupported(x, weight, stride, padding, transposed) or not _runs_kernels(x):
+    if unsupported(x, weight, stride, padding, transposed) or not runs_kernels(_tensor(x).device):
         return False
     return _how(x, weight, stride, transposed, norm, groups) == "prologue"
 
@@ -174,7 +179,7 @@ def _how(
     x: Input, weight: Tensor, stride: int, transposed: bool, norm: bool, groups: int
 ) -> plan.How:
     """The plan's choice for this block; the default where no device is known."""
-    y = x if isinstance(x, Tensor) else x.y
+    y = _tensor(x)
     target = plan.target_of(y.device)
     if target is None:
         return "materialised"
@@ -187,7 +192,7 @@ def unsupported(
     x: Input, weight: Tensor, stride: int, padding: int, transposed: bool, slope: float = 0.0
 ) -> str:
     """Why there is no kernel for this convolution; "" if there is one (on some device)."""
-    y = x if isinstance(x, Tensor) else x.y
+    y = _tensor(x)
     if weight.dim() != 4 or tuple(weight.shape[2:]) != (4, 4):
         return f"kernels are 4x4, the weight is {tuple(weight.shape)}"
     if (stride, padding) not in ((2, 1), (1, 0)):
@@ -221,25 +226,28 @@ def _cast(x: Input) -> Input:
     return x
 
 
-def _runs_kernels(x: Input) -> bool:
-    """Whether the setting and the device let kernels run."""
-    y = x if isinstance(x, Tensor) else x.y
+def runs_kernels(device: torch.device) -> bool:
+    """Whether the setting and the device let kernels run.
+
+    Raises:
+        ValueError: FASTDCGAN_IMPL=triton, and the device has none.
+    """
     mode = plan.mode()
     if mode == "reference":
         return False
     if mode == "triton":
-        if y.device.type == "meta" or plan.target_of(y.device) is not None:
+        if device.type == "meta" or plan.target_of(device) is not None:
             return True
         raise ValueError(
-            f"FASTDCGAN_IMPL=triton, and {y.device} has no kernels: unset it, or move to a GPU"
+            f"FASTDCGAN_IMPL=triton, and {device} has no kernels: unset it, or move to a GPU"
         )
-    return y.device.type == "cuda" and plan.target_of(y.device) is not None
+    return device.type == "cuda" and plan.target_of(device) is not None
 
 
 def _takes_kernels(
     x: Input, weight: Tensor, stride: int, padding: int, transposed: bool, slope: float
 ) -> bool:
-    if not _runs_kernels(x):
+    if not runs_kernels(_tensor(x).device):
         return False
     why = unsupported(x, weight, stride, padding, transposed, slope)
     if why and plan.mode() == "triton":
@@ -249,7 +257,7 @@ def _takes_kernels(
 
 def _like(x: Input, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Parameters in the dtype of x, as kernels take them and PyTorch's convolutions must have."""
-    dtype = (x if isinstance(x, Tensor) else x.y).dtype
+    dtype = _tensor(x).dtype
     return weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
@@ -277,10 +285,10 @@ def _block(
         outs = [
             op(
                 part, weight, bias, gamma, beta, running_mean, running_var, stride=stride,
-                padding=padding, training=training, momentum=momentum, eps=eps,
-                activation=activation, slope=slope, sync=sync,
+                padding=padding, training=training, eps=eps, activation=activation, slope=slope,
+                momentum=reference.momentum_of(momentum, group), sync=sync,
             )
-            for part in materialise(x).chunk(groups)
+            for group, part in enumerate(materialise(x).chunk(groups))
         ]  # fmt: skip
         return outs[0] if groups == 1 else torch.cat(outs)
     y, coef, x_activation, x_slope = x if isinstance(x, Deferred) else (x, None, "none", 0.0)

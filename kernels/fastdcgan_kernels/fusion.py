@@ -24,12 +24,14 @@ from fastdcgan_kernels.functional import Deferred, Input
 from fastdcgan_kernels.modules import (
     ConvBlock,
     activation_of,
+    groups_now,
     is_block,
     is_convolution,
     is_hooked,
     is_norm_of,
     is_special,
     run_block,
+    stat_groups,
     why_not_conv,
 )
 
@@ -140,7 +142,7 @@ class FusedSequential(nn.Sequential):
         while at < len(children):
             block = _block_at(children, at)
             if not block:
-                x = children[at](functional.materialise(x))
+                x = _for_each_group(children[at], functional.materialise(x))
                 at += 1
                 continue
             conv, norm, activation = _parts(block)
@@ -149,6 +151,16 @@ class FusedSequential(nn.Sequential):
             x = run_block(conv, norm, activation, x)
             at += len(block)
         return functional.materialise(x)
+
+
+def _for_each_group(module: nn.Module, x: Tensor) -> Tensor:
+    """A module that knows nothing of groups is called once for each."""
+    groups = groups_now()
+    if groups == 1:
+        one: Tensor = module(x)
+        return one
+    with stat_groups(1):
+        return torch.cat([module(part) for part in x.chunk(groups)])
 
 
 def _flat(sequential: nn.Module) -> Iterator[nn.Module]:

@@ -3,6 +3,8 @@ here: how they are found in a user's model (fusion.py)."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,8 +14,31 @@ from torch import Tensor, nn
 from fastdcgan_kernels import functional
 from fastdcgan_kernels.functional import Deferred, Input
 
+_stat_groups: list[int] = [1]
+
 Convolution = nn.Conv2d | nn.ConvTranspose2d
 Norm = nn.BatchNorm2d | nn.SyncBatchNorm
+
+
+@contextlib.contextmanager
+def stat_groups(groups: int) -> Iterator[None]:
+    """Inside, a fused nn.Sequential takes its input as so many batches of equal size, one after the
+    other: convolutions run on all of them at once, each is normalised by its own statistics, and
+    the running buffers see them in order. The result is that of one call for each batch. Modules
+    in it that are in no fused block are called once for each batch.
+
+    Not for a ConvBlock or a fused attribute beside modules that take statistics of their own.
+    """
+    _stat_groups.append(groups)
+    try:
+        yield
+    finally:
+        _stat_groups.pop()
+
+
+def groups_now() -> int:
+    """Batches in the input, as the innermost `stat_groups` says; 1 outside."""
+    return _stat_groups[-1]
 
 
 class ConvBlock(nn.Module):
@@ -120,11 +145,13 @@ def run_block(
             x, conv.weight, conv.bias, stride=stride, padding=padding, activation=name, slope=slope
         )
     # As nn.BatchNorm2d.forward; the count stays on its device.
+    groups = groups_now()
     momentum: float | Tensor = 0.0 if norm.momentum is None else norm.momentum
     if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if norm.momentum is None:
-            momentum = 1.0 / norm.num_batches_tracked.float()
+        norm.num_batches_tracked.add_(groups)
+        if norm.momentum is None:  # of each group in turn
+            counts = [norm.num_batches_tracked - left for left in reversed(range(groups))]
+            momentum = 1.0 / torch.stack(counts).float()
     moving = not norm.training or norm.track_running_stats
     op = functional.conv_transpose_bn_act if up else functional.conv_bn_act
     result: Tensor | Deferred = op(
@@ -142,6 +169,7 @@ def run_block(
         eps=norm.eps,
         activation=name,
         slope=slope,
+        stat_groups=groups,
         sync=_process_group(norm),
         defer=True,
     )

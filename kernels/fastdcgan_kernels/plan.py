@@ -61,6 +61,7 @@ INTERPRETER = Target(
     "interpreter", "cpu", "interpreter", 1, 1 << 40, 1, False, device="interpreter"
 )
 
+_modes: list[str] = []
 _assumed: list[Target] = []
 _overrides: list[How] = []
 _questions: list[dict[Block | Task, None]] = []
@@ -102,11 +103,13 @@ class Choice:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def mode() -> str:
-    """FASTDCGAN_IMPL: "auto" (default), "reference" or "triton".
+    """As `implementation` says, else FASTDCGAN_IMPL: "auto" (default), "reference" or "triton".
 
     Raises:
         ValueError: for anything else.
     """
+    if _modes:
+        return _modes[-1]
     given = os.environ.get("FASTDCGAN_IMPL", "auto")
     if given not in MODES:
         raise ValueError(f"FASTDCGAN_IMPL={given!r} was given; give one of {', '.join(MODES)}")
@@ -155,6 +158,21 @@ def _cuda_target(index: int) -> Target | None:
         multiprocessors=properties.multi_processor_count,
         device=properties.name,
     )
+
+
+@contextlib.contextmanager
+def implementation(mode: str) -> Iterator[None]:
+    """Inside, `mode` is what FASTDCGAN_IMPL says outside; "auto" leaves it as that says."""
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r} was given; give one of {', '.join(MODES)}")
+    if mode == "auto":
+        yield
+        return
+    _modes.append(mode)
+    try:
+        yield
+    finally:
+        _modes.pop()
 
 
 @contextlib.contextmanager

@@ -231,11 +231,19 @@ def activate(y: Tensor, coef: Tensor, activation: str, slope: float) -> Tensor:
 def update_running(
     running_mean: Tensor, running_var: Tensor, stats: Tensor, momentum: float | Tensor
 ) -> None:
-    """Move the buffers by each group's statistics in turn, the variance unbiased, in place."""
+    """Move the buffers by each group's statistics in turn, the variance unbiased, in place.
+    momentum: of every group, or [groups]."""
     with torch.no_grad():
-        for mean, var, count in stats.detach().unbind(1):
-            running_mean.mul_(1 - momentum).add_(mean * momentum)
-            running_var.mul_(1 - momentum).add_(var * (count / (count - 1)) * momentum)
+        for group, (mean, var, count) in enumerate(stats.detach().unbind(1)):
+            share = momentum_of(momentum, group)
+            running_mean.mul_(1 - share).add_(mean * share)
+            running_var.mul_(1 - share).add_(var * (count / (count - 1)) * share)
+
+
+def momentum_of(momentum: float | Tensor, group: int) -> float | Tensor:
+    """One group's momentum, where each may have its own."""
+    each = isinstance(momentum, Tensor) and momentum.dim() == 1
+    return momentum[group] if each else momentum  # type: ignore[index]
 
 
 def fold(

@@ -1,0 +1,213 @@
+"""One whole training step behind one call: data, noise, both updates, average, readings. On CUDA it
+is captured once as a CUDA graph, compared with itself run eagerly, and from then on replayed. The
+algorithm is in step.py; nothing is added to it here."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from fastdcgan.data.feeds import Feed
+from fastdcgan.errors import RunError
+from fastdcgan.training.distributed import Ranks
+from fastdcgan.training.plan import Engine
+from fastdcgan.training.readings import Readings
+from fastdcgan.training.state import TrainState
+from fastdcgan.training.step import Step
+
+WARM_UPS = 3  # PyTorch's recipe: libraries make their workspaces and choices before the capture
+DISAGREEMENT = 0.3
+"""How far (RMS) a replay's tensors may be from those of the same step run eagerly, as a share of
+what the step moves them. Adam makes a whole step of a gradient's sign, so where a library adds in
+another order a few gradients near 0 change sides: 2 % of them come to 0.28. A replay that reads
+stale data or noise, or leaves a tensor out, is off by 1 or more."""
+
+
+class WholeStep:
+    """Makes the step number `state.step` of a run at every call.
+
+    Whole batches are replayed where the engine asks for a graph; the ragged last batch of an epoch
+    runs eagerly, on the same tensors.
+
+    Args:
+        state: is changed in place.
+        feed: of the run's images, on the state's device.
+        engine: how steps run (`plan.choose_engine`).
+        ranks: this process among all; None: it is alone.
+        readings: where each step's row is written, inside the graph; None: nowhere.
+        say: is called with one line where something did not work as asked.
+
+    Raises:
+        RunError: the graph was asked for with "on", and cannot be captured or is wrong.
+    """
+
+    def __init__(
+        self,
+        state: TrainState,
+        feed: Feed,
+        *,
+        engine: Engine,
+        ranks: Ranks | None = None,
+        readings: Readings | None = None,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.state, self.feed, self.readings = state, feed, readings
+        self.ranks = ranks or Ranks()
+        self._say = say
+        self._wanted = engine.cuda_graph
+        self._graph: _StepGraph | None = None
+        self._step = Step(
+            state,
+            batch_size=state.config.batch_size,
+            autocast=engine.autocast,
+            compile=engine.compile,
+            say=say,
+        )
+
+    @property
+    def graphed(self) -> bool:
+        """Whether whole batches are replayed."""
+        return self._graph is not None
+
+    def __call__(self) -> Tensor:
+        """One step; returns step.READINGS, (5,) float32 on the device, times this process's share
+        of the batch. The next replay overwrites it."""
+        step = self.state.step
+        images, rows = self.feed.rows(step)
+        batch = self.feed.order.batch_size(step)
+        if self._wanted == "off" or batch < self.feed.order.batch:
+            return self._run(images, rows, batch)
+        if self._graph is None:
+            self._graph = self._capture(images, rows, batch)
+            if self._graph is None:
+                return self._run(images, rows, batch)
+        row = self._graph.replay(images, rows)
+        self.state.step += 1
+        return row
+
+    def _run(self, images: Tensor, rows: Tensor, batch: int) -> Tensor:
+        """The step, eagerly. Noise is drawn for the batch of all processes, and each keeps its
+        rows: so a run does not depend on how many processes share it."""
+        state, ranks = self.state, self.ranks
+        real = self.feed.assemble(images, rows, batch, state.generator)
+        z = torch.randn(
+            batch, state.config.nz, 1, 1, generator=state.generator, device=state.device
+        ).tensor_split(ranks.world)[ranks.rank]
+        row = self._step(real, z, share=len(z) / batch)
+        if self.readings is not None:
+            self.readings.put(row)
+        return row
+
+    def _capture(self, images: Tensor, rows: Tensor, batch: int) -> "_StepGraph | None":
+        """The graph of this step, proved; None, after saying why, where it cannot be had."""
+        tensors = self.state.tensors()
+        if self.readings is not None:
+            tensors.append(self.readings.next)
+        graph, why = None, ""
+        with _undone(self.state, tensors) as undo:
+            try:
+                graph = _StepGraph(self._run, self.feed, images, rows, batch, self.state)
+                undo()
+                why = self._disagreement(graph, images, rows, batch, tensors, undo)
+            except (RuntimeError, NotImplementedError) as error:
+                why = next(line for line in [*str(error).splitlines(), "no reason"] if line.strip())
+        if not why:
+            return graph
+        if self._wanted == "on":
+            raise RunError(f"--cuda-graph on was given, and the step's graph does not work: {why}")
+        self._say(f"--cuda-graph: the whole step does not work as a graph here ({why}); eager")
+        self._wanted = "off"
+        return None
+
+    def _disagreement(
+        self, graph: "_StepGraph", images: Tensor, rows: Tensor, batch: int,
+        tensors: list[Tensor], undo: Callable[[], None],
+    ) -> str:  # fmt: skip
+        """How a replay and an eager step from the same state differ; "" where they do not."""
+        before = [t.clone() for t in tensors]
+        row = graph.replay(images, rows).clone()
+        replayed, noise = [t.clone() for t in tensors], _random_states(self.state)
+        undo()
+        expected = self._run(images, rows, batch)
+        if not all(map(torch.equal, noise, _random_states(self.state))):
+            return "a replay draws other random numbers than a step"
+        off = _furthest(before, tensors, replayed)
+        if not off <= DISAGREEMENT:
+            return f"a replay is {off:.2g} of a step away from the step run eagerly"
+        if not torch.allclose(row, expected, rtol=0.02, atol=0.02):
+            return f"a replay measures {row.tolist()}, the step run eagerly {expected.tolist()}"
+        return ""
+
+
+class _StepGraph:
+    """One step captured, after PyTorch's recipe for whole networks (CUDA semantics, "CUDA graphs"):
+    warm-up on a side stream, gradients made anew inside, inputs at fixed addresses."""
+
+    def __init__(
+        self,
+        run: Callable[[Tensor, Tensor, int], Tensor],
+        feed: Feed,
+        images: Tensor,
+        rows: Tensor,
+        batch: int,
+        state: TrainState,
+    ) -> None:
+        self._images = images if feed.resident else images.clone()
+        self._rows = rows.clone()
+        with torch.cuda.device(state.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UPS):
+                    run(self._images, self._rows, batch)
+            torch.cuda.current_stream().wait_stream(side)
+            self._graph = torch.cuda.CUDAGraph()
+            if state.generator is not None:
+                self._graph.register_generator_state(state.generator)
+            with torch.cuda.graph(self._graph):
+                self._row = run(self._images, self._rows, batch)
+
+    def replay(self, images: Tensor, rows: Tensor) -> Tensor:
+        """The step on these images; waits for nothing."""
+        if images is not self._images:
+            self._images.copy_(images, non_blocking=True)
+        self._rows.copy_(rows, non_blocking=True)
+        self._graph.replay()
+        return self._row
+
+
+@contextmanager
+def _undone(state: TrainState, tensors: list[Tensor]) -> Iterator[Callable[[], None]]:
+    """Gives a function that puts tensors, random states and step back to what they are now, in
+    place, and calls it at the end."""
+    saved, step, noise = [t.clone() for t in tensors], state.step, _random_states(state)
+
+    def undo() -> None:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, saved, strict=True):
+                tensor.copy_(value)
+        state.step = step
+        torch.cuda.set_rng_state(noise[0], state.device)
+        if state.generator is not None:
+            state.generator.set_state(noise[1])
+
+    try:
+        yield undo
+    finally:
+        undo()
+
+
+def _random_states(state: TrainState) -> list[Tensor]:
+    own = [] if state.generator is None else [state.generator.get_state()]
+    return [torch.cuda.get_rng_state(state.device), *own]
+
+
+def _furthest(before: list[Tensor], after: list[Tensor], replayed: list[Tensor]) -> float:
+    """The largest |replayed - after| / |after - before| of any tensor."""
+    apart = [
+        torch.stack([(c - b).double().norm(), (b - a).double().norm()])
+        for a, b, c in zip(before, after, replayed, strict=True)
+    ]
+    off, moved = torch.stack(apart).cpu().unbind(1)
+    return float((off / moved.clamp(min=1e-30)).max())
