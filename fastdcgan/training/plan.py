@@ -40,9 +40,14 @@ def choose_engine(config: TrainConfig, ranks: Ranks, device: torch.device) -> En
     """Grants --amp, --compile and --cuda-graph where the machine can, and says where it cannot.
 
     Raises:
-        InputError: `impl` is "triton", or `cuda_graph` "on", and that cannot be here.
+        InputError: `impl` is "triton", or `cuda_graph` "on", and that cannot be here; or
+            FASTDCGAN_IMPL is none of its words.
     """
     notes = []
+    try:
+        kernels.mode()
+    except ValueError as error:
+        raise InputError(str(error)) from None
     if config.impl == "triton" and kernels.target_of(device) is None:
         raise InputError(
             f"--impl triton was given; there are no Triton kernels for {device} here: leave it out"

@@ -213,11 +213,14 @@ def test_a_dry_run_prints_the_plan(train, tmp_path):
         (["--lr", "0"], "--lr 0.0 was given"),
         (["--preset", "best"], "unknown preset"),
         (["--dataset", "celeba"], "--dataset celeba was given"),
+        (["--impl", "triton"], "--impl triton was given; there are no Triton kernels for cpu"),
+        (["--cuda-graph", "on"], "--cuda-graph on was given; CUDA graphs are for CUDA devices"),
     ],
 )
 def test_bad_input_is_one_clear_line(tiny_data, tmp_path, monkeypatch, capsys, args, message):
     """In this process, for there are many; the next test does the same in one of its own."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("no image\n")
     torch.save({"main.0.weight": torch.zeros(6, 8, 4, 4)}, tmp_path / "other.pth")
@@ -226,6 +229,12 @@ def test_bad_input_is_one_clear_line(tiny_data, tmp_path, monkeypatch, capsys, a
     assert status == 1
     assert len(errors) == 1
     assert message in errors[0]
+
+
+def test_an_unknown_implementation_in_the_environment(tiny_data, monkeypatch, capsys):
+    monkeypatch.setenv("FASTDCGAN_IMPL", "fast")
+    assert main(["--data", str(tiny_data), *SMALL, "--dry-run"]) == 1
+    assert "FASTDCGAN_IMPL='fast' was given" in capsys.readouterr().err
 
 
 def test_a_missing_folder_in_a_process_of_its_own(train):

@@ -1,6 +1,7 @@
 """The step against an independent plain PyTorch implementation, and what it must not do."""
 
 import copy
+import dataclasses
 import itertools
 
 import pytest
@@ -98,9 +99,14 @@ def largest_difference(ours, plain):
 
 
 # In float32 the bound is a twentieth of one step of 2e-4; in float64 it is rounding.
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(
+    ("dtype", "bound", "one_pass"),
+    [(torch.float64, 1e-10, False), (torch.float64, 1e-10, True), (torch.float32, 1e-5, False)],
+)
 @pytest.mark.parametrize("size", [32, 64])
-def test_20_steps_equal_the_plain_implementation(dtype, bound, size):
+def test_20_steps_equal_the_plain_implementation(dtype, bound, one_pass, size, monkeypatch):
+    """`one_pass`: D takes real and fake together, as it does where kernels run."""
+    monkeypatch.setattr("fastdcgan.training.step.runs_kernels", lambda device: one_pass)
     config = TrainConfig(**{**SMALL, "image_size": size})
     state = TrainState(config, CPU, dtype=dtype)
     plainG, plainD = (n.to(dtype) for n in plain_nets(size, 3, 12, 8, 8))
@@ -126,6 +132,27 @@ def test_20_steps_equal_the_plain_implementation(dtype, bound, size):
     assert largest_difference(start, plainG) > 1e-3, "the plain loop must have trained"
     tracked = [b for k, b in state.netD.named_buffers() if k.endswith("num_batches_tracked")]
     assert {int(b) for b in tracked} == {60}, "real, fake, fake move D's statistics in each step"
+
+
+def test_a_step_by_fused_kernels_is_the_reference_step():
+    """In Triton's interpreter. Adam's first moments are half the gradients, whose largest error is
+    compared with their largest value: the parameters themselves have moved by a sign only."""
+    config = TrainConfig(**SMALL)
+    states = []
+    for impl in ("reference", "triton"):
+        state = TrainState(dataclasses.replace(config, impl=impl), CPU)
+        row = Step(state, batch_size=6)(*next(batches(config, 1)))
+        states.append((state, row))
+    (plain, row), (fused, fused_row) = states
+    torch.testing.assert_close(fused_row, row, rtol=1e-5, atol=1e-6)
+    for name in ("optG", "optD"):
+        for theirs, ours in zip(
+            getattr(plain, name).state.values(), getattr(fused, name).state.values(), strict=True
+        ):
+            error = (ours["exp_avg"] - theirs["exp_avg"]).abs().max()
+            assert error < 1e-4 * theirs["exp_avg"].abs().max()
+    for theirs, ours in zip(plain.netD.buffers(), fused.netD.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_readings_are_the_losses_and_mean_probabilities():

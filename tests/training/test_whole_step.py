@@ -1,0 +1,255 @@
+"""Whole steps, eager and as a CUDA graph. Here the graph is a tape: during the capture it takes
+down every operation with the tensors it read and wrote, and a replay runs them again on those very
+tensors. What a host computed in between is frozen, as in a real graph; tests/gpu has that one."""
+
+import contextlib
+import dataclasses
+import types
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastdcgan.data.feeds import Order, make_feed
+from fastdcgan.errors import InputError, RunError
+from fastdcgan.training import whole_step
+from fastdcgan.training.config import TrainConfig, preset
+from fastdcgan.training.distributed import Ranks
+from fastdcgan.training.plan import Engine, choose_engine
+from fastdcgan.training.readings import Readings
+from fastdcgan.training.state import TrainState
+from fastdcgan.training.step import Step
+from fastdcgan.training.whole_step import WholeStep
+from fastdcgan_kernels import plan as kernels
+
+CPU = torch.device("cpu")
+SMALL = {"image_size": 32, "channels": 3, "nz": 12, "ngf": 8, "ndf": 8, "batch_size": 6}
+
+
+class Tape(TorchDispatchMode):
+    """Stands in for torch.cuda.CUDAGraph and torch.cuda.graph together."""
+
+    def __init__(self):
+        super().__init__()
+        self.done, self.generators = [], []
+
+    def register_generator_state(self, generator):
+        self.generators.append(generator)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.done.append((func, args, kwargs or {}, out))
+        return out
+
+    @torch.no_grad()
+    def replay(self):
+        for func, args, kwargs, out in self.done:
+            again = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)  # not a view, nor written in place
+
+
+@pytest.fixture
+def tape(monkeypatch):
+    """torch.cuda's graph API on the CPU, as far as whole_step.py uses it."""
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    made = []
+
+    def new():
+        made.append(Tape())
+        return made[-1]
+
+    fake = {
+        "device": lambda device: contextlib.nullcontext(),
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda s: contextlib.nullcontext(),
+        "CUDAGraph": new,
+        "graph": lambda graph: graph,
+        "get_rng_state": lambda device: torch.get_rng_state(),
+        "set_rng_state": lambda state, device: torch.set_rng_state(state),
+    }
+    for name, value in fake.items():
+        monkeypatch.setattr(whole_step.torch.cuda, name, value)
+    return made
+
+
+def build(graph="off", *, autocast=None, resident=True, images=15, said=None, compile=False):
+    config = TrainConfig(**SMALL)
+    state = TrainState(config, CPU, scaling=autocast == torch.float16)
+    pixels = np.random.default_rng(3).integers(0, 256, (images, 36, 36, 3), dtype=np.uint8)
+    feed = make_feed(
+        types.SimpleNamespace(images=pixels, n=images, window=36, size=32),
+        order=Order(images, images, 6, 0), device=CPU, hflip=True, resident=resident,
+        dtype=autocast or torch.float32,
+    )  # fmt: skip
+    readings = Readings(100, CPU)
+    engine = Engine(CPU, autocast, compile=compile, cuda_graph=graph)
+    say = pytest.fail if said is None else said.append
+    return WholeStep(state, feed, engine=engine, readings=readings, say=say)
+
+
+def trained(whole, steps):
+    for _ in range(steps):
+        whole()
+        whole.readings.count()
+    whole.feed.close()
+    state = whole.state.state_dict()
+    rows = whole.readings.take()
+    nets = {f"{n}.{k}": v for n in ("netG", "netD", "ema") for k, v in state[n].items()}
+    moments = {
+        f"{n}.{i}.{k}": v
+        for n in ("optG", "optD")
+        for i, slots in state[n]["state"].items()
+        for k, v in slots.items()
+    }
+    scales = [scaler.get_scale() for scaler in whole.state.scalers]
+    return {**nets, **moments, "rng": state["rng"]["run"]}, rows, scales
+
+
+def test_an_eager_whole_step_is_feed_noise_and_step():
+    whole = build()
+    got, rows, _ = trained(whole, 4)
+    other = build()
+    state, step = other.state, Step(other.state, batch_size=6)
+    expected = []
+    for index in range(4):
+        images = other.feed.batch(index, state.generator)
+        z = torch.randn(len(images), 12, 1, 1, generator=state.generator)
+        expected.append(step(images, z).tolist())
+    assert rows == expected
+    assert torch.equal(got["netG.main.0.weight"], state.netG.state_dict()["main.0.weight"])
+    assert state.step == whole.state.step == 4
+
+
+@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+def test_a_graph_and_eager_agree_step_for_step(tape, autocast, resident):
+    """Ragged batches included (every third): all tensors, readings, scales and random states are
+    the same bits, so the warm-ups and the check have left no trace."""
+    eager = trained(build(autocast=autocast, resident=resident), 11)
+    whole = build("on", autocast=autocast, resident=resident)
+    graphed = trained(whole, 11)
+    assert whole.graphed
+    assert whole.state.step == 11
+    assert len(tape) == 1
+    assert tape[0].generators == [whole.state.generator]
+    assert graphed[1:] == eager[1:]
+    for name, value in eager[0].items():
+        assert torch.equal(value, graphed[0][name]), name
+
+
+def test_a_resumed_run_goes_on_as_a_graph(tape):
+    """The state is loaded into the tensors that a graph then keeps the addresses of."""
+    straight, _, _ = trained(build("on"), 8)
+    first = build("on")
+    trained(first, 5)
+    second = build("on")
+    second.state.load_state_dict(first.state.state_dict())
+    again, _, _ = trained(second, 3)
+    for name, value in straight.items():
+        assert torch.equal(value, again[name]), name
+
+
+def test_a_replay_that_differs_from_a_step_is_given_up_aloud(tape, monkeypatch):
+    """An average that counts its steps on the host would be frozen at the capture's count."""
+    original = Step.__call__
+
+    def frozen(self, images, z, *, share=1.0):
+        self.state.ema.updates.fill_(self.state.step)
+        return original(self, images, z, share=share)
+
+    monkeypatch.setattr(Step, "__call__", frozen)
+    expected, _, _ = trained(build(), 7)
+    said = []
+    whole = build("auto", said=said)
+    got, _, _ = trained(whole, 7)
+    assert not whole.graphed
+    assert len(said) == 1
+    assert "does not work as a graph here" in said[0]
+    assert "of a step from" in said[0]
+    for name, value in expected.items():
+        assert torch.equal(value, got[name]), name
+    with pytest.raises(RunError, match="of a step from"):
+        trained(build("on"), 1)
+
+
+def test_stale_noise_is_seen(tape, monkeypatch):
+    """A replay that leaves the generator where it was draws the same noise for ever."""
+
+    class Stale(Tape):
+        def replay(self):
+            before = self.generators[0].get_state()
+            super().replay()
+            self.generators[0].set_state(before)
+
+    monkeypatch.setattr(whole_step.torch.cuda, "CUDAGraph", Stale)
+    said = []
+    whole = build("auto", said=said)
+    trained(whole, 2)
+    assert not whole.graphed
+    assert "other random numbers" in said[0]
+
+
+def test_a_capture_that_fails_leaves_no_trace(tape, monkeypatch):
+    def refused(graph):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    expected, rows, _ = trained(build(), 5)
+    monkeypatch.setattr(whole_step.torch.cuda, "graph", refused)
+    said = []
+    whole = build("auto", said=said)
+    got, rows_too, _ = trained(whole, 5)
+    assert "operation not permitted when stream is capturing" in said[0]
+    assert rows == rows_too
+    for name, value in expected.items():
+        assert torch.equal(value, got[name]), name
+
+
+def test_where_a_graph_is_captured(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    cuda, config = torch.device("cuda", 0), TrainConfig(**SMALL)
+    assert choose_engine(config, Ranks(), cuda).cuda_graph == "auto"
+    off = dataclasses.replace(config, cuda_graph="off")
+    assert choose_engine(off, Ranks(), cuda).cuda_graph == "off"
+    assert choose_engine(off, Ranks(), cuda).notes == ()
+    assert choose_engine(config, Ranks(), CPU).notes == ()
+    many = choose_engine(config, Ranks(0, 2, 0), cuda)
+    assert many.cuda_graph == "off"
+    assert "all-reduces" in many.notes[0]
+    keras = choose_engine(preset("tf28", channels=1), Ranks(), cuda)
+    assert keras.cuda_graph == "off"
+    assert "Keras" in keras.notes[0]
+    on = dataclasses.replace(config, cuda_graph="on")
+    with pytest.raises(InputError, match="--cuda-graph on was given"):
+        choose_engine(on, Ranks(), CPU)
+    triton = dataclasses.replace(config, impl="triton")
+    with pytest.raises(InputError, match="--impl triton was given"):
+        choose_engine(triton, Ranks(), CPU)
+
+
+def test_impl_decides_before_the_environment(monkeypatch):
+    monkeypatch.setenv("FASTDCGAN_IMPL", "reference")
+    with kernels.implementation("triton"):
+        assert kernels.mode() == "triton"
+        with kernels.implementation("auto"):
+            assert kernels.mode() == "triton"
+    with kernels.implementation("auto"):
+        assert kernels.mode() == "reference"
+    with pytest.raises(ValueError, match="fast"), kernels.implementation("fast"):
+        pass
+
+
+def test_readings_go_round():
+    readings = Readings(3, CPU)
+    for value in range(3):
+        readings.put(torch.full((5,), float(value)))
+        full = readings.count()
+    assert full
+    assert [row[0] for row in readings.take()] == [0.0, 1.0, 2.0]
+    readings.put(torch.full((5,), 9.0))
+    assert not readings.count()
+    assert [row[0] for row in readings.take()] == [9.0]
