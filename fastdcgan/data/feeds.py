@@ -3,6 +3,7 @@ from -1 to 1. Not here: how images become the packed array (cache.py)."""
 
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
@@ -66,6 +67,20 @@ class Order:
         return self.shuffled(self.epoch(step))[start : start + self.batch]
 
 
+def cut(
+    images: Tensor, rows: Tensor, y: Tensor | None, x: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Pixels y (b, H) and x (b, W) of these rows (b,) of uint8 images (n, h, w, C), or all pixels,
+    as value / 127.5 - 1: (b, C, H, W) in channels_last."""
+    if y is None or x is None:
+        pixels = images.index_select(0, rows)
+    else:
+        pixels = images[rows[:, None, None], y[:, :, None], x[:, None, :]]
+    exact = torch.promote_types(dtype, torch.float32)
+    values = pixels.to(exact).div(127.5).sub(1).to(dtype)
+    return values.permute(0, 3, 1, 2)
+
+
 class Feed(ABC):
     """Batches on the device. Made by `make_feed`; `close()` it, or use it in a `with`."""
 
@@ -104,15 +119,23 @@ class Feed(ABC):
         return self.assemble(images, rows, self.order.batch_size(step), generator)
 
     def assemble(
-        self, images: Tensor, rows: Tensor, whole: int, generator: torch.Generator | None = None
+        self,
+        images: Tensor,
+        rows: Tensor,
+        whole: int,
+        generator: torch.Generator | None = None,
+        cut: Callable[..., Tensor] = cut,
     ) -> Tensor:
         """The batch made of these `rows` of `images`, as `rows` gives them: cropped, flipped, from
         -1 to 1. It is device work alone, so a CUDA graph can hold it.
 
         Args:
             whole: images in the batch of all ranks together.
+            generator: as in `batch`.
+            cut: the function `cut`, or that compiled.
         """
         mine = self._part(whole)
+        y = x = None
         if self._margin or self._hflip:
             y = x = self._ramp.expand(len(rows), -1)
             if self._hflip:
@@ -121,12 +144,7 @@ class Feed(ABC):
             if self._margin:
                 y = y + self._draw(self._margin + 1, whole, mine, generator)
                 x = x + self._draw(self._margin + 1, whole, mine, generator)
-            pixels = images[rows[:, None, None], y[:, :, None], x[:, None, :]]
-        else:
-            pixels = images.index_select(0, rows)
-        exact = torch.promote_types(self._dtype, torch.float32)
-        values = pixels.to(exact).div_(127.5).sub_(1).to(self._dtype)
-        return values.permute(0, 3, 1, 2)
+        return cut(images, rows, y, x, self._dtype)
 
     def rows(self, step: int) -> tuple[Tensor, Tensor]:
         """Images (·, window, window, C) uint8 and which rows of them are this rank's batch (int64),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdcgan.training import distributed
+from fastdcgan.training.compiling import Compiler
 from fastdcgan.training.losses import bce
 from fastdcgan.training.state import TrainState
 from fastdcgan_kernels.functional import runs_kernels
@@ -92,7 +93,7 @@ class Step:
         say: Callable[[str], None] = print,
     ) -> None:
         self.state = state
-        self._say = say
+        self.compiler = Compiler(compile, say)
         self.batch_size = batch_size
         self.autocast = autocast
         simultaneous = state.config.updates == "simultaneous"
@@ -106,13 +107,11 @@ class Step:
             both_fake_losses,
         )
         self._eager: dict[Callable[..., object], Callable[..., object]] = {f: f for f in parts}
-        self._compiled = self._eager
-        if compile:
-            self._compiled = {f: torch.compile(f, fullgraph=True, dynamic=False) for f in parts}
-            if simultaneous:
-                # Both losses go back through one pass over the fakes, so its saved tensors are
-                # needed twice and must not be given away to the first.
-                torch._functorch.config.donated_buffer = False
+        self._compiled = {f: self.compiler(f) for f in parts}
+        if compile and simultaneous:
+            # Both losses go back through one pass over the fakes, so its saved tensors are needed
+            # twice and must not be given away to the first.
+            torch._functorch.config.donated_buffer = False
 
     def __call__(self, images: Tensor, z: Tensor, *, share: float = 1.0) -> Tensor:
         """One step on real `images` (B, C, H, W) and latent vectors `z` (B, nz, 1, 1).
@@ -184,16 +183,7 @@ class Step:
         if self.autocast is not None:
             context = torch.autocast(self.state.device.type, dtype=self.autocast)
         with context:
-            try:
-                out = self._call[part](net, *x)
-            except torch._dynamo.exc.TorchDynamoException as error:
-                # Compiling comes before running, so nothing has happened yet: run it eagerly.
-                reason = next(line for line in str(error).splitlines() if line.strip())
-                self._say(
-                    f"--compile: torch.compile does not work here ({reason}); going on eagerly"
-                )
-                self._call = self._compiled = self._eager
-                out = part(net, *x)
+            out = self._call[part](net, *x)
         return out if isinstance(out, tuple) else (out,)
 
     def _backward(

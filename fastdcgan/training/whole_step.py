@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from fastdcgan.data.feeds import Feed
+from fastdcgan.data.feeds import Feed, cut
 from fastdcgan.errors import RunError
 from fastdcgan.training.distributed import Ranks
 from fastdcgan.training.plan import Engine
@@ -55,8 +55,7 @@ class WholeStep:
     ) -> None:
         self.state, self.feed, self.readings = state, feed, readings
         self.ranks = ranks or Ranks()
-        self._say = say
-        self._wanted = engine.cuda_graph
+        self._say, self._wanted = say, engine.cuda_graph
         self._graph: _StepGraph | None = None
         self._step = Step(
             state,
@@ -65,6 +64,8 @@ class WholeStep:
             compile=engine.compile,
             say=say,
         )
+
+        self._cut = self._step.compiler(cut)
 
     @property
     def graphed(self) -> bool:
@@ -91,7 +92,10 @@ class WholeStep:
         """The step, eagerly. Noise is drawn for the batch of all processes, and each keeps its
         rows: so a run does not depend on how many processes share it."""
         state, ranks = self.state, self.ranks
-        real = self.feed.assemble(images, rows, batch, state.generator)
+        whole = batch == self.feed.order.batch
+        real = self.feed.assemble(
+            images, rows, batch, state.generator, cut=self._cut if whole else cut
+        )
         z = torch.randn(
             batch, state.config.nz, 1, 1, generator=state.generator, device=state.device
         ).tensor_split(ranks.world)[ranks.rank]
