@@ -1,7 +1,9 @@
 """What the machine can do: which device, which precision. Each question is answered by asking the
 machine, never by a table of product names."""
 
+import os
 import platform
+from pathlib import Path
 
 import torch
 
@@ -61,3 +63,23 @@ def _cpu_has_bf16() -> bool:
         )
         return any(supported() for supported in asked if supported is not None)
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def use_allowed_threads(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Lowers torch's threads to the processors that a container may use, unless OMP_NUM_THREADS
+    says how many: torch counts the machine's, and threads that take turns wait for each other.
+
+    Args:
+        cpu_max: Linux's file of the limit (cgroup v2): "QUOTA PERIOD" in microseconds, or "max".
+
+    Returns:
+        The threads that are used now.
+    """
+    try:
+        quota, period = cpu_max.read_text().split()
+        allowed = max(1, int(quota) // int(period))
+    except (OSError, ValueError):  # no such limit
+        allowed = torch.get_num_threads()
+    if "OMP_NUM_THREADS" not in os.environ and allowed < torch.get_num_threads():
+        torch.set_num_threads(allowed)
+    return torch.get_num_threads()

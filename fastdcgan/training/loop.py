@@ -18,7 +18,7 @@ from fastdcgan import models
 from fastdcgan.data import Order, Packed, grid, inspect_source, make_feed, prepare, to_uint8
 from fastdcgan.data.picture import atomic_write
 from fastdcgan.errors import InputError, RunError
-from fastdcgan.hardware import pick_device
+from fastdcgan.hardware import pick_device, use_allowed_threads
 from fastdcgan.training import checkpoints, distributed, folders, journal, plan
 from fastdcgan.training.config import TrainConfig, TrainResult
 from fastdcgan.training.distributed import Ranks
@@ -57,6 +57,7 @@ def train(config: TrainConfig) -> TrainResult:
     config.validate()
     ranks = distributed.ranks_from_environment()
     device = pick_device(config.device, ranks.local_rank)
+    use_allowed_threads()
     if config.dry_run:
         return _dry_run(config, ranks, device)
     distributed.join(ranks, device)
