@@ -140,7 +140,8 @@ def compare(steps, batch, compile):
     gaps = {n: float((means(curves[n]) - means(curves["example"])).abs().max()) for n in others}
     lines = [
         "How far all parameters are from the example's, as a share of how far these have moved "
-        f"(RMS, batch {batch}). The twin is the example in channels_last: only its rounding is another.",
+        f"(RMS, batch {batch}). The twin is the example in channels_last: only its "
+        "rounding is another.",
         "",
         "| after step | " + " | ".join(map(str, marks)) + " |",
         "|---|" + "---|" * len(marks),
