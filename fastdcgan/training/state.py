@@ -115,18 +115,25 @@ class TrainState:
             torch.cuda.set_rng_state(rng["cuda"], self.device)
         self.step = state["step"]
 
+    def trained(self) -> list[tuple[torch.optim.Adam, Tensor]]:
+        """Every parameter of both nets, with its optimiser."""
+        return [
+            (optimiser, p)
+            for optimiser in (self.optG, self.optD)
+            for group in optimiser.param_groups
+            for p in group["params"]
+        ]
+
     def tensors(self) -> list[Tensor]:
         """Every tensor that a step changes, gradients left out. Makes those that the optimisers and
         scalers would otherwise make in their first step."""
-        for optimiser in (self.optG, self.optD):
-            for group in optimiser.param_groups:
-                for p in group["params"]:
-                    if not optimiser.state[p]:
-                        optimiser.state[p] = {
-                            "step": torch.zeros((), dtype=torch.float32, device=self.device),
-                            "exp_avg": torch.zeros_like(p),
-                            "exp_avg_sq": torch.zeros_like(p),
-                        }
+        for optimiser, p in self.trained():
+            if not optimiser.state[p]:
+                optimiser.state[p] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=self.device),
+                    "exp_avg": torch.zeros_like(p),
+                    "exp_avg_sq": torch.zeros_like(p),
+                }
         found = [*_tensors(self.netG), *_tensors(self.netD)]
         for optimiser in (self.optG, self.optD):
             for slots in optimiser.state.values():

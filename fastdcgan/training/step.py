@@ -96,6 +96,10 @@ class Step:
         self.compiler = Compiler(compile, say)
         self.batch_size = batch_size
         self.autocast = autocast
+        self.impl = state.config.impl
+        """How fused blocks run: "auto", "reference" or "triton"."""
+        self.eagerly = False
+        """Whether to leave compiled parts aside. Compiling takes `impl` for a constant."""
         simultaneous = state.config.updates == "simultaneous"
         self._train = self._simultaneous if simultaneous else self._alternating
         parts: tuple[Callable[..., object], ...] = (
@@ -126,8 +130,9 @@ class Step:
         state = self.state
         state.netG.train()
         state.netD.train()
-        self._call = self._compiled if images.shape[0] == self.batch_size else self._eager
-        with implementation(state.config.impl):
+        whole = images.shape[0] == self.batch_size
+        self._call = self._compiled if whole and not self.eagerly else self._eager
+        with implementation(self.impl):
             readings = self._train(images, z, share)
         if state.ema is not None:
             state.ema.update()
@@ -140,7 +145,7 @@ class Step:
         state = self.state
         state.optD.zero_grad(set_to_none=True)
         fake = self._run(generate, state.netG, z)[0]
-        if state.config.impl != "reference" and runs_kernels(state.device):
+        if self.impl != "reference" and runs_kernels(state.device):
             loss_d, d_real, d_fake = self._run(
                 discriminator_loss, state.netD, images, fake.detach()
             )
@@ -156,9 +161,11 @@ class Step:
         state.optG.zero_grad(set_to_none=True)
         # G's loss needs the gradient through D to its images, never that of D's weights.
         state.netD.requires_grad_(False)
-        loss_g, d_fake_g = self._run(generator_loss, state.netD, fake)
-        self._backward(1, loss_g * share)
-        state.netD.requires_grad_(True)
+        try:
+            loss_g, d_fake_g = self._run(generator_loss, state.netD, fake)
+            self._backward(1, loss_g * share)
+        finally:
+            state.netD.requires_grad_(True)
         self._update(1, state.optG, state.netG)
         return [loss_d.detach(), loss_g.detach(), d_real, d_fake, d_fake_g]
 

@@ -1,20 +1,23 @@
-"""One whole training step behind one call: data, noise, both updates, average, readings. On CUDA it
-is captured once as a CUDA graph, compared with itself run eagerly, and from then on replayed. The
-algorithm is in step.py; nothing is added to it here."""
+"""One whole training step behind one call: data, noise, both updates, average, readings. On CUDA
+the fused blocks are compared with plain PyTorch in the first step, then the step is captured as a
+CUDA graph, compared with itself run eagerly, and from then on replayed. The algorithm is in
+step.py; nothing is added to it here."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fastdcgan.data.feeds import Feed, cut
 from fastdcgan.errors import RunError
+from fastdcgan.training import distributed
 from fastdcgan.training.distributed import Ranks
 from fastdcgan.training.plan import Engine
+from fastdcgan.training.proof import furthest, mean_error, random_states, undone
 from fastdcgan.training.readings import Readings
 from fastdcgan.training.state import TrainState
 from fastdcgan.training.step import Step
+from fastdcgan_kernels.functional import runs_kernels
 
 WARM_UPS = 3  # PyTorch's recipe: libraries make their workspaces and choices before the capture
 ROUNDING = 0.02
@@ -23,13 +26,22 @@ what the step moves them; three times as far as two eager steps are from each ot
 more. Adam makes a whole step of a gradient's sign, so a library that adds in another order each
 time moves some parameters the other way. Stale data or noise, or a number of the host's that is
 frozen, is off by far more."""
+KERNEL_ERROR = {None: 0.05, torch.float16: 0.4, torch.bfloat16: 0.6}
+"""How far the gradients by fused blocks may be from those by plain PyTorch, by the dtype of the
+products: about three times what rounding does to them (bfloat16 to float32: 0.18). That is for
+kernels that a device or a compiler breaks; `doctor` looks closer."""
+KERNEL_ERROR = {None: 0.03, torch.bfloat16: 0.3, torch.float16: 0.3}
+"""How far the gradients of fused blocks may be from plain PyTorch's, by the dtype of products: ten
+times what rounding does. It catches kernels that a device or compiler breaks; `doctor` looks
+closer."""
 
 
 class WholeStep:
     """Makes the step number `state.step` of a run at every call.
 
     Whole batches are replayed where the engine asks for a graph; the ragged last batch of an epoch
-    runs eagerly, on the same tensors.
+    runs eagerly, on the same tensors. Where fused blocks fail or are wrong on this GPU, steps run
+    in plain PyTorch, and where a graph does, eagerly, after a line that says so.
 
     Args:
         state: is changed in place.
@@ -40,7 +52,7 @@ class WholeStep:
         say: is called with one line where something did not work as asked.
 
     Raises:
-        RunError: the graph was asked for with "on", and cannot be captured or is wrong.
+        RunError: what fails or is wrong was asked for: a graph with "on", kernels with "triton".
     """
 
     def __init__(
@@ -57,6 +69,7 @@ class WholeStep:
         self.ranks = ranks or Ranks()
         self._say, self._wanted = say, engine.cuda_graph
         self._graph: _StepGraph | None = None
+        self._proved = False
         self._step = Step(
             state,
             batch_size=state.config.batch_size,
@@ -78,6 +91,9 @@ class WholeStep:
         step = self.state.step
         images, rows = self.feed.rows(step)
         batch = self.feed.order.batch_size(step)
+        if not self._proved and wants_proof(self.state.device):
+            self._prove_kernels(images, rows, batch)
+        self._proved = True
         if self._wanted == "off" or batch < self.feed.order.batch:
             return self._run(images, rows, batch)
         if self._graph is None:
@@ -104,19 +120,53 @@ class WholeStep:
             self.readings.put(row)
         return row
 
+    def _tensors(self) -> list[Tensor]:
+        own = [] if self.readings is None else [self.readings.next]
+        return [*self.state.tensors(), *own]
+
+    def _prove_kernels(self, images: Tensor, rows: Tensor, batch: int) -> None:
+        """Compares the gradients of one step by fused blocks with those by plain PyTorch, and
+        leaves the blocks where they are apart."""
+        step, gradients, why = self._step, [], ""
+        asked = step.impl
+        if asked == "reference":
+            return
+        with undone(self.state, self._tensors()) as undo:
+            for step.impl in ("reference", asked):
+                try:
+                    step.eagerly = True
+                    self._run(images, rows, batch)
+                except (RuntimeError, NotImplementedError, ValueError) as error:
+                    if step.impl == "reference":
+                        raise
+                    why = _first_line(error)
+                finally:
+                    step.eagerly = False
+                moments = (o.state[p]["exp_avg"] for o, p in self.state.trained())
+                gradients.append([m.clone() for m in moments])
+                undo()
+        off, allowed = mean_error(*gradients), KERNEL_ERROR[step.autocast]
+        if not why and not off <= allowed:
+            why = f"gradients are {off:.2g} away from plain PyTorch's, {allowed:.2g} is rounding"
+        if not distributed.any_rank(bool(why)):
+            return
+        why = why or "another process says so"
+        if asked == "triton":
+            raise RunError(f"--impl triton was given, and fused blocks do not work here: {why}")
+        self._say(f"--impl: fused blocks do not work here ({why}); plain PyTorch")
+        step.impl = "reference"
+
     def _capture(self, images: Tensor, rows: Tensor, batch: int) -> "_StepGraph | None":
         """The graph of this step, proved; None, after saying why, where it cannot be had."""
-        tensors = self.state.tensors()
-        if self.readings is not None:
-            tensors.append(self.readings.next)
+        tensors = self._tensors()
         graph, why = None, ""
-        with _undone(self.state, tensors) as undo:
+        with undone(self.state, tensors) as undo:
             try:
                 graph = _StepGraph(self._run, self.feed, images, rows, batch, self.state)
                 undo()
                 why = self._disagreement(graph, images, rows, batch, tensors, undo)
             except (RuntimeError, NotImplementedError) as error:
-                why = next(line for line in [*str(error).splitlines(), "no reason"] if line.strip())
+                why = _first_line(error)
         if not why:
             return graph
         if self._wanted == "on":
@@ -136,16 +186,16 @@ class WholeStep:
 
         before = clones()
         row = graph.replay(images, rows).clone()
-        replayed, noise = clones(), _random_states(self.state)
+        replayed, noise = clones(), random_states(self.state)
         undo()
         expected = self._run(images, rows, batch)
-        if not all(map(torch.equal, noise, _random_states(self.state))):
+        if not all(map(torch.equal, noise, random_states(self.state))):
             return "a replay draws other random numbers than a step"
         after = clones()
         undo()
         self._run(images, rows, batch)
-        allowed = max(ROUNDING, 3 * _furthest(before, after, tensors))
-        off = _furthest(before, after, replayed)
+        allowed = max(ROUNDING, 3 * furthest(before, after, tensors))
+        off = furthest(before, after, replayed)
         if not off <= allowed:
             return (
                 f"a replay is {off:.2g} of a step from the step run eagerly, {allowed:.2g} is noise"
@@ -153,6 +203,16 @@ class WholeStep:
         if not torch.allclose(row, expected, rtol=0.02, atol=0.02):
             return f"a replay measures {row.tolist()}, the step run eagerly {expected.tolist()}"
         return ""
+
+
+def wants_proof(device: torch.device) -> bool:
+    """Whether fused blocks run on this device by kernels that no test of ours could run."""
+    return device.type == "cuda" and runs_kernels(device)
+
+
+def _first_line(error: Exception) -> str:
+    lines = (line for line in str(error).splitlines() if line.strip())
+    return next(lines, type(error).__name__)
 
 
 class _StepGraph:
@@ -190,39 +250,3 @@ class _StepGraph:
         self._rows.copy_(rows, non_blocking=True)
         self._graph.replay()
         return self._row
-
-
-@contextmanager
-def _undone(state: TrainState, tensors: list[Tensor]) -> Iterator[Callable[[], None]]:
-    """Gives a function that puts tensors, random states and step back to what they are now, in
-    place, and calls it at the end."""
-    saved, step, noise = [t.clone() for t in tensors], state.step, _random_states(state)
-
-    def undo() -> None:
-        with torch.no_grad():
-            for tensor, value in zip(tensors, saved, strict=True):
-                tensor.copy_(value)
-        state.step = step
-        torch.cuda.set_rng_state(noise[0], state.device)
-        if state.generator is not None:
-            state.generator.set_state(noise[1])
-
-    try:
-        yield undo
-    finally:
-        undo()
-
-
-def _random_states(state: TrainState) -> list[Tensor]:
-    own = [] if state.generator is None else [state.generator.get_state()]
-    return [torch.cuda.get_rng_state(state.device), *own]
-
-
-def _furthest(before: list[Tensor], after: list[Tensor], replayed: list[Tensor]) -> float:
-    """The largest |replayed - after| / |after - before| of any tensor."""
-    apart = [
-        torch.stack([(c - b).double().norm(), (b - a).double().norm()])
-        for a, b, c in zip(before, after, replayed, strict=True)
-    ]
-    off, moved = torch.stack(apart).cpu().unbind(1)
-    return float((off / moved.clamp(min=1e-30)).max())

@@ -22,6 +22,7 @@ from fastdcgan.training.readings import Readings
 from fastdcgan.training.state import TrainState
 from fastdcgan.training.step import Step
 from fastdcgan.training.whole_step import WholeStep
+from fastdcgan_kernels import blocks, convolution
 from fastdcgan_kernels import plan as kernels
 
 CPU = torch.device("cpu")
@@ -205,6 +206,48 @@ def test_a_capture_that_fails_leaves_no_trace(tape, monkeypatch):
     got, rows_too, _ = trained(whole, 5)
     assert "operation not permitted when stream is capturing" in said[0]
     assert rows == rows_too
+    for name, value in expected.items():
+        assert torch.equal(value, got[name]), name
+
+
+@pytest.fixture
+def kernels_to_prove(tape, monkeypatch):
+    """Fused blocks by Triton's interpreter, treated as a GPU's are."""
+    monkeypatch.setenv("FASTDCGAN_IMPL", "triton")
+    monkeypatch.setattr(whole_step, "wants_proof", lambda device: True)
+
+
+def test_kernels_that_are_right_are_kept(kernels_to_prove):
+    whole, plain = build(), build()
+    plain._proved = True
+    got, rows, _ = trained(whole, 1)
+    expected, rows_too, _ = trained(plain, 1)
+    assert whole._step.impl == "auto"
+    assert rows == rows_too
+    for name, value in expected.items():
+        assert torch.equal(value, got[name]), name
+
+
+@pytest.mark.parametrize("fault", ["wrong", "raises"])
+def test_kernels_that_a_device_breaks_are_left_aloud(kernels_to_prove, monkeypatch, fault):
+    """Their step leaves no trace: training goes on as in plain PyTorch."""
+    right = convolution.weight_gradient
+
+    def broken(*args, **options):
+        if fault == "raises":
+            raise RuntimeError("an illegal instruction was encountered\nand so on")
+        return right(*args, **options) * 0.9
+
+    monkeypatch.setattr(blocks, "_weight_gradient", broken)
+    said = []
+    whole = build(said=said)
+    got, _, _ = trained(whole, 2)
+    assert whole._step.impl == "reference"
+    assert len(said) == 1
+    assert {"wrong": "away from plain PyTorch's", "raises": "illegal instruction"}[fault] in said[0]
+    monkeypatch.setenv("FASTDCGAN_IMPL", "reference")
+    monkeypatch.setattr(whole_step, "wants_proof", lambda device: False)
+    expected, _, _ = trained(build(), 2)
     for name, value in expected.items():
         assert torch.equal(value, got[name]), name
 
