@@ -58,6 +58,8 @@ def train(config: TrainConfig) -> TrainResult:
     ranks = distributed.ranks_from_environment()
     device = pick_device(config.device, ranks.local_rank)
     use_allowed_threads()
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # every batch but the last of an epoch is alike
     if config.dry_run:
         return _dry_run(config, ranks, device)
     distributed.join(ranks, device)
