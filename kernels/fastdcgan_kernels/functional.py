@@ -12,12 +12,13 @@ the gradient is computed in plain PyTorch, so that higher orders are those of it
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
 
 from fastdcgan_kernels import plan, reference
+from fastdcgan_kernels.cpu import blocks as cpu
 from fastdcgan_kernels.geometry import geometry_of
 from fastdcgan_kernels.ops import ops
 from fastdcgan_kernels.reference import Activation
@@ -255,6 +256,21 @@ def _takes_kernels(
     return not why
 
 
+def _takes_cpu_kernels(
+    x: Input, weight: Tensor, stride: int, padding: int, transposed: bool, slope: float, norm: bool
+) -> TypeGuard[Tensor]:
+    """Whether x is a tensor that the kernels of the CPU take: cpu/blocks.py."""
+    return (
+        isinstance(x, Tensor)
+        and x.device.type == weight.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and plan.mode() == "auto"
+        and plan.target_of(x.device) is None
+        and not unsupported(x, weight, stride, padding, transposed, slope)
+        and cpu.takes(geometry_of(x, weight, transposed, stride), transposed, norm)
+    )
+
+
 def _like(x: Input, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Parameters in the dtype of x, as kernels take them and PyTorch's convolutions must have."""
     dtype = _tensor(x).dtype
@@ -269,6 +285,11 @@ def _block(
 ) -> Any:  # fmt: skip
     reference.check_activation(activation)
     x = _cast(x)
+    if not sync and _takes_cpu_kernels(x, weight, stride, padding, up, slope, norm=True):
+        return cpu.conv_bn_act(
+            x, weight, bias, gamma, beta, running_mean, running_var, up, stride, training,
+            momentum, eps, activation, slope, groups,
+        )  # fmt: skip
     kernels = _takes_kernels(x, weight, stride, padding, up, slope)
     if kernels and not training and running_mean is not None and running_var is not None:
         weight, bias = reference.fold(
@@ -309,6 +330,8 @@ def _plain(
 ) -> Tensor:  # fmt: skip
     reference.check_activation(activation)
     x = _cast(x)
+    if _takes_cpu_kernels(x, weight, stride, padding, up, slope, norm=False):
+        return cpu.conv_act(x, weight, bias, up, stride, activation, slope)
     kernels = _takes_kernels(x, weight, stride, padding, up, slope)
     groups = x.coef.shape[1] if isinstance(x, Deferred) else 1
     if kernels and _how(x, weight, stride, up, False, groups) == "reference":

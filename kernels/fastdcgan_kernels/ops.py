@@ -54,7 +54,7 @@ def conv_bn_backward(
         gy, gcoef, x, x_coef, weight, gamma, y, stats, up, stride, groups, eps, x_activation,
         x_slope, sync, *need,
     )  # fmt: skip
-    gx, gx_coef, gw, gbias, ggamma, gbeta = (_present(grad, x) for grad in grads)
+    gx, gx_coef, gw, gbias, ggamma, gbeta = (present(grad, x) for grad in grads)
     if gbias.numel() and bias is not None:
         gbias = gbias.to(bias.dtype)
     if gamma is not None:
@@ -68,7 +68,7 @@ def _(gy, gcoef, x, x_coef, weight, bias, gamma, y, stats, up, stride, groups, e
     channels = (y.shape[1],)
     ggamma = x.new_empty(channels, dtype=torch.float32 if gamma is None else gamma.dtype)
     gbeta = x.new_empty(channels, dtype=torch.float32)
-    return *_fake_gradients(x, x_coef, weight, bias, need), ggamma, gbeta
+    return *fake_gradients(x, x_coef, weight, bias, need), ggamma, gbeta
 
 
 @torch.library.custom_op("fastdcgan::conv_act", mutates_args=())
@@ -101,7 +101,7 @@ def conv_act_backward(
     grads = blocks.conv_act_backward(
         g, out, x, x_coef, weight, up, stride, x_activation, x_slope, activation, slope, *need
     )
-    gx, gx_coef, gw, gbias = (_present(grad, x) for grad in grads)
+    gx, gx_coef, gw, gbias = (present(grad, x) for grad in grads)
     if gbias.numel() and bias is not None:
         gbias = gbias.to(bias.dtype)
     return gx, gx_coef, gw, gbias
@@ -109,7 +109,7 @@ def conv_act_backward(
 
 @conv_act_backward.register_fake
 def _(g, out, x, x_coef, weight, bias, up, stride, x_activation, x_slope, activation, slope, need):
-    return _fake_gradients(x, x_coef, weight, bias, need)
+    return fake_gradients(x, x_coef, weight, bias, need)
 
 
 @torch.library.custom_op("fastdcgan::activate", mutates_args=())
@@ -140,14 +140,14 @@ def _(g, y, coef, activation, slope):
     return torch.empty_like(y, memory_format=CHANNELS_LAST), torch.empty_like(coef)
 
 
-def _present(grad: Tensor | None, like: Tensor) -> Tensor:
+def present(grad: Tensor | None, like: Tensor) -> Tensor:
     return torch.empty(0, dtype=like.dtype, device=like.device) if grad is None else grad
 
 
-def _fake_gradients(x, x_coef, weight, bias, need) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def fake_gradients(x, x_coef, weight, bias, need) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def one(wanted: bool, like: Tensor) -> Tensor:
         if not wanted:
-            return _present(None, x)
+            return present(None, x)
         return torch.empty_like(like, memory_format=CHANNELS_LAST if like.dim() == 4 else None)
 
     with_coef = need[0] and x_coef is not None
@@ -159,7 +159,7 @@ def _fake_gradients(x, x_coef, weight, bias, need) -> tuple[Tensor, Tensor, Tens
     )
 
 
-def _by_reference(
+def by_reference(
     function: Callable[..., Any], inputs: Sequence[Any], needs: Sequence[bool], grads: Sequence[Any]
 ) -> list[Tensor | None]:
     """Gradients of the plain-PyTorch twin, with a graph of their own: what create_graph=True gets.
@@ -199,14 +199,14 @@ def _conv_bn_gradient(ctx: Any, gy: Tensor, gcoef: Tensor, _: Any) -> tuple[Tens
     needs = ctx.needs_input_grad
     if torch.is_grad_enabled():
         inputs = (x, x_coef, weight, bias, gamma, beta, *ctx.options)
-        return tuple(_by_reference(reference.conv_bn, inputs, needs, (gy, gcoef)))
+        return tuple(by_reference(reference.conv_bn, inputs, needs, (gy, gcoef)))
     gx, gx_coef, gw, gbias, ggamma, gbeta = ops.conv_bn_backward(
         gy, gcoef, x, x_coef, weight, bias, gamma, y, stats, up, stride, groups, eps,
         x_activation, x_slope, sync, [needs[0] or needs[1], needs[2], needs[3]],
     )  # fmt: skip
     if beta is not None:
         gbeta = gbeta.to(beta.dtype)
-    return _only(needs, gx, gx_coef, gw, gbias, ggamma, gbeta)
+    return only(needs, gx, gx_coef, gw, gbias, ggamma, gbeta)
 
 
 def _save_conv_act(ctx: Any, inputs: Any, output: Any) -> None:
@@ -221,11 +221,11 @@ def _conv_act_gradient(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad
     if torch.is_grad_enabled():
         inputs = (x, x_coef, weight, bias, *ctx.options)
-        return tuple(_by_reference(reference.conv_and_act, inputs, needs, (g,)))
+        return tuple(by_reference(reference.conv_and_act, inputs, needs, (g,)))
     need = [needs[0] or needs[1], needs[2], needs[3]]
     out = g.to(x.dtype) if out is None else out
     grads = ops.conv_act_backward(g, out, x, x_coef, weight, bias, *ctx.options, need)
-    return _only(needs, *grads)
+    return only(needs, *grads)
 
 
 def _save_activate(ctx: Any, inputs: Any, output: Any) -> None:
@@ -238,11 +238,11 @@ def _activate_gradient(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad
     if torch.is_grad_enabled():
         inputs = (y, coef, *ctx.options)
-        return tuple(_by_reference(reference.activate, inputs, needs, (g,)))
-    return _only(needs, *ops.activate_backward(g, y, coef, *ctx.options))
+        return tuple(by_reference(reference.activate, inputs, needs, (g,)))
+    return only(needs, *ops.activate_backward(g, y, coef, *ctx.options))
 
 
-def _only(needs: Sequence[bool], *grads: Tensor) -> tuple[Tensor | None, ...]:
+def only(needs: Sequence[bool], *grads: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients that were asked for, None for the rest and for what is no tensor."""
     asked = [grad if need else None for need, grad in zip(needs, grads, strict=False)]
     return *asked, *[None] * (len(needs) - len(grads))

@@ -24,87 +24,13 @@
 //
 // Transformed tiles are made a block at a time, in cache, and never exist whole. Every sum has an
 // order that depends on shapes alone: results are the same bits for any number of threads.
-#include <algorithm>
-#include <atomic>
-#include <cmath>
-#include <cstdlib>
+#include "common.h"
+
 #include <cstring>
 
-#if defined(__AVX512F__)
-constexpr int LANES = 16, ROWS = 8;
-#elif defined(__AVX__)
-constexpr int LANES = 8, ROWS = 6;
-#else
-constexpr int LANES = 4, ROWS = 6;
-#endif
-typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef float memory __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-constexpr int WIDTH = 2 * LANES;  // columns of a panel: what a micro-kernel makes at a time
-constexpr int CHUNK = 16;         // channels that lie together in a transformed tile
 constexpr int POSITIONS = 9;
 
-static inline vec load(const float* p) { return *reinterpret_cast<const memory*>(p); }
-static inline void store(float* p, vec v) { *reinterpret_cast<memory*>(p) = v; }
-static inline long cdiv(long a, long b) { return (a + b - 1) / b; }
-
-// ---- threads: those of the OpenMP library that PyTorch has loaded, GNU's or one that knows its calls
-
-extern "C" void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned) __attribute__((weak));
-
-template <class Task>
-static void parallel(int threads, long tasks, const Task& task) {
-  struct Job {
-    const Task& task;
-    long tasks;
-    std::atomic<long> next{0};
-  } job{task, tasks};
-  auto work = [](void* p) {
-    Job& job = *static_cast<Job*>(p);
-    for (long i; (i = job.next.fetch_add(1)) < job.tasks;) job.task(i);
-  };
-  if (threads > 1 && tasks > 1 && GOMP_parallel)
-    GOMP_parallel(work, &job, std::min<long>(threads, tasks), 0);
-  else
-    work(&job);
-}
-
-// Memory that a thread keeps from call to call: fresh pages would cost more than what they are for.
-struct Scratch {
-  float* data = nullptr;
-  size_t size = 0;
-  ~Scratch() { std::free(data); }
-  float* get(size_t floats) {
-    if (floats > size) {
-      std::free(data);
-      size = cdiv(floats, 1 << 18) << 18;
-      data = static_cast<float*>(std::aligned_alloc(1 << 12, 4 * size));
-      if (!data) std::abort();
-    }
-    return data;
-  }
-};
 static thread_local Scratch weights_scratch, block_scratch;
-
-// ---- products
-
-// c[R][WIDTH] = a x b. a: [K / CHUNK][ROWS][CHUNK], b: [K][WIDTH].
-template <int R>
-static inline void product(const float* a, const float* b, long K, float* c, long ldc) {
-  vec sum[R][2] = {};
-  for (long k0 = 0; k0 < K; k0 += CHUNK, a += ROWS * CHUNK)
-#pragma GCC unroll 4
-    for (int k = 0; k < CHUNK; k++, b += WIDTH) {
-      vec b0 = load(b), b1 = load(b + LANES);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; r++) {
-        vec left = a[r * CHUNK + k] - vec{};
-        sum[r][0] += left * b0;
-        sum[r][1] += left * b1;
-      }
-    }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; r++) store(c + r * ldc, sum[r][0]), store(c + r * ldc + LANES, sum[r][1]);
-}
 
 // c[R][WIDTH] += a^T x b over T tiles. a: [T][CHUNK] of which R columns, b0 and b1: [T][CHUNK] each.
 template <int R>
@@ -118,7 +44,7 @@ static inline void outer(const float* a, const float* b0, const float* b1, long 
     vec right0 = load(b0 + t * CHUNK), right1 = load(b1 + t * CHUNK);
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
-      vec left = a[t * CHUNK + r] - vec{};
+      vec left = all(a[t * CHUNK + r]);
       sum[r][0] += left * right0;
       sum[r][1] += left * right1;
     }
@@ -159,11 +85,9 @@ struct Block {
   static size_t size(long count, long K, long group) {
     return POSITIONS * cdiv(count, group) * group * K;
   }
-  float* at(int position, long tile, long chunk) const {
-    long groups = cdiv(count, group);
-    return data + (((position * groups + tile / group) * (K / CHUNK) + chunk) * group +
-                   tile % group) * CHUNK;
-  }
+  long position() const { return cdiv(count, group) * group * K; }  // floats from one to the next
+  long chunk() const { return group * CHUNK; }
+  float* at(long tile) const { return data + tile / group * group * K + tile % group * CHUNK; }
 };
 
 alignas(64) static const float zeros[CHUNK] = {};
@@ -172,7 +96,8 @@ alignas(64) static const float zeros[CHUNK] = {};
 static void gather(const Layer& g, const float* x, long first, long c0, long C, const Block& block) {
   for (long t = 0; t < block.count; t++) {
     Layer::Tile tile = g.tile(first + t);
-    for (int phase = 0; phase < 4; phase++) {
+    float* to = block.at(t);
+    for (int phase = 0; phase < 4; phase++, to += C / CHUNK * block.chunk()) {
       const float* from[9];
       long step[9];
       for (int e = 0; e < 9; e++) {
@@ -190,7 +115,8 @@ static void gather(const Layer& g, const float* x, long first, long c0, long C, 
 #pragma GCC unroll 3
           for (int i = 0; i < 9; i += 3) v[i] -= v[i + 1], v[i + 2] -= v[i + 1];
 #pragma GCC unroll 9
-          for (int e = 0; e < 9; e++) store(block.at(e, t, (phase * C + c) / CHUNK) + lane, v[e]);
+          for (int e = 0; e < 9; e++)
+            store(to + e * block.position() + c / CHUNK * block.chunk() + lane, v[e]);
         }
     }
   }
@@ -200,6 +126,7 @@ static void gather(const Layer& g, const float* x, long first, long c0, long C, 
 static void spread(const Layer& g, const float* y, long first, long c0, long C, const Block& block) {
   for (long t = 0; t < block.count; t++) {
     Layer::Tile tile = g.tile(first + t);
+    float* to = block.at(t);
     const float* from[4];
     long step[4];
     for (int e = 0; e < 4; e++) {
@@ -217,7 +144,8 @@ static void spread(const Layer& g, const float* y, long first, long c0, long C, 
 #pragma GCC unroll 3
         for (int j = 0; j < 3; j++) m[3 + j] = m[j] + m[6 + j];
 #pragma GCC unroll 9
-        for (int e = 0; e < 9; e++) store(block.at(e, t, c / CHUNK) + lane, m[e]);
+        for (int e = 0; e < 9; e++)
+          store(to + e * block.position() + c / CHUNK * block.chunk() + lane, m[e]);
       }
   }
 }
@@ -235,25 +163,13 @@ static inline long tap(int phase, int t) {  // of the taps t = 2 * th + tw of a 
   return (2 * (t / 2) + phase / 2) * 4 + 2 * (t % 2) + phase % 2;
 }
 
-// ---- what follows a convolution
-
-enum Activation { NONE, RELU, LEAKY_RELU, TANH };
-
-static inline vec activate(vec z, int activation, float slope) {
-  if (activation == RELU) return z > 0 ? z : vec{};
-  if (activation == LEAKY_RELU) return z > 0 ? z : z * slope;
-  if (activation == TANH)
-    for (int i = 0; i < LANES; i++) z[i] = std::tanh(z[i]);
-  return z;
-}
-
 // M or D [POSITIONS][tiles][WIDTH] of one panel of columns; `rows` tiles are there, ROWS at a time.
 static void multiply(const Block& block, const float* panel, long stride, float* out) {
   long rows = cdiv(block.count, ROWS) * ROWS;
   for (int e = 0; e < POSITIONS; e++)
     for (long t = 0; t < rows; t += ROWS)
-      product<ROWS>(block.at(e, t, 0), panel + e * stride, block.K, out + (e * rows + t) * WIDTH,
-                    WIDTH);
+      product<ROWS>(block.at(t) + e * block.position(), CHUNK, ROWS * CHUNK, panel + e * stride,
+                    block.K, out + (e * rows + t) * WIDTH, WIDTH);
 }
 
 constexpr size_t CACHE = 600 << 10;  // bytes of a block of transformed tiles: most of a usual L2
@@ -265,9 +181,9 @@ static long tiles_a_block(const Layer& g, long K, int threads) {
 
 // ---- the three functions
 
+// y = activate(down(x) + bias); bias may be null.
 extern "C" void fastdcgan_down(const float* x, const float* w, const float* bias, float* y, long N,
-                               long P, long Q, long CS, long CL, int activation, float slope,
-                               int threads) {
+                               long P, long Q, long CS, long CL, float slope, int threads) {
   Layer g{N, P, Q, CS, CL};
   const long K = 4 * CL, panels = CS / WIDTH, stride = CS * K;
   float* U = weights_scratch.get(POSITIONS * stride);  // [POSITIONS][CS / WIDTH][K][WIDTH]
@@ -307,7 +223,7 @@ extern "C" void fastdcgan_down(const float* x, const float* w, const float* bias
               vec z = (load(corner) + load(corner + pitch)) +
                       (load(corner + 3 * pitch) + load(corner + 4 * pitch));
               if (bias) z += load(bias + c);
-              if (float* out = g.small(y, tile, i, j)) store(out + c, activate(z, activation, slope));
+              if (float* out = g.small(y, tile, i, j)) store(out + c, activate(z, slope));
             }
         }
       }
@@ -315,9 +231,9 @@ extern "C" void fastdcgan_down(const float* x, const float* w, const float* bias
   });
 }
 
+// x = activate(up(y) + bias); bias may be null.
 extern "C" void fastdcgan_up(const float* y, const float* w, const float* bias, float* x, long N,
-                             long P, long Q, long CS, long CL, int activation, float slope,
-                             int threads) {
+                             long P, long Q, long CS, long CL, float slope, int threads) {
   Layer g{N, P, Q, CS, CL};
   const long K = CS, panels = 4 * CL / WIDTH, stride = 4 * CL * K;
   float* U = weights_scratch.get(POSITIONS * stride);  // [POSITIONS][4][CL / WIDTH][K][WIDTH]
@@ -369,13 +285,13 @@ extern "C" void fastdcgan_up(const float* y, const float* w, const float* bias, 
         }
       }
     }
-    if (bias || activation != NONE) {
+    if (bias || slope != 1) {
       float* end = x + (last / image) * 4 * P * Q * CL;
       for (float* p = x + task * images * 4 * P * Q * CL; p < end; p += CL)
         for (long c = 0; c < CL; c += LANES) {
           vec z = load(p + c);
           if (bias) z += load(bias + c);
-          store(p + c, activate(z, activation, slope));
+          store(p + c, activate(z, slope));
         }
     }
   });
@@ -403,9 +319,11 @@ extern "C" void fastdcgan_weight_gradient(const float* y, const float* x, float*
       for (int e = 0; e < POSITIONS; e++)
         for (long column = 0; column < columns; column += WIDTH)
           for (long row = 0; row < rows; row += CHUNK) {
-            const float* a = S.at(e, 0, row / CHUNK);
-            const float* b0 = V.at(e, 0, column / CHUNK) + column % CHUNK;
-            const float* b1 = V.at(e, 0, (column + LANES) / CHUNK) + (column + LANES) % CHUNK;
+            const float* a = S.data + e * S.position() + row / CHUNK * S.chunk();
+            const float* b = V.data + e * V.position();
+            const float* b0 = b + column / CHUNK * V.chunk() + column % CHUNK;
+            const long next = column + LANES;
+            const float* b1 = b + next / CHUNK * V.chunk() + next % CHUNK;
             float* c = dU + (e * rows + row) * columns + column;
             int r = 0;
             for (; r + ROWS <= CHUNK; r += ROWS)

@@ -1,0 +1,91 @@
+"""Convolutions of float32 channels_last tensors on a CPU: by the C++ of this folder where it has a
+kernel that is faster, by PyTorch elsewhere. Not here: autograd (ops.py), normalisation.
+
+Sides and weights are named as in geometry.py. Whether a kernel runs depends on shapes alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdcgan_kernels.cpu.build import library
+from fastdcgan_kernels.geometry import Geometry, cdiv, empty
+
+# Channels come in panels of two vectors, of at most 16 floats; images take theirs 16 at a time.
+PANEL, CHUNK = 32, 16
+
+
+def has_winograd(geometry: Geometry) -> bool:
+    """Whether down, up and weight_gradient have kernels for this layer that are faster. Tiles are
+    2x2 small pixels, with 9 multiplications for 16: a side of 1 or 3 would waste what they save."""
+    g = geometry
+    tiled = 4 * cdiv(g.P, 2) * cdiv(g.Q, 2)
+    fits = g.stride == 2 and g.CS % PANEL == 0 and g.CL % PANEL == 0
+    return fits and 3 * tiled <= 4 * g.P * g.Q
+
+
+def has_image_up(geometry: Geometry) -> bool:
+    """Whether `image_up` has a kernel for this layer."""
+    return geometry.stride == 2 and geometry.CL <= 4 and geometry.CS % CHUNK == 0
+
+
+def convolve(
+    x: Tensor, weight: Tensor, geometry: Geometry, up: bool, bias: Tensor | None = None,
+    slope: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """leaky_relu(x up or down + bias, slope), channels_last; slope 0 is ReLU, 1 nothing."""
+    g = geometry
+    if up and has_image_up(g):
+        return _run("fastdcgan_image_up", x, weight, bias, empty(g.N, g.CL, g.H, g.W, x), g, slope)
+    if has_winograd(g):
+        name = "fastdcgan_up" if up else "fastdcgan_down"
+        out = empty(g.N, g.CL, g.H, g.W, x) if up else empty(g.N, g.CS, g.P, g.Q, x)
+        return _run(name, x, weight, bias, out, g, slope)
+    op = F.conv_transpose2d if up else F.conv2d
+    with torch.autocast("cpu", enabled=False):
+        y = op(x, weight, bias, g.stride, g.pad).contiguous(memory_format=torch.channels_last)
+    return y if slope == 1 else F.leaky_relu_(y, slope)
+
+
+def weight_gradient(small: Tensor, large: Tensor, geometry: Geometry) -> Tensor:
+    """Gradient [CS, CL, 4, 4] of the weight, channels_last, from a side and the other's gradient."""
+    g = geometry
+    if has_winograd(g):
+        out = empty(g.CS, g.CL, 4, 4, small)
+        threads = torch.get_num_threads()
+        kernel("fastdcgan_weight_gradient")(
+            address(small), address(large), address(out), g.N, g.P, g.Q, g.CS, g.CL, threads
+        )
+        return out
+    stride, pad = [g.stride] * 2, [g.pad] * 2
+    _, gw, _ = torch.ops.aten.convolution_backward(
+        small, large, empty(g.CS, g.CL, 4, 4, small), None, stride, pad, [1, 1], False, [0, 0], 1,
+        [False, True, False],
+    )  # fmt: skip
+    return gw.contiguous(memory_format=torch.channels_last)
+
+
+def _run(
+    name: str, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, g: Geometry,
+    slope: float,
+) -> Tensor:  # fmt: skip
+    pointers = address(x), address(weight), address(bias), address(out)
+    kernel(name)(*pointers, g.N, g.P, g.Q, g.CS, g.CL, slope, torch.get_num_threads())
+    return out
+
+
+def kernel(name: str) -> Any:
+    """A function of the library."""
+    found: ctypes.CDLL | None = library()
+    assert found is not None, "no library"
+    return getattr(found, name)
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Where its data is, for C++; None is null."""
+    return None if tensor is None else tensor.data_ptr()
