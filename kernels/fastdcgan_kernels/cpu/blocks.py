@@ -1,5 +1,5 @@
-"""The blocks on a CPU in float32, as functional.py calls them, and which of them run here. Not here:
-their operators (ops.py), and the convolutions (convolution.py)."""
+"""The blocks on a CPU in float32, as functional.py calls them, and which of them run here. Not
+here: their operators (ops.py), and the convolutions (convolution.py)."""
 
 from __future__ import annotations
 

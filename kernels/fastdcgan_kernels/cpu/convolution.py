@@ -40,12 +40,11 @@ def convolve(
 ) -> Tensor:  # fmt: skip
     """leaky_relu(x up or down + bias, slope), channels_last; slope 0 is ReLU, 1 nothing."""
     g = geometry
-    if up and has_image_up(g):
-        return _run("fastdcgan_image_up", x, weight, bias, empty(g.N, g.CL, g.H, g.W, x), g, slope)
-    if has_winograd(g):
-        name = "fastdcgan_up" if up else "fastdcgan_down"
+    if has_winograd(g) or (up and has_image_up(g)):
+        name = ("up" if has_winograd(g) else "image_up") if up else "down"
         out = empty(g.N, g.CL, g.H, g.W, x) if up else empty(g.N, g.CS, g.P, g.Q, x)
-        return _run(name, x, weight, bias, out, g, slope)
+        call(name, x, weight, bias, out, g.N, g.P, g.Q, g.CS, g.CL, slope)
+        return out
     op = F.conv_transpose2d if up else F.conv2d
     with torch.autocast("cpu", enabled=False):
         y = op(x, weight, bias, g.stride, g.pad).contiguous(memory_format=torch.channels_last)
@@ -53,16 +52,14 @@ def convolve(
 
 
 def weight_gradient(small: Tensor, large: Tensor, geometry: Geometry) -> Tensor:
-    """Gradient [CS, CL, 4, 4] of the weight, channels_last, from a side and the other's gradient."""
+    """Gradient [CS, CL, 4, 4] of the weight, channels_last: one side, the other's gradient."""
     g = geometry
     if has_winograd(g):
         out = empty(g.CS, g.CL, 4, 4, small)
-        threads = torch.get_num_threads()
-        kernel("fastdcgan_weight_gradient")(
-            address(small), address(large), address(out), g.N, g.P, g.Q, g.CS, g.CL, threads
-        )
+        call("weight_gradient", small, large, out, g.N, g.P, g.Q, g.CS, g.CL)
         return out
     stride, pad = [g.stride] * 2, [g.pad] * 2
+    gw: Tensor
     _, gw, _ = torch.ops.aten.convolution_backward(
         small, large, empty(g.CS, g.CL, 4, 4, small), None, stride, pad, [1, 1], False, [0, 0], 1,
         [False, True, False],
@@ -70,22 +67,9 @@ def weight_gradient(small: Tensor, large: Tensor, geometry: Geometry) -> Tensor:
     return gw.contiguous(memory_format=torch.channels_last)
 
 
-def _run(
-    name: str, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, g: Geometry,
-    slope: float,
-) -> Tensor:  # fmt: skip
-    pointers = address(x), address(weight), address(bias), address(out)
-    kernel(name)(*pointers, g.N, g.P, g.Q, g.CS, g.CL, slope, torch.get_num_threads())
-    return out
-
-
-def kernel(name: str) -> Any:
-    """A function of the library."""
+def call(name: str, *arguments: Any) -> None:
+    """Run a function of the library on PyTorch's threads; tensors are given by where they are."""
     found: ctypes.CDLL | None = library()
     assert found is not None, "no library"
-    return getattr(found, name)
-
-
-def address(tensor: Tensor | None) -> int | None:
-    """Where its data is, for C++; None is null."""
-    return None if tensor is None else tensor.data_ptr()
+    values = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
+    getattr(found, f"fastdcgan_{name}")(*values, torch.get_num_threads())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdcgan_kernels import reference
-from fastdcgan_kernels.cpu.convolution import address, kernel, convolve, weight_gradient
+from fastdcgan_kernels.cpu.convolution import call, convolve, weight_gradient
 from fastdcgan_kernels.geometry import empty_output, geometry_of
 from fastdcgan_kernels.ops import by_reference, fake_gradients, only, ops, present
 
@@ -35,10 +35,9 @@ def conv_norm(
     out = torch.empty_like(y, memory_format=CHANNELS_LAST)
     stats = y.new_empty((3, groups, channels))
     stats[2] = rows
-    gamma, beta = _flat(gamma), _flat(beta)
-    kernel("fastdcgan_norm")(
-        address(y), address(gamma), address(beta), address(stats[0]), address(stats[1]), address(out), groups, rows,
-        channels, eps, _slope(activation, slope), torch.get_num_threads(),
+    call(
+        "norm", y, _flat(gamma), _flat(beta), stats[0], stats[1], out, groups, rows, channels, eps,
+        _slope(activation, slope),
     )  # fmt: skip
     return (out.tanh_() if activation == "tanh" else out), y, stats
 
@@ -62,11 +61,9 @@ def conv_norm_backward(
     channels, rows = y.shape[1], y.numel() // y.shape[1] // groups
     dy = torch.empty_like(y, memory_format=CHANNELS_LAST)
     dgamma, dbeta = y.new_empty(channels), y.new_empty(channels)
-    gamma, beta = _flat(gamma), _flat(beta)
-    kernel("fastdcgan_norm_gradient")(
-        address(g), address(y), address(gamma), address(beta), address(stats[0]), address(stats[1]), address(dy), address(dgamma),
-        address(dbeta), groups, rows, channels, eps, _slope(activation, slope),
-        torch.get_num_threads(),
+    call(
+        "norm_gradient", g, y, _flat(gamma), _flat(beta), stats[0], stats[1], dy, dgamma, dbeta,
+        groups, rows, channels, eps, _slope(activation, slope),
     )  # fmt: skip
     return *_convolution_gradients(dy, x, weight, bias, up, stride, need), dgamma, dbeta
 
@@ -180,9 +177,7 @@ def _conv_act_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, up: bool, stride: int, activation: str,
     slope: float,
 ) -> Tensor:  # fmt: skip
-    return reference.conv_and_act(
-        x, None, weight, bias, up, stride, "none", 0.0, activation, slope
-    )
+    return reference.conv_and_act(x, None, weight, bias, up, stride, "none", 0.0, activation, slope)
 
 
 def _save_conv_act(ctx: Any, inputs: Any, output: Any) -> None:
