@@ -1,0 +1,123 @@
+"""How the benchmarks are run: a group's workloads are measured together, once, in turn; each test
+then hands its own rounds to pytest-benchmark, which makes the table and saves them.
+
+    pytest benchmarks/ --benchmark-only --benchmark-autosave
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.ours import DEVICE
+from benchmarks.timing import Measured, Unavailable, Workload, measure
+
+
+class Playback:
+    """A clock for rounds that were measured before: it stands still but for `play`, which moves it
+    on by the next of them. pytest-benchmark reads it before and after, and so sees that round."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.rounds: Iterator[float] = iter(())
+
+    def __call__(self) -> float:
+        return self.now
+
+    def rewind(self) -> None:
+        self.now = 0.0  # a difference from 0 is exact
+
+    def play(self) -> None:
+        self.now += next(self.rounds)
+
+
+PLAYBACK = Playback()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "together" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.benchmark(timer=PLAYBACK))
+
+
+@pytest.fixture(scope="session")
+def groups() -> dict[str, dict[str, Measured]]:
+    """What was measured so far, by group and variant."""
+    return {}
+
+
+@pytest.fixture
+def together(benchmark: Any, groups: dict[str, dict[str, Measured]]) -> Callable[..., None]:
+    """together(family, makers, variant, rounds=..., batch=..., ...): the rounds of `variant`, from
+    a group that is measured as one when the first of its variants is asked for."""
+
+    def record(
+        family: str,
+        makers: Mapping[str, Callable[[], Workload]],
+        variant: str,
+        *,
+        rounds: int,
+        warm_up: int = 2,
+        flush: bool = False,
+        **facts: Any,
+    ) -> None:
+        """Args beyond `measure`'s: `facts` tell the groups of a family apart ("batch", "block",
+        "mode"); they are in the group's name and in what is saved."""
+        group = " ".join([family, *(str(v) for name, v in facts.items() if name != "batch")])
+        if "batch" in facts:
+            group += f", batch {facts['batch']}"
+        if group not in groups:
+            groups[group] = measure(
+                makers,
+                DEVICE,
+                rounds=1 if benchmark.disabled else rounds,
+                warm_up=0 if benchmark.disabled else warm_up,
+                flush=flush,
+            )
+        measured = groups[group][variant]
+        if isinstance(measured.error, Unavailable):
+            benchmark.skipped = True
+            pytest.skip(str(measured.error))
+        if measured.error is not None:
+            raise measured.error
+        PLAYBACK.rounds = iter(measured.seconds)
+        benchmark.group = group
+        benchmark.pedantic(PLAYBACK.play, setup=PLAYBACK.rewind, rounds=len(measured.seconds))
+        benchmark.extra_info |= {
+            "family": family,
+            "variant": variant,
+            "ours": variant.startswith("fastdcgan"),
+            **facts,
+            **measured.facts,
+        }
+        if measured.images is not None and benchmark.enabled:
+            rate = measured.images / benchmark.stats.stats.median
+            benchmark.extra_info["images_per_second"] = round(rate, 1)
+
+    return record
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: Any) -> None:
+    """What else makes two runs comparable or not."""
+    machine_info["torch"] = torch.__version__
+    machine_info["device"] = "cpu"
+    machine_info["threads"] = torch.get_num_threads()
+    if DEVICE.type == "cuda":
+        import pynvml
+
+        from benchmarks.nvml import Sampler
+
+        handle = Sampler.of(DEVICE).handle
+        limit = pynvml.nvmlDeviceGetEnforcedPowerLimit(handle)
+        machine_info["device"] = torch.cuda.get_device_name(DEVICE)
+        machine_info["power_limit_watts"] = limit / 1000
+        machine_info["driver"] = pynvml.nvmlSystemGetDriverVersion()
+
+
+@pytest.fixture(scope="session")
+def bare_environment() -> dict[str, str]:
+    """Environment of a process that finds the packages from a bare checkout too."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.path.join(root, "kernels")])}
