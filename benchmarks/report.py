@@ -1,0 +1,261 @@
+"""`python -m benchmarks.report`: what the saved runs say, as a Markdown page with plots, and
+whether anything became slower than it was. Reading and comparing is in saved.py, drawing in
+plots.py."""
+
+import json
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+from benchmarks.saved import Change, Entry, Run, compare, differences, duration, load, load_all
+from benchmarks.saved import previous as previous_of
+from fastdcgan import command
+from fastdcgan.errors import InputError
+
+DESCRIPTION = """Make tables and plots of saved benchmark runs, and compare two of them.
+
+Examples:
+
+  pytest benchmarks/ --benchmark-only --benchmark-autosave && python -m benchmarks.report
+
+  python -m benchmarks.report --against previous --fail-on 10%
+      exits with status 1, and a line for each, if anything of ours became more than 10 % slower
+      and the middle halves of its rounds, then and now, have no time in common
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which runs, and where to write."""
+
+    run: str = "latest"
+    """latest, or a file that pytest-benchmark saved."""
+    against: str = "previous"
+    """Compare with this one: a file, or previous (the newest before it on the same hardware)."""
+    fail_on: str | None = None
+    """A percentage, as 10%: fail on what became slower by more than it, beyond noise."""
+    out: Path = Path(".benchmarks/report")
+    """Folder for report.md and the plots."""
+    storage: Path = Path(".benchmarks")
+    """Where the saved runs are (pytest's --benchmark-storage)."""
+    roofline: Path | None = None
+    """A JSON file {"label": text, "images_per_second": {batch: number, ...}} of the whole step, to
+    draw in its plot."""
+
+
+def _report(args: Sequence[str]) -> list[str]:
+    """Writes the report; returns what --fail-on fails on."""
+    options = command.parse(
+        Options, prog="python -m benchmarks.report", description=DESCRIPTION, args=args
+    )
+    limit = None if options.fail_on is None else _percentage(options.fail_on)
+    # A run or an earlier one that is named need not lie among the saved ones.
+    named = options.run != "latest" and options.against != "previous"
+    runs = [] if named and not options.storage.is_dir() else load_all(options.storage)
+    run = runs[-1] if options.run == "latest" else load(Path(options.run))
+    changes, lines = _changes(run, runs, options.against)
+    failures = [] if limit is None else _failures(run, changes, limit)
+    if limit is not None and not changes and options.against != "previous":
+        failures.append(f"nothing could be compared with {options.against}")
+
+    from benchmarks import plots
+
+    roofline = None if options.roofline is None else _roofline(options.roofline)
+    options.out.mkdir(parents=True, exist_ok=True)
+    history = [r for r in runs if r.hardware == run.hardware and r.when <= run.when]
+    drawn = plots.draw(run, history, options.out, roofline=roofline)
+    page = "\n".join([*markdown(run, drawn), *_comparison(changes, lines, limit)])
+    _write(options.out / "report.md", page)
+    for line in [*lines, *_throttled(run), f"wrote {options.out / 'report.md'}"]:
+        print(line)
+    return failures
+
+
+def _percentage(text: str) -> float:
+    if not re.fullmatch(r"\d+(\.\d+)?%?", text):
+        raise InputError(f"--fail-on {text} was given; give a percentage, as 10%")
+    return float(text.removesuffix("%")) / 100
+
+
+def _roofline(path: Path) -> tuple[str, dict[int, float]]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        rates = {int(batch): float(rate) for batch, rate in data["images_per_second"].items()}
+        return str(data["label"]), rates
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(
+            f'{path} is no roofline: give {{"label": text, "images_per_second": {{batch: number}}}}'
+        ) from None
+
+
+# --- comparing ------------------------------------------------------------------------------------
+
+
+def _changes(run: Run, runs: Sequence[Run], against: str) -> tuple[list[Change], list[str]]:
+    """What changed since `against`, and what is to be said of the comparison."""
+    if against == "previous":
+        before = previous_of(runs, run)
+        if before is None:
+            return [], ["no earlier run of this hardware: nothing was compared"]
+    else:
+        before = load(Path(against))
+    lines = [f"compared with {before.path} of {before.label}, {before.when[:16]}"]
+    other = differences(before.hardware, run.hardware)
+    if other:
+        return [], [f"not compared with {before.path}, of another machine ({other})"]
+    other = differences(before.software, run.software)
+    if other:
+        lines.append(f"note: other software ({other})")
+    gone = [entry for name, entry in before.entries.items() if name not in run.entries]
+    if gone:
+        lines.append(f"note: {len(gone)} entries of the earlier run are not in this one")
+    changes = compare(before, run)
+    lines += [f"not compared: {c.now}: {c.refused}" for c in changes if c.refused]
+    return changes, lines
+
+
+def _failures(run: Run, changes: Iterable[Change], limit: float) -> list[str]:
+    regressions = [f"regression: {c}" for c in changes if c.now.ours and c.regressed(limit)]
+    return [*regressions, *_throttled(run)]
+
+
+def _throttled(run: Run) -> list[str]:
+    held = [str(entry) for entry in run.entries.values() if entry.throttled]
+    return [f"THROTTLED, so no good run: {', '.join(held)}"] if held else []
+
+
+def _comparison(changes: Sequence[Change], lines: Sequence[str], limit: float | None) -> list[str]:
+    page = ["## Compared with an earlier run", "", *(f"- {line}" for line in lines), ""]
+    shown = [c for c in changes if not c.refused and c.beyond_noise]
+    if changes:
+        page += [
+            f"{len(changes)} entries in both; {len(shown)} changed beyond noise (the middle halves "
+            "of the rounds, then and now, have no time in common)" + (":" if shown else "."),
+            "",
+        ]
+    if shown:
+        page += ["| what | then | now | time | its baselines | |", "|---|---|---|---|---|---|"]
+        for c in sorted(shown, key=lambda c: -c.relative):
+            base = "" if c.baselines is None else f"{c.baselines:+.1%}"
+            failed = limit is not None and c.now.ours and c.regressed(limit)
+            verdict = "**regression**" if failed else "slower" if c.relative > 0 else "faster"
+            page.append(
+                f"| {c.now} | {duration(c.before.median)} | {duration(c.now.median)} "
+                f"| {c.relative:+.1%} | {base} | {verdict} |"
+            )
+        page.append("")
+    return page
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def markdown(run: Run, drawn: Iterable[str]) -> list[str]:
+    """The run in Markdown: where it ran, the plots, a table for each group.
+
+    Args:
+        drawn: file names of the plots.
+    """
+    facts = {**run.hardware, **run.software}
+    where = ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None)
+    page = [
+        "# Benchmarks",
+        "",
+        f"Commit `{run.commit}`{' with changes' if run.dirty else ''}, {run.when[:16]} UTC; "
+        f"{where}. Times are medians of rounds that ours and the baselines ran in turn; in "
+        "parentheses the middle half of them.",
+        "",
+    ]
+    for name in drawn:
+        page += [f"![{Path(name).stem}]({name})", ""]
+    groups: dict[str, list[Entry]] = {}
+    blocks: dict[str, list[Entry]] = {}
+    for entry in run.entries.values():
+        if entry.facts.get("family") == "block":
+            blocks.setdefault(entry.facts["mode"], []).append(entry)
+        else:
+            groups.setdefault(entry.group, []).append(entry)
+    for group, entries in sorted(groups.items()):
+        page += [f"## {group}", "", *_table(entries), ""]
+    for mode, entries in blocks.items():
+        batch = entries[0].facts["batch"]
+        page += [f"## blocks, {mode}, batch {batch} (ms)", "", *_block_table(entries), ""]
+    return page
+
+
+def _table(entries: Sequence[Entry]) -> list[str]:
+    baseline = next((entry for entry in entries if not entry.ours), None)
+    columns = ["variant", "time", "images/s"]
+    columns += [f"speed of {baseline.variant}"] if baseline else []
+    more = [
+        (title, key)
+        for title, key in (
+            ("images/J", "images_per_joule"),
+            ("W", "watts"),
+            ("SM MHz", "sm_mhz"),
+            ("°C", "celsius_max"),
+            ("peak MiB", "memory_peak_mib"),
+            ("packing, s", "packing_seconds"),
+        )
+        if any(key in entry.facts for entry in entries)
+    ]
+    columns += [title for title, _ in more]
+    rows = [columns, ["---"] * len(columns)]
+    for entry in entries:
+        name = f"**{entry.variant}**" if entry.ours else entry.variant
+        name += " (THROTTLED)" if entry.throttled else ""
+        name += " (at its power limit)" if entry.facts.get("power_capped") else ""
+        time = f"{duration(entry.median)} ({duration(entry.q1)} to {duration(entry.q3)})"
+        row = [name, time, _number(entry.facts.get("images_per_second"))]
+        if baseline:
+            row.append(f"{baseline.median / entry.median:.2f} x")
+        rows.append(row + [_number(entry.facts.get(key)) for _, key in more])
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def _block_table(entries: Sequence[Entry]) -> list[str]:
+    variants = list(dict.fromkeys(entry.variant for entry in entries))
+    times: dict[str, dict[str, str]] = {}
+    totals = dict.fromkeys(variants, 0.0)
+    for entry in entries:
+        marked = " (THROTTLED)" if entry.throttled else ""
+        times.setdefault(entry.facts["block"], {})[entry.variant] = (
+            f"{entry.median * 1e3:.3f}{marked}"
+        )
+        totals[entry.variant] += entry.median * 1e3
+    rows = [["block", *variants], ["---"] * (len(variants) + 1)]
+    rows += [[name, *(row.get(v, "") for v in variants)] for name, row in times.items()]
+    rows.append(["sum", *(f"{totals[v]:.3f}" for v in variants)])
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def _write(path: Path, text: str) -> None:
+    from fastdcgan.data.picture import atomic_write
+
+    def write(content: bytes, file: BinaryIO) -> None:
+        file.write(content)
+
+    atomic_write(path, partial(write, text.encode()))
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    failures: list[str] = []
+    status = command.run(lambda given: failures.extend(_report(given)), args)
+    for line in failures:
+        print(line, file=sys.stderr)
+    return status or int(bool(failures))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
