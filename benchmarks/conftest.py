@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.ours import DEVICE
 from benchmarks.timing import Measured, Unavailable, Workload, measure
+from fastdcgan.hardware import use_allowed_threads
 
 
 class Playback:
@@ -36,6 +37,10 @@ class Playback:
 
 
 PLAYBACK = Playback()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    use_allowed_threads()  # as training does; the baselines have the good of it, too
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

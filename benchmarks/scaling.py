@@ -28,8 +28,8 @@ Examples:
 """
 WARM_UP = 2
 
-# How GPUs are linked: name, how many of them, and bytes a second that one can send while it receives
-# as many, by data sheets (half of what those give for both directions together).
+# How GPUs are linked: name, how many of them, and bytes a second that one can send while it
+# receives as many, by data sheets (half of what those give for both directions together).
 LINKS = (
     ("NVLink 4 in one machine (H100 SXM, 900 GB/s both ways)", 8, 450e9),
     ("PCIe 5.0 x16 in one machine (H100 PCIe, 128 GB/s both ways)", 8, 64e9),

@@ -6,7 +6,8 @@ from functools import partial
 import pytest
 
 from benchmarks import ours, peers
-from benchmarks.ours import DEVICE
+from benchmarks.ours import DEVICE, REPEAT
+from benchmarks.timing import repeated
 from fastdcgan.hardware import amp_dtype
 
 CPU = DEVICE.type == "cpu"
@@ -36,7 +37,9 @@ TF28 = {
 )
 def test_step(together, batch, variant):
     variants = EAGER if CPU and batch < 64 else EAGER | COMPILED
-    makers = {name: partial(make, DEVICE, batch) for name, make in variants.items()}
+    makers = {
+        name: partial(repeated(make, REPEAT), DEVICE, batch) for name, make in variants.items()
+    }
     together("step", makers, variant, rounds=5 if CPU else 20, batch=batch)
 
 
@@ -44,5 +47,5 @@ def test_step(together, batch, variant):
 @pytest.mark.parametrize("variant", TF28)
 def test_tf28_step(together, variant):
     batch = 256  # the tutorial's
-    makers = {name: partial(make, DEVICE, batch) for name, make in TF28.items()}
+    makers = {name: partial(repeated(make, REPEAT), DEVICE, batch) for name, make in TF28.items()}
     together("tf28 step", makers, variant, rounds=5, batch=batch)

@@ -6,7 +6,7 @@ import contextlib
 import gc
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -54,6 +54,11 @@ class Measured:
     """Memory, and on a GPU power, clocks, temperature, throttling."""
     error: Exception | None = None
     """Why there are no rounds; `Unavailable` where it could not be otherwise on this machine."""
+
+
+def repeated(make: Callable[..., Workload], times: int) -> Callable[..., Workload]:
+    """Makes the same workload with so many calls in a round."""
+    return lambda *args, **options: replace(make(*args, **options), repeat=times)
 
 
 def wall_clock(workload: Workload) -> float:
