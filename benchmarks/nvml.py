@@ -40,10 +40,17 @@ class Sampler:
         handle: NVML's, of the GPU.
         nvml: the module `pynvml`, already initialised; another one in tests.
         now: the clock, in seconds.
+        every: seconds between two looks.
     """
 
-    def __init__(self, handle: Any, nvml: Any, now: Callable[[], float] = time.monotonic) -> None:
-        self.handle, self._nvml, self._now = handle, nvml, now
+    def __init__(
+        self,
+        handle: Any,
+        nvml: Any,
+        now: Callable[[], float] = time.monotonic,
+        every: float = EVERY_SECONDS,
+    ) -> None:
+        self.handle, self._nvml, self._now, self._every = handle, nvml, now, every
         self.samples: list[Sample] = []
         self.joules = 0.0
         self._stop = threading.Event()
@@ -62,7 +69,7 @@ class Sampler:
 
     def __enter__(self) -> "Sampler":
         self._before = self._energy()
-        self._look()  # so that even the shortest `with` has one
+        self.look()  # so that even the shortest `with` has one
         self._thread.start()
         return self
 
@@ -74,7 +81,7 @@ class Sampler:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        self._look()
+        self.look()
         after = self._energy()
         if self._before is not None and after is not None:
             self.joules = (after - self._before) / 1000
@@ -112,10 +119,11 @@ class Sampler:
         return facts
 
     def _loop(self) -> None:
-        while not self._stop.wait(EVERY_SECONDS):
-            self._look()
+        while not self._stop.wait(self._every):
+            self.look()
 
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Takes one sample."""
         nvml, handle = self._nvml, self.handle
         self.samples.append(
             Sample(

@@ -13,6 +13,7 @@ from benchmarks.peers import autocast
 from benchmarks.timing import Unavailable, Workload
 from fastdcgan import models
 from fastdcgan.data import Order, Packed, make_feed, prepare
+from fastdcgan.errors import RunError
 from fastdcgan.hardware import amp_dtype, pick_device
 from fastdcgan.training import plan
 from fastdcgan.training.config import TrainConfig, preset
@@ -71,7 +72,12 @@ def _step(config: TrainConfig, device: torch.device, packed: Packed) -> Workload
         hflip=packed.hflip,
         dtype=engine.autocast or torch.float32,
     )
-    return Workload(WholeStep(state, feed, engine=engine), config.batch_size)
+    return Workload(WholeStep(state, feed, engine=engine, say=_refuse), config.batch_size)
+
+
+def _refuse(line: str) -> None:
+    """What training would say and go on without (a graph, a compiler) is no benchmark of it."""
+    raise RunError(line)
 
 
 def sampling(device: torch.device, batch: int, statistics: Any, **options: Any) -> Workload:

@@ -21,6 +21,11 @@ EAGER = {
 }
 COMPILED = {
     "pytorch tuned": partial(peers.tuned_step, amp=amp_dtype(DEVICE)),
+    **(
+        {"pytorch tuned, float32": partial(peers.tuned_step, amp=None)}
+        if CPU and amp_dtype(DEVICE) is not None
+        else {}
+    ),
     "fastdcgan --compile": partial(ours.step, compile=True),
     "fastdcgan --amp --compile": partial(ours.step, amp=True, compile=True),
 }

@@ -75,20 +75,22 @@ class CudaClock:
     """A round by two CUDA events around it on the current stream.
 
     Args:
-        flush: fill the L2 cache with something else ahead of every round.
+        flush: is written ahead of every round, so that nothing of the last one is in the L2 cache.
+            None: nothing is.
         event: makes an event; that of torch.cuda but in tests.
     """
 
-    def __init__(self, *, flush: bool, event: Callable[..., Any] = torch.cuda.Event) -> None:
-        self._event = event
-        self._buffer = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda") if flush else None
+    def __init__(
+        self, flush: torch.Tensor | None = None, event: Callable[..., Any] = torch.cuda.Event
+    ) -> None:
+        self._flush, self._event = flush, event
 
     def __call__(self, workload: Workload) -> float:
         start, end = self._event(enable_timing=True), self._event(enable_timing=True)
         if workload.before is not None:
             workload.before()
-        if self._buffer is not None:
-            self._buffer.zero_()
+        if self._flush is not None:
+            self._flush.zero_()
         start.record()
         for _ in range(workload.repeat):
             workload.run()
@@ -128,7 +130,10 @@ def measure(
         flush: empty the GPU's L2 cache between rounds.
     """
     cuda = device.type == "cuda"
-    clock: Clock = CudaClock(flush=flush) if cuda else wall_clock
+    clock: Clock = wall_clock
+    if cuda:
+        filler = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if flush else None
+        clock = CudaClock(filler)
     measured = {name: Measured() for name in makers}
     workloads: dict[str, Workload] = {}
     for name, make in makers.items():

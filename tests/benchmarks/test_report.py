@@ -1,0 +1,182 @@
+"""`python -m benchmarks.report` on runs that the real plugin saved, and on copies made slower,
+throttled, of another machine, broken."""
+
+import json
+
+import pytest
+
+LATER = "2100-01-01T00:00:00+00:00"
+STEP = "test_step[fastdcgan]"
+
+
+@pytest.fixture
+def saved(mini):
+    (path,) = mini[1].rglob("*.json")
+    return json.loads(path.read_text())
+
+
+@pytest.fixture
+def storage(tmp_path, saved):
+    """A folder of runs: `write(name, run)` saves one; "before.json" is there."""
+    folder = tmp_path / "runs"
+    folder.mkdir()
+
+    def write(name, run):
+        path = folder / name
+        path.write_text(json.dumps(run) if isinstance(run, dict) else run)
+        return path
+
+    write("before.json", steady(saved, 1.0))
+    return folder, write
+
+
+def steady(run, factor, only=None, spread=0.02, **facts):
+    """A copy whose times are those of its fastest rounds times `factor` (or those of one entry
+    are), and whose quartiles are `spread` around the median."""
+    run = json.loads(json.dumps(run))
+    for entry in run["benchmarks"]:
+        changed = only in (None, entry["name"])
+        middle = entry["stats"]["min"] * (factor if changed else 1)
+        entry["stats"] |= {
+            "median": middle,
+            "q1": middle * (1 - spread),
+            "q3": middle * (1 + spread),
+        }
+        if changed:
+            entry["extra_info"] |= facts
+    return run
+
+
+def later(run, **changes):
+    return {**run, "datetime": LATER, **changes}
+
+
+@pytest.fixture
+def report(command, storage, tmp_path):
+    def run(*arguments):
+        return command(
+            "benchmarks.report", "--storage", storage[0], "--out", tmp_path / "out", *arguments
+        )
+
+    return run
+
+
+def test_page_and_plots(report, storage, saved, tmp_path):
+    roofline = tmp_path / "roofline.json"
+    roofline.write_text('{"label": "roofline", "images_per_second": {"16": 20000}}')
+    storage[1]("now.json", later(steady(saved, 1.0)))
+    done = report("--roofline", roofline)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "out" / "report.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| **fastdcgan** |")]
+    entry = next(e for e in saved["benchmarks"] if e["name"] == STEP)
+    peer = next(e for e in saved["benchmarks"] if e["name"] == "test_step[peer]")
+    ratio = peer["stats"]["min"] / entry["stats"]["min"]
+    assert any(f"{ratio:.2f} x" in row for row in rows)
+    assert "## step, batch 16" in page
+    assert "## blocks, both, batch 16 (ms)" in page
+    for name in ("step.png", "blocks.png", "history.png"):
+        assert f"({name})" in page
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("factor", "spread", "status"),
+    [
+        (1.3, 0.02, 1),  # slower by more than 10 %, beyond noise
+        (1.05, 0.02, 0),  # beyond noise, but less than 10 %
+        (1.3, 0.2, 0),  # more than 10 %, but the rounds are spread as widely
+        (0.7, 0.02, 0),  # faster
+    ],
+)
+def test_gate(report, storage, saved, factor, spread, status):
+    storage[1]("before.json", steady(saved, 1.0, spread=spread))
+    storage[1]("now.json", later(steady(saved, factor, STEP, spread=spread)))
+    done = report("--fail-on", "10%")
+    assert done.returncode == status, done.stdout + done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == status
+    if status:
+        assert lines[0].startswith("regression: step, batch 16, fastdcgan: ")
+        assert "+30.0%; its baselines meanwhile +0.0%" in lines[0]
+        assert report().returncode == 0  # without the gate nothing fails
+
+
+def test_a_slower_baseline_is_no_regression_of_ours(report, storage, saved):
+    storage[1]("now.json", later(steady(saved, 1.5, "test_step[peer]")))
+    assert report("--fail-on", "10%").returncode == 0
+
+
+def test_throttled_run_is_refused_and_not_compared(report, storage, saved, tmp_path):
+    reasons = {"throttled": True, "throttle_reasons": ["hardware thermal slowdown"]}
+    storage[1]("now.json", later(steady(saved, 1.5, STEP, **reasons)))
+    done = report("--fail-on", "10%")
+    assert done.returncode == 1
+    assert done.stderr == "THROTTLED, so no good run: step, batch 16, fastdcgan\n"
+    assert "not compared: step, batch 16, fastdcgan: this run was throttled (hardware" in (
+        done.stdout
+    )
+    assert "**fastdcgan** (THROTTLED)" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_too_few_rounds_are_not_compared(report, storage, saved):
+    run = steady(saved, 2.0, STEP)
+    for entry in run["benchmarks"]:
+        entry["stats"]["rounds"] = 2
+    storage[1]("now.json", later(run))
+    done = report("--fail-on", "10%")
+    assert done.returncode == 0
+    assert "2 rounds, too few to know their noise" in done.stdout
+
+
+def test_another_machine_is_not_compared(report, storage, saved):
+    other = {**saved["machine_info"], "threads": 999}
+    now = storage[1]("now.json", later(steady(saved, 2.0), machine_info=other))
+    done = report("--fail-on", "10%")  # the first run of a machine passes, and says so
+    assert done.returncode == 0
+    assert "no earlier run of this hardware" in done.stdout
+    # But a comparison that was asked for by name and cannot be made is no success.
+    done = report("--run", now, "--against", storage[0] / "before.json", "--fail-on", "10%")
+    assert done.returncode == 1
+    assert "of another machine (threads: " in done.stdout
+    assert "nothing could be compared" in done.stderr
+
+
+def test_other_software_is_said_and_compared(report, storage, saved):
+    other = {**saved["machine_info"], "torch": "99.0"}
+    storage[1]("now.json", later(steady(saved, 2.0, STEP), machine_info=other))
+    done = report("--fail-on", "10%")
+    assert done.returncode == 1
+    assert "other software (torch: " in done.stdout
+
+
+def one_line(done, *parts):
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    for part in ("error: ", *parts):
+        assert part in done.stderr
+
+
+def test_mistakes_are_one_line(report, storage, command, tmp_path):
+    one_line(report("--fail-on", "ten"), "--fail-on ten", "10%")
+    one_line(report("--run", tmp_path / "none.json"), "none.json", "No such file")
+    broken = storage[1]("broken.json", '{"machine_info": {')
+    one_line(report(), "broken.json", "delete it")
+    broken.write_text('{"label": 1}')
+    one_line(report("--run", storage[0] / "before.json", "--against", broken), "broken.json")
+    broken.unlink()
+    one_line(report("--roofline", storage[0] / "before.json"), "no roofline")
+    empty = command("benchmarks.report", "--storage", tmp_path / "empty")
+    one_line(empty, "no saved runs", "--benchmark-autosave")
+
+
+@pytest.mark.parametrize("module", ["benchmarks.report", "benchmarks.scaling"])
+def test_help_loads_nothing_heavy(command, tmp_path, module):
+    for name in ("torch", "matplotlib"):
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} was imported')\n")
+    from tests.conftest import ROOT
+
+    path = f"{tmp_path}:{ROOT}:{ROOT / 'kernels'}"
+    done = command(module, "--help", env={"PYTHONPATH": path})
+    assert done.returncode == 0, done.stderr
+    assert "Examples" in done.stdout
