@@ -2,9 +2,11 @@
 throttled, of another machine, broken."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
 LATER = "2100-01-01T00:00:00+00:00"
 STEP = "test_step[fastdcgan]"
 
@@ -174,7 +176,6 @@ def test_mistakes_are_one_line(report, storage, command, tmp_path):
 def test_help_loads_nothing_heavy(command, tmp_path, module):
     for name in ("torch", "matplotlib"):
         (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} was imported')\n")
-    from tests.conftest import ROOT
 
     path = f"{tmp_path}:{ROOT}:{ROOT / 'kernels'}"
     done = command(module, "--help", env={"PYTHONPATH": path})
