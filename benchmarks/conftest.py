@@ -40,7 +40,9 @@ PLAYBACK = Playback()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    use_allowed_threads()  # as training does; the baselines have the good of it, too
+    # As training has them; the baselines have the good of both. The example asks for the second.
+    use_allowed_threads()
+    torch.backends.cudnn.benchmark = True
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,10 +2,12 @@
 over commits."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.saved import Entry, Run
+from fastdcgan.data.picture import atomic_write
 
 GREYS = ["#8a8a8a", "#b9a27c", "#c9c9c9", "#d9b8a0"]  # what is not ours
 COLOURS = ["#1f5fa8", "#2f9e6e", "#d1682c", "#8b3fa0", "#b32d4a"]
@@ -41,9 +43,8 @@ def draw(
     ):
         if figure is None:
             continue
-        beside = out / f".{name}.tmp"
-        figure.savefig(beside, format="png", dpi=110, bbox_inches="tight")
-        beside.replace(out / name)
+        save = partial(figure.savefig, format="png", dpi=110, bbox_inches="tight")
+        atomic_write(out / name, save)
         pyplot.close(figure)
         drawn.append(name)
     return drawn

@@ -7,13 +7,12 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 from benchmarks.saved import Change, Entry, Run, compare, differences, duration, load, load_all
 from benchmarks.saved import previous as previous_of
 from fastdcgan import command
+from fastdcgan.data.picture import atomic_write
 from fastdcgan.errors import InputError
 
 DESCRIPTION = """Make tables and plots of saved benchmark runs, and compare two of them.
@@ -69,7 +68,7 @@ def _report(args: Sequence[str]) -> list[str]:
     history = [r for r in runs if r.hardware == run.hardware and r.when <= run.when]
     drawn = plots.draw(run, history, options.out, roofline=roofline)
     page = "\n".join([*markdown(run, drawn), *_comparison(changes, lines, limit)])
-    _write(options.out / "report.md", page)
+    atomic_write(options.out / "report.md", lambda file: file.write(page.encode()))
     for line in [*lines, *_throttled(run), f"wrote {options.out / 'report.md'}"]:
         print(line)
     return failures
@@ -237,15 +236,6 @@ def _block_table(entries: Sequence[Entry]) -> list[str]:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
-
-
-def _write(path: Path, text: str) -> None:
-    from fastdcgan.data.picture import atomic_write
-
-    def write(content: bytes, file: BinaryIO) -> None:
-        file.write(content)
-
-    atomic_write(path, partial(write, text.encode()))
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any
 
 from fastdcgan import command
+from fastdcgan.data.picture import atomic_write
 from fastdcgan.errors import InputError, RunError
 
 DESCRIPTION = """Measure weak scaling on this machine's CPU, and predict it for GPUs.
@@ -56,6 +57,8 @@ class Options:
     """Launches of each number of processes, in turn."""
     predict: bool = False
     """Print the predictions for GPUs only."""
+    out: Path | None = None
+    """A Markdown file to write the same to, with the command and the machine."""
 
 
 @dataclass
@@ -231,11 +234,20 @@ def _scaling(args: Sequence[str]) -> None:
     if "RANK" in os.environ:  # we are one of torchrun's
         rank(options)
         return
+    page = []
     if not options.predict:
-        print(f"measured, batch {options.batch_size} per process, 1 thread each:\n")
-        print(*table(measure(options), options.batch_size), "", sep="\n")
-    print(f"predicted, {gradient_bytes():,} bytes of gradients per step:\n")
-    print(*predictions(gradient_bytes()), sep="\n")
+        page += [f"Measured, batch {options.batch_size} per process, 1 thread each:", ""]
+        page += [*table(measure(options), options.batch_size), ""]
+    page += [f"Predicted, {gradient_bytes():,} bytes of gradients per step:", ""]
+    page += predictions(gradient_bytes())
+    print(*page, sep="\n")
+    if options.out is not None:
+        from benchmarks.parity import machine
+
+        given = " ".join(args)
+        head = ["# Scaling", "", f"By `python -m benchmarks.scaling {given}`. {machine()}.", ""]
+        text = "\n".join([*head, *page, ""])
+        atomic_write(options.out, lambda file: file.write(text.encode()))
 
 
 def main(args: Sequence[str] | None = None) -> int:
