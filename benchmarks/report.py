@@ -23,7 +23,8 @@ Examples:
 
   python -m benchmarks.report --against previous --fail-on 10%
       exits with status 1, and a line for each, if anything of ours became more than 10 % slower
-      and the middle halves of its rounds, then and now, have no time in common
+      beyond noise: the middle halves of its rounds, then and now, have no time in common, and none
+      of the baselines that were timed in turn with it became as much slower
 """
 
 
@@ -120,7 +121,7 @@ def _changes(run: Run, runs: Sequence[Run], against: str) -> tuple[list[Change],
 
 
 def _failures(run: Run, changes: Iterable[Change], limit: float) -> list[str]:
-    regressions = [f"regression: {c}" for c in changes if c.now.ours and c.regressed(limit)]
+    regressions = [f"regression: {c}" for c in changes if c.regressed(limit)]
     return [*regressions, *_throttled(run)]
 
 
@@ -131,22 +132,23 @@ def _throttled(run: Run) -> list[str]:
 
 def _comparison(changes: Sequence[Change], lines: Sequence[str], limit: float | None) -> list[str]:
     page = ["## Compared with an earlier run", "", *(f"- {line}" for line in lines), ""]
-    shown = [c for c in changes if not c.refused and c.beyond_noise]
+    shown = [c for c in changes if not c.refused and (c.slower or c.faster)]
     if changes:
         page += [
-            f"{len(changes)} entries in both; {len(shown)} changed beyond noise (the middle halves "
-            "of the rounds, then and now, have no time in common)" + (":" if shown else "."),
+            f"{len(changes)} entries of ours are in both; {len(shown)} changed beyond noise (the "
+            "middle halves of the rounds, then and now, have no time in common, also if what "
+            "happened to any baseline of the group is taken for the machine's part)"
+            + (":" if shown else "."),
             "",
         ]
     if shown:
-        page += ["| what | then | now | time | its baselines | |", "|---|---|---|---|---|---|"]
+        page += ["| what | then | now | time | meanwhile | |", "|---|---|---|---|---|---|"]
         for c in sorted(shown, key=lambda c: -c.relative):
-            base = "" if c.baselines is None else f"{c.baselines:+.1%}"
-            failed = limit is not None and c.now.ours and c.regressed(limit)
-            verdict = "**regression**" if failed else "slower" if c.relative > 0 else "faster"
+            failed = limit is not None and c.regressed(limit)
+            verdict = "**regression**" if failed else "slower" if c.slower else "faster"
             page.append(
                 f"| {c.now} | {duration(c.before.median)} | {duration(c.now.median)} "
-                f"| {c.relative:+.1%} | {base} | {verdict} |"
+                f"| {c.relative:+.1%} | {c.meanwhile} | {verdict} |"
             )
         page.append("")
     return page

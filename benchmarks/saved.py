@@ -5,7 +5,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from fastdcgan.errors import InputError
@@ -132,13 +131,17 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Change:
-    """One entry of two runs on the same hardware."""
+    """One entry of two runs on the same hardware.
+
+    The rounds of a run are made within seconds, and say nothing of what the machine does from one
+    run to the next. The baselines of the group do, because they were timed in turn with ours: so
+    what happened to any of them is the machine's part, and only what goes beyond it is ours.
+    """
 
     before: Entry
     now: Entry
-    baselines: float | None
-    """How much the other side of its group, what is not ours, changed meanwhile (median): the
-    machine's part in it. None where there is nothing of the kind."""
+    baselines: tuple[float, ...]
+    """How much each of the group that is not ours changed meanwhile, relative to what it was."""
 
     @property
     def relative(self) -> float:
@@ -156,39 +159,45 @@ class Change:
         return ""
 
     @property
-    def beyond_noise(self) -> bool:
-        """Whether the middle halves of the rounds, then and now, have no time in common."""
-        return self.now.q1 > self.before.q3 or self.now.q3 < self.before.q1
+    def slower(self) -> bool:
+        """Whether the middle half of the rounds lies above that of then, slowed as the machine
+        slowed any baseline."""
+        return self.now.q1 > self.before.q3 * (1 + max((0.0, *self.baselines)))
+
+    @property
+    def faster(self) -> bool:
+        """The same, below."""
+        return self.now.q3 < self.before.q1 * (1 + min((0.0, *self.baselines)))
 
     def regressed(self, limit: float) -> bool:
-        """Slower by more than `limit` (0.1 is 10 %) and beyond noise."""
-        return not self.refused and self.relative > limit and self.now.q1 > self.before.q3
+        """Slower by more than `limit` (0.1 is 10 %) beyond any baseline, and beyond noise."""
+        machine = max((0.0, *self.baselines))
+        beyond = (1 + self.relative) / (1 + machine) - 1
+        return not self.refused and beyond > limit and self.slower
 
     def __str__(self) -> str:
         line = f"{self.now}: {duration(self.before.median)} -> {duration(self.now.median)}"
-        line += f" ({self.relative:+.1%}"
-        if self.baselines is not None:
-            line += f"; its baselines meanwhile {self.baselines:+.1%}"
-        return line + ")"
+        return line + f" ({self.relative:+.1%}{'; ' if self.baselines else ''}{self.meanwhile})"
+
+    @property
+    def meanwhile(self) -> str:
+        """What the baselines did, for people."""
+        changes = ", ".join(f"{change:+.1%}" for change in self.baselines)
+        return f"its baselines {changes}" if changes else ""
 
 
 def compare(before: Run, now: Run) -> list[Change]:
-    """What became of the entries that both runs have."""
+    """What became of the entries of ours that both runs have."""
     common = [name for name in now.entries if name in before.entries]
     baselines: dict[str, list[float]] = {}
     for name in common:
-        entry = now.entries[name]
-        if not entry.ours:
-            relative = entry.median / before.entries[name].median - 1
-            baselines.setdefault(entry.group, []).append(relative)
+        then, entry = before.entries[name], now.entries[name]
+        if not (entry.ours or entry.throttled or then.throttled):
+            baselines.setdefault(entry.group, []).append(entry.median / then.median - 1)
     return [
-        Change(
-            before.entries[name],
-            entry,
-            median(baselines[entry.group]) if entry.ours and entry.group in baselines else None,
-        )
-        for name in common
-        for entry in [now.entries[name]]
+        Change(then, entry, tuple(baselines.get(entry.group, ())))
+        for then, entry in ((before.entries[name], now.entries[name]) for name in common)
+        if entry.ours
     ]
 
 
