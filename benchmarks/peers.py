@@ -212,7 +212,7 @@ def tuned_feed(folder: Path, batch: int, device: torch.device) -> Callable[[], I
     return _loader(
         folder,
         batch,
-        num_workers=len(os.sched_getaffinity(0)),
+        num_workers=os.cpu_count() or 1,
         persistent_workers=True,
         pin_memory=device.type == "cuda",
     )

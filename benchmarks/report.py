@@ -42,9 +42,9 @@ class Options:
     """Folder for report.md and the plots."""
     storage: Path = Path(".benchmarks")
     """Where the saved runs are (pytest's --benchmark-storage)."""
-    roofline: Path | None = None
-    """A JSON file {"label": text, "images_per_second": {batch: number, ...}} of the whole step, to
-    draw in its plot."""
+    roofline: tuple[Path, ...] = ()
+    """To draw in the plot of the whole step: what `python -m benchmarks.cost_model --json` printed,
+    a file for each batch."""
 
 
 def _report(args: Sequence[str]) -> list[str]:
@@ -64,7 +64,7 @@ def _report(args: Sequence[str]) -> list[str]:
 
     from benchmarks import plots
 
-    roofline = None if options.roofline is None else _roofline(options.roofline)
+    roofline = _roofline(options.roofline) if options.roofline else None
     options.out.mkdir(parents=True, exist_ok=True)
     history = [r for r in runs if r.hardware == run.hardware and r.when <= run.when]
     drawn = plots.draw(run, history, options.out, roofline=roofline)
@@ -81,17 +81,21 @@ def _percentage(text: str) -> float:
     return float(text.removesuffix("%")) / 100
 
 
-def _roofline(path: Path) -> tuple[str, dict[int, float]]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        rates = {int(batch): float(rate) for batch, rate in data["images_per_second"].items()}
-        return str(data["label"]), rates
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(
-            f'{path} is no roofline: give {{"label": text, "images_per_second": {{batch: number}}}}'
-        ) from None
+def _roofline(paths: Sequence[Path]) -> tuple[str, dict[int, float]]:
+    """(label, images/s by batch): of the first step in each, which is the engine's own."""
+    device, rates = "", {}
+    for path in paths:
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            device, batch = str(data["device"]), int(data["batch"])
+            rates[batch] = batch / float(data["steps"][0]["roofline_seconds"])
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}") from None
+        except (ValueError, LookupError, TypeError, ZeroDivisionError):
+            raise InputError(
+                f"{path} is no roofline: give what python -m benchmarks.cost_model --json printed"
+            ) from None
+    return f"roofline of ours on {device}, predicted", rates
 
 
 # --- comparing ------------------------------------------------------------------------------------

@@ -65,7 +65,8 @@ def report(command, storage, tmp_path):
 
 def test_page_and_plots(report, storage, saved, tmp_path):
     roofline = tmp_path / "roofline.json"
-    roofline.write_text('{"label": "roofline", "images_per_second": {"16": 20000}}')
+    costs = {"device": "H100", "batch": 16, "steps": [{"roofline_seconds": 0.001}]}
+    roofline.write_text(json.dumps(costs))
     storage[1]("now.json", later(steady(saved, 1.0)))
     done = report("--roofline", roofline)
     assert done.returncode == 0, done.stderr
