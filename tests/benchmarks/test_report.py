@@ -3,10 +3,11 @@ throttled, of another machine, broken."""
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.report import _roofline
+from benchmarks.report import _roofline, main
 
 ROOT = Path(__file__).parents[2]
 LATER = "2100-01-01T00:00:00+00:00"
@@ -56,22 +57,28 @@ def later(run, **changes):
 
 
 @pytest.fixture
-def report(command, storage, tmp_path):
-    def run(*arguments):
-        return command(
-            "benchmarks.report", "--storage", storage[0], "--out", tmp_path / "out", *arguments
-        )
+def arguments(storage, tmp_path):
+    return ["--storage", str(storage[0]), "--out", str(tmp_path / "out")]
+
+
+@pytest.fixture
+def report(arguments, capsys):
+    """The command in this process."""
+
+    def run(*more):
+        status = main([*arguments, *map(str, more)])
+        return SimpleNamespace(returncode=status, **capsys.readouterr()._asdict())
 
     return run
 
 
-def test_page_and_plots(report, storage, saved, tmp_path):
+def test_page_and_plots(command, arguments, storage, saved, tmp_path):
     roofline = tmp_path / "roofline.json"
     costs = {"device": "H100", "batch": 16, "steps": [{"roofline_seconds": 0.001}]}
     roofline.write_text(json.dumps(costs))
     assert _roofline([roofline]) == ("roofline of ours on H100, predicted", {16: 16_000})
     storage[1]("now.json", later(steady(saved, 1.0)))
-    done = report("--roofline", roofline)
+    done = command("benchmarks.report", *arguments, "--roofline", roofline)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "out" / "report.md").read_text()
     rows = [line for line in page.splitlines() if line.startswith("| **fastdcgan** |")]
@@ -99,8 +106,8 @@ def test_gate(report, storage, saved, factor, spread, status):
     storage[1]("before.json", steady(saved, 1.0, spread=spread))
     storage[1]("now.json", later(steady(saved, factor, STEP, spread=spread)))
     done = report("--fail-on", "10%")
-    assert done.returncode == status, done.stdout + done.stderr
-    lines = done.stderr.splitlines()
+    assert done.returncode == status, done.out + done.err
+    lines = done.err.splitlines()
     assert len(lines) == status
     if status:
         assert lines[0].startswith("regression: step, batch 16, fastdcgan: ")
@@ -124,10 +131,8 @@ def test_throttled_run_is_refused_and_not_compared(report, storage, saved, tmp_p
     storage[1]("now.json", later(steady(saved, 1.5, STEP, **reasons)))
     done = report("--fail-on", "10%")
     assert done.returncode == 1
-    assert done.stderr == "THROTTLED, so no good run: step, batch 16, fastdcgan\n"
-    assert "not compared: step, batch 16, fastdcgan: this run was throttled (hardware" in (
-        done.stdout
-    )
+    assert done.err == "THROTTLED, so no good run: step, batch 16, fastdcgan\n"
+    assert "not compared: step, batch 16, fastdcgan: this run was throttled (hardware" in (done.out)
     assert "**fastdcgan** (THROTTLED)" in (tmp_path / "out" / "report.md").read_text()
 
 
@@ -138,7 +143,7 @@ def test_too_few_rounds_are_not_compared(report, storage, saved):
     storage[1]("now.json", later(run))
     done = report("--fail-on", "10%")
     assert done.returncode == 0
-    assert "2 rounds, too few to know their noise" in done.stdout
+    assert "2 rounds, too few to know their noise" in done.out
 
 
 def test_another_machine_is_not_compared(report, storage, saved):
@@ -146,12 +151,12 @@ def test_another_machine_is_not_compared(report, storage, saved):
     now = storage[1]("now.json", later(steady(saved, 2.0), machine_info=other))
     done = report("--fail-on", "10%")  # the first run of a machine passes, and says so
     assert done.returncode == 0
-    assert "no earlier run of this hardware" in done.stdout
+    assert "no earlier run of this hardware" in done.out
     # But a comparison that was asked for by name and cannot be made is no success.
     done = report("--run", now, "--against", storage[0] / "before.json", "--fail-on", "10%")
     assert done.returncode == 1
-    assert "of another machine (threads: " in done.stdout
-    assert "nothing could be compared" in done.stderr
+    assert "of another machine (threads: " in done.out
+    assert "nothing could be compared" in done.err
 
 
 def test_other_software_is_said_and_compared(report, storage, saved):
@@ -159,17 +164,17 @@ def test_other_software_is_said_and_compared(report, storage, saved):
     storage[1]("now.json", later(steady(saved, 2.0, STEP), machine_info=other))
     done = report("--fail-on", "10%")
     assert done.returncode == 1
-    assert "other software (torch: " in done.stdout
+    assert "other software (torch: " in done.out
 
 
 def one_line(done, *parts):
     assert done.returncode == 1
-    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert len(done.err.splitlines()) == 1, done.err
     for part in ("error: ", *parts):
-        assert part in done.stderr
+        assert part in done.err
 
 
-def test_mistakes_are_one_line(report, storage, command, tmp_path):
+def test_mistakes_are_one_line(report, storage, tmp_path):
     one_line(report("--fail-on", "ten"), "--fail-on ten", "10%")
     one_line(report("--run", tmp_path / "none.json"), "none.json", "No such file")
     broken = storage[1]("broken.json", '{"machine_info": {')
@@ -178,8 +183,7 @@ def test_mistakes_are_one_line(report, storage, command, tmp_path):
     one_line(report("--run", storage[0] / "before.json", "--against", broken), "broken.json")
     broken.unlink()
     one_line(report("--roofline", storage[0] / "before.json"), "no roofline")
-    empty = command("benchmarks.report", "--storage", tmp_path / "empty")
-    one_line(empty, "no saved runs", "--benchmark-autosave")
+    one_line(report("--storage", tmp_path / "empty"), "no saved runs", "--benchmark-autosave")
 
 
 @pytest.mark.parametrize("module", ["benchmarks.report", "benchmarks.scaling"])
