@@ -1,0 +1,224 @@
+"""Checks in processes of their own: what could take this one down, needs its own environment, or
+would keep the user waiting runs beside the others. Each starts with empty caches, so that a broken
+compiler is not hidden by what it compiled while it worked.
+
+Two of them are functions here that print a JSON object: `compiled` and `interpreted`; the third is
+`python -m fastdcgan_kernels.inspect`."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+from fastdcgan.diagnosis.rows import Row, first_line
+
+PATIENCE = 300  # seconds; on two free cores the longest of them takes about 10
+HERE = "fastdcgan.diagnosis.apart"
+LAYER, ARCH = "G2 forward, materialised", "sm_90"
+# Names of torch.compile and Triton for where they keep what they compiled.
+CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+
+
+class Apart:
+    """A check in another process, begun at once; `rows` waits for it.
+
+    Args:
+        name: of the row.
+        arguments: of `python`.
+        judge: makes the verdict of what was printed; called with the exit status and stdout.
+        advice: for whoever sees it fail.
+        environment: on top of this process's own.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        arguments: list[str],
+        judge: Callable[[int, str], Row],
+        *,
+        advice: str,
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        self.name, self._judge, self._advice = name, judge, advice
+        self._folder = tempfile.TemporaryDirectory(prefix="fastdcgan-doctor-")
+        own = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        own |= {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+        own |= dict.fromkeys(CACHES, self._folder.name) | (environment or {})
+        self._process = subprocess.Popen(
+            [sys.executable, *arguments],
+            env=own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
+            text=True,
+        )  # fmt: skip
+
+    def rows(self) -> Iterable[Row]:
+        """The row of this check."""
+        with self._folder:
+            try:
+                out, err = self._process.communicate(timeout=PATIENCE)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.communicate()
+                yield Row(self.name, "failed", f"no answer in {PATIENCE} s", self._advice)
+                return
+        try:
+            yield self._judge(self._process.returncode, out)
+        except (ValueError, KeyError, IndexError, TypeError):  # it printed something else
+            said = [line for line in err.splitlines() if line.strip()]
+            why = said[-1].strip() if said else f"ended with status {self._process.returncode}"
+            yield Row(self.name, "failed", why, self._advice)
+
+    def stop(self) -> None:
+        """End it, if nobody waits for it any more."""
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.communicate()
+        self._folder.cleanup()
+
+
+def torch_compile(device: str) -> Apart:
+    """torch.compile of a loss and its gradient on this device, by whatever compiler it finds."""
+    advice = (
+        "install a C++ compiler (Debian: apt install g++) or point CXX to one; until then train "
+        "without --compile"
+    )
+
+    def judge(status: int, out: str) -> Row:
+        found = json.loads(out)
+        if found["wrong"]:
+            return Row("torch.compile", "failed", found["wrong"], advice)
+        return Row(
+            "torch.compile",
+            "ok",
+            f"a loss and its gradient, compiled in {found['seconds']:.1f} s, are those of eager "
+            "PyTorch",
+            values=found,
+        )
+
+    code = f"from {HERE} import compiled; compiled({device!r})"
+    # One thread: this process has no pool of compilers to start and to end.
+    threads = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    return Apart("torch.compile", ["-c", code], judge, advice=advice, environment=threads)
+
+
+def interpreter() -> Apart:
+    """Every Triton kernel in Triton's interpreter on small shapes, against float64."""
+    advice = "reinstall triton (pip install --force-reinstall triton), or report this"
+
+    def judge(status: int, out: str) -> Row:
+        found = json.loads(out)
+        if found["wrong"]:
+            return Row("Triton kernels", "failed", "; ".join(found["wrong"]), advice, found)
+        return Row(
+            "Triton kernels",
+            "ok",
+            f"{len(found['kernels'])} kernels, interpreted in {found['runs']} small runs, are "
+            "right in float32",
+            values=found,
+        )
+
+    code = f"from {HERE} import interpreted; interpreted()"
+    environment = {"TRITON_INTERPRET": "1", "FASTDCGAN_IMPL": "triton", "OMP_NUM_THREADS": "1"}
+    return Apart("Triton kernels", ["-c", code], judge, advice=advice, environment=environment)
+
+
+def compiler() -> Apart:
+    """One layer's kernels, compiled ahead of time down to the machine code of one target."""
+    advice = "reinstall triton (pip install --force-reinstall triton), or report this"
+
+    def judge(status: int, out: str) -> Row:
+        rows = json.loads(out)
+        kernels = ", ".join(row["kernel"] for row in rows)
+        matrix = sum(row["matrix_instructions"] for row in rows)
+        wrong = status != 0  # inspect.py: compiled, and a figure is not as it should be
+        return Row(
+            "Triton compiler",
+            "warning" if wrong else "ok",
+            f"{LAYER.split()[0]}'s {len(rows)} forward kernels for {ARCH} ({kernels}): {matrix} "
+            "matrix instructions" + ("; spills, or too much shared memory" if wrong else ""),
+            "kernels will be slow: update triton" if wrong else "",
+            {"arch": ARCH, "kernels": len(rows)},
+        )
+
+    arguments = ["-m", "fastdcgan_kernels.inspect", "--layer", LAYER, "--arch", ARCH]
+    return Apart("Triton compiler", [*arguments, "--json", "--jobs", "1"], judge, advice=advice)
+
+
+def compiled(name: str) -> None:
+    """Child of `torch_compile`: prints {"wrong", "seconds"}."""
+    import time
+
+    import torch
+
+    from fastdcgan.training.losses import bce
+
+    def loss(logits: torch.Tensor) -> torch.Tensor:
+        return bce(torch.nn.functional.leaky_relu(logits, 0.2), 1.0)
+
+    start, wrong = time.perf_counter(), ""
+    try:
+        device = torch.device(name)
+        logits = torch.linspace(-3, 3, 64, device=device).requires_grad_()
+        found = loss(logits), *torch.autograd.grad(loss(logits), logits)
+        value = torch.compile(loss, fullgraph=True)(logits)
+        ours = value, *torch.autograd.grad(value, logits)
+        for mine, eager in zip(ours, found, strict=True):
+            torch.testing.assert_close(mine, eager)
+    except Exception as error:  # whatever a compiler raises
+        wrong = first_line(error)
+    print(json.dumps({"wrong": wrong, "seconds": time.perf_counter() - start}))
+
+
+def interpreted() -> None:
+    """Child of `interpreter`: prints {"kernels", "runs", "wrong"}."""
+    import torch
+
+    from fastdcgan_kernels import launch, trials
+
+    cpu, runs, wrong = torch.device("cpu"), 0, []
+    kernels: set[str] = set()
+    for name, asked, candidate in _questions():
+        try:
+            trial: Any = trials.trial_of(asked, cpu)
+            run = trial.prepare(candidate)
+            with launch.recording() as launches:
+                run()
+            kernels |= {launch.kernel.fn.__name__ for launch in launches}
+            why = trial.wrong(run())
+        except Exception as error:  # whatever an interpreter raises
+            why = first_line(error)
+        runs += 1
+        if why:
+            wrong.append(f"{name}: {why}")
+    print(json.dumps({"kernels": sorted(kernels), "runs": runs, "wrong": wrong}))
+
+
+def _questions() -> Iterable[tuple[str, Any, Any]]:
+    """(name, question to the plan, candidate): small ones that launch every kernel there is."""
+    import torch
+
+    from fastdcgan_kernels.geometry import Geometry, Tile
+    from fastdcgan_kernels.plan import Block, Task
+
+    shapes = {
+        "project": ("up", Geometry(2, 1, 1, 16, 4, 4, 8, 1, 0), True),
+        "up": ("up", Geometry(2, 2, 2, 16, 4, 4, 8, 2, 1), True),
+        "to an image": ("up", Geometry(2, 4, 4, 8, 8, 8, 3, 2, 1), False),
+        "from an image": ("down", Geometry(2, 4, 4, 8, 8, 8, 3, 2, 1), False),
+        "down": ("down", Geometry(2, 2, 2, 16, 4, 4, 8, 2, 1), True),
+        "collapse": ("down", Geometry(2, 1, 1, 1, 4, 4, 16, 1, 0), False),
+    }
+    for name, (kind, geometry, norm) in shapes.items():
+        for how in ("materialised", "prologue", "vendor")[: 3 if norm else 2]:
+            yield f"{name}, {how}", Block(kind, geometry, torch.float32, norm, 1), how
+    geometry, tile = Geometry(2, 4, 4, 16, 8, 8, 16, 2, 1), Tile(32, 16, 16, warps=1, stages=1)
+    for op, epilogue, more in (
+        ("down", "statistics", {"split": 2}),
+        ("up", "store", {"descriptors": True}),
+        ("weight_gradient", "store", {"descriptors": True}),
+    ):
+        task = Task(op, geometry, torch.float32, "none", epilogue, 1)
+        yield f"{op}, {', '.join(more)}", task, replace(tile, **more)

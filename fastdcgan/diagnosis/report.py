@@ -1,0 +1,70 @@
+"""How the sections are shown: tables as they come, or one JSON object at the end."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from fastdcgan import __version__
+from fastdcgan.diagnosis.rows import Section, Verdict
+
+STYLES: dict[Verdict, str] = {
+    "ok": "green",
+    "warning": "yellow",
+    "failed": "bold red",
+    "not possible here": "dim",
+}
+
+
+def print_tables(sections: Iterable[Section]) -> list[Section]:
+    """Prints each section as soon as it is there, at the terminal's width, and returns them all."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console, shown = Console(), []
+    for section in sections:
+        shown.append(section)
+        table = Table(
+            title=section.title, title_justify="left", title_style="bold", show_header=False,
+            box=None, padding=(0, 2, 0, 0), pad_edge=False, expand=True,
+        )  # fmt: skip
+        table.add_column(width=16)
+        table.add_column(width=17, no_wrap=True)
+        table.add_column(ratio=1, overflow="fold")
+        for row in section.rows:
+            text = Text(row.detail)
+            if row.advice:
+                text.append(f"\n-> {row.advice}", style="bold")
+            table.add_row(Text(row.name), Text(row.verdict, STYLES[row.verdict]), text)
+        console.print(table)
+        console.print()
+    console.print(Text(summary(shown)))
+    return shown
+
+
+def to_json(sections: Iterable[Section], *, device: str, seconds: float) -> str:
+    """All sections as one JSON object."""
+    every = list(sections)
+    found: dict[str, Any] = {
+        "fastdcgan": __version__,
+        "device": device,
+        "failed": failures(every),
+        "seconds": round(seconds, 1),
+        "sections": [
+            {"title": section.title, "rows": [vars(row) for row in section.rows]}
+            for section in every
+        ],
+    }
+    return json.dumps(found, indent=1, default=str)
+
+
+def failures(sections: Iterable[Section]) -> list[str]:
+    """Names of the rows that failed."""
+    return [row.name for section in sections for row in section.rows if row.verdict == "failed"]
+
+
+def summary(sections: Iterable[Section]) -> str:
+    """How many rows have each verdict, in words."""
+    counted = Counter(row.verdict for section in sections for row in section.rows)
+    return ", ".join(f"{counted[verdict]} {verdict}" for verdict in STYLES if counted[verdict])
