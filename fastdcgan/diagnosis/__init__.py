@@ -1,0 +1,61 @@
+"""What this machine can do, asked and proved: the parts of `python -m fastdcgan.doctor`.
+
+A check is a function that gives rows (rows.py); `examine` calls them in order. Every check works on
+what training works on: the engine's choice, the kernels' plan, whole steps of the built-in data."""
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from fastdcgan.data import Packed
+from fastdcgan.diagnosis import apart, data, steps, timings
+from fastdcgan.diagnosis.blocks import check_blocks
+from fastdcgan.diagnosis.expectations import engine_rows, plan_rows
+from fastdcgan.diagnosis.machine import machine
+from fastdcgan.diagnosis.rows import Row, Section, guarded
+
+
+def examine(device: torch.device, *, quick: bool = False) -> Iterator[Section]:
+    """All checks, section by section as they are done. `quick` leaves out the timings."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with ExitStack() as stack:
+        others = apart.begin(device)
+        for other in others:
+            stack.callback(other.stop)
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fastdcgan-doctor-")))
+
+        @cache
+        def packed() -> Packed:
+            return data.open_data(folder)
+
+        def on_data(check: Callable[[Packed, torch.device], Iterable[Row]]) -> Iterable[Row]:
+            return check(packed(), device)
+
+        yield Section("This machine", machine(device))
+        yield Section("What training runs here", guarded("engine", lambda: engine_rows(device)))
+        yield Section("Plan of each layer", guarded("plan", lambda: plan_rows(device)))
+        yield Section("Blocks against float64", check_blocks(device))
+        yield Section(
+            "Data",
+            [
+                *guarded("built-in data", lambda: data.data_rows(packed())),
+                *guarded("cache folder", data.cache_rows),
+            ],
+        )
+        yield Section(
+            "Training steps",
+            [
+                *guarded("whole step", lambda: on_data(steps.graph_rows)),
+                *guarded("training", lambda: on_data(steps.training_rows)),
+            ],
+        )
+        yield Section(
+            "Compilers", [row for other in others for row in guarded(other.name, other.rows)]
+        )
+        if not quick:
+            yield Section("Timings", guarded("timings", lambda: on_data(timings.timing_rows)))

@@ -12,7 +12,10 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
+
+import torch
 
 from fastdcgan.diagnosis.rows import Row, first_line
 
@@ -77,6 +80,14 @@ class Apart:
             self._process.kill()
             self._process.communicate()
         self._folder.cleanup()
+
+
+def begin(device: torch.device) -> list[Apart]:
+    """Those that this device needs: a GPU runs the kernels themselves (blocks.py)."""
+    found = [torch_compile(str(device))]
+    if device.type != "cuda" and find_spec("triton") is not None:
+        found += [interpreter(), compiler()]
+    return found
 
 
 def torch_compile(device: str) -> Apart:
@@ -151,8 +162,6 @@ def compiled(name: str) -> None:
     """Child of `torch_compile`: prints {"wrong", "seconds"}."""
     import time
 
-    import torch
-
     from fastdcgan.training.losses import bce
 
     def loss(logits: torch.Tensor) -> torch.Tensor:
@@ -174,8 +183,6 @@ def compiled(name: str) -> None:
 
 def interpreted() -> None:
     """Child of `interpreter`: prints {"kernels", "runs", "wrong"}."""
-    import torch
-
     from fastdcgan_kernels import launch, trials
 
     cpu, runs, wrong = torch.device("cpu"), 0, []
@@ -198,8 +205,6 @@ def interpreted() -> None:
 
 def _questions() -> Iterable[tuple[str, Any, Any]]:
     """(name, question to the plan, candidate): small ones that launch every kernel there is."""
-    import torch
-
     from fastdcgan_kernels.geometry import Geometry, Tile
     from fastdcgan_kernels.plan import Block, Task
 

@@ -8,11 +8,39 @@ import torch
 from fastdcgan.diagnosis.layers import layers
 from fastdcgan.diagnosis.machine import short
 from fastdcgan.diagnosis.rows import Row
+from fastdcgan.errors import InputError
 from fastdcgan.hardware import amp_dtype
+from fastdcgan.training.config import TrainConfig
+from fastdcgan.training.distributed import Ranks
+from fastdcgan.training.plan import choose_engine, describe
 from fastdcgan_kernels import plan
 
 BATCH = {"cuda": 128}
 CPU_BATCH = 16
+
+
+def engine_rows(device: torch.device) -> Iterable[Row]:
+    """What each flag of training comes to, in training's own words (training/plan.py)."""
+    for flag, line, options in (
+        ("--amp", "precision", {"amp": True}),
+        ("--compile", "compile", {"compile": True}),
+        ("--impl auto", "blocks", {}),
+        ("--impl triton", "blocks", {"impl": "triton"}),
+        ("--cuda-graph on", "compile", {"cuda_graph": "on"}),
+    ):
+        config = TrainConfig(channels=3, batch_size=BATCH.get(device.type, CPU_BATCH), **options)
+        try:
+            engine = choose_engine(config, Ranks(), device)
+        except InputError as error:
+            yield Row(flag, "not possible here", str(error))
+            continue
+        lines = describe(config, engine, Ranks(), source="", epoch_images=None, images="")
+        said = dict(line.split(maxsplit=1) for line in lines)
+        if engine.notes:
+            yield Row(flag, "not possible here", "; ".join(engine.notes))
+        else:
+            yield Row(flag, "ok", said[line])
+    yield Row("memory", "ok", f"{said['memory']}, at batch {config.batch_size}")
 
 
 def plan_rows(device: torch.device) -> Iterable[Row]:

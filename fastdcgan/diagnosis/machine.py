@@ -69,7 +69,9 @@ def _gpus(device: torch.device) -> Iterable[Row]:
             f"{found.name}, {found.total_memory / GIB:.0f} GiB, {found.multi_processor_count} "
             f"multiprocessors, {arch}"
             + (f"; kernels as for {target.name}" if target else "; no fused kernels for it"),
-            "" if target else "blocks run as plain PyTorch; kernels need Triton and one of "
+            ""
+            if target
+            else "blocks run as plain PyTorch; kernels need Triton and one of "
             + ", ".join(plan.TARGETS),
             {"name": found.name, "arch": arch, "memory_bytes": found.total_memory},
         )

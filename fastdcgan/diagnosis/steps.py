@@ -1,0 +1,133 @@
+"""Whole training steps on the device: as a CUDA graph, without waiting for the device, and a few in
+earnest. Not here: how long they take (timings.py)."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastdcgan.data import Order, Packed, make_feed
+from fastdcgan.diagnosis.layers import SIZE
+from fastdcgan.diagnosis.rows import Row
+from fastdcgan.hardware import amp_dtype
+from fastdcgan.training.config import TrainConfig
+from fastdcgan.training.distributed import Ranks
+from fastdcgan.training.plan import choose_engine
+from fastdcgan.training.state import TrainState
+from fastdcgan.training.whole_step import WholeStep
+
+STEPS = 8
+SMALL = {"ngf": 16, "ndf": 16, "batch_size": 8}
+
+
+def start(
+    packed: Packed, device: torch.device, *, say: Callable[[str], None], **options: Any
+) -> WholeStep:
+    """The first step of a run on this data, and so all that follow; options of TrainConfig."""
+    config = TrainConfig(image_size=SIZE, channels=packed.channels, **options)
+    config.validate()
+    engine = choose_engine(config, Ranks(), device)
+    state = TrainState(config, device, scaling=engine.autocast == torch.float16)
+    feed = make_feed(
+        packed,
+        order=Order(packed.n, packed.epoch_images, config.batch_size, config.seed),
+        device=device,
+        hflip=packed.hflip,
+        dtype=engine.autocast or torch.float32,
+    )
+    return WholeStep(state, feed, engine=engine, say=say)
+
+
+def graph_rows(packed: Packed, device: torch.device) -> Iterable[Row]:
+    """Captures a whole step, has it compared with an eager one (whole_step.py), and replays it. On
+    other devices a step is run where the host could not wait for one."""
+    if device.type == "cuda":
+        yield from _captured(packed, device)
+    else:
+        yield Row(
+            "CUDA graph",
+            "not possible here",
+            f"graphs are for CUDA devices, and this is {device}; instead:",
+        )
+    yield from _without_values(packed)
+    if device.type == "cpu":
+        yield from _without_waiting(packed, device)
+
+
+def _captured(packed: Packed, device: torch.device) -> Iterable[Row]:
+    said: list[str] = []
+    amp = amp_dtype(device) is not None
+    whole = start(packed, device, say=said.append, amp=amp, batch_size=16)
+    rows = torch.stack([whole().clone() for _ in range(STEPS)])
+    if not whole.graphed:
+        yield Row(
+            "CUDA graph",
+            "failed",
+            "; ".join(said) or "the step was not captured",
+            "training goes on eagerly, with more time between kernels; report this with --json",
+        )
+        return
+    finite = bool(rows.isfinite().all())
+    yield Row(
+        "CUDA graph",
+        "ok" if finite else "failed",
+        f"a whole step of batch 16 was captured, agrees with the eager step, and was replayed "
+        f"{STEPS} times" + ("" if finite else "; the losses are not finite"),
+    )
+
+
+def _without_values(packed: Packed) -> Iterable[Row]:
+    meta = torch.device("meta")
+    whole = start(packed, meta, say=lambda line: None, batch_size=16)
+    shape = tuple(whole().shape)
+    yield Row("step on meta", "ok", f"a whole step without any values gives readings {shape}")
+
+
+def _without_waiting(packed: Packed, device: torch.device) -> Iterable[Row]:
+    whole = start(packed, device, say=lambda line: None, **SMALL)
+    whole()  # tables and states are made in the first step
+    with NoSync() as seen:
+        whole()
+    yield Row(
+        "host syncs",
+        "ok",
+        f"none among the {seen.count} operations of a step",
+        values={"operations": seen.count},
+    )
+
+
+class NoSync(TorchDispatchMode):
+    """Raises where an operation would make the host wait for a device."""
+
+    FORBIDDEN = ("_local_scalar_dense", "equal", "is_nonzero", "item", "masked_select", "nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in self.FORBIDDEN or name.startswith("_unique"):
+            raise RuntimeError(f"a step waits for the device: {func} reads a value back")
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def training_rows(packed: Packed, device: torch.device) -> Iterable[Row]:
+    """Some steps of small nets on the built-in data, as fast as this machine is told to go."""
+    said: list[str] = []
+    amp = amp_dtype(device) is not None
+    whole = start(packed, device, say=said.append, amp=amp, **SMALL)
+    rows = torch.stack([whole().clone() for _ in range(STEPS)]).tolist()
+    finite = all(math.isfinite(value) for row in rows for value in row)
+    (first_d, first_g), (last_d, last_g) = rows[0][:2], rows[-1][:2]
+    detail = (
+        f"{STEPS} steps of small nets{' with --amp' if amp else ''}: D's loss from {first_d:.2f} "
+        f"to {last_d:.2f}, G's from {first_g:.2f} to {last_g:.2f}"
+    )
+    if finite and whole.state.is_finite():
+        yield Row("training", "ok", detail, values={"loss_d": last_d, "loss_g": last_g})
+    else:
+        yield Row("training", "failed", f"not finite: {detail}", "report this with --json")
