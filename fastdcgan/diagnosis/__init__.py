@@ -12,9 +12,8 @@ from pathlib import Path
 import torch
 
 from fastdcgan.data import Packed
-from fastdcgan.diagnosis import apart, data, steps, timings
-from fastdcgan.diagnosis.blocks import check_blocks
-from fastdcgan.diagnosis.expectations import engine_rows, plan_rows
+from fastdcgan.diagnosis import apart, blocks, data, steps, timings
+from fastdcgan.diagnosis.expectations import engine_rows, plan_rows, plan_title
 from fastdcgan.diagnosis.machine import machine
 from fastdcgan.diagnosis.rows import Row, Section, guarded
 
@@ -38,8 +37,8 @@ def examine(device: torch.device, *, quick: bool = False) -> Iterator[Section]:
 
         yield Section("This machine", machine(device))
         yield Section("What training runs here", guarded("engine", lambda: engine_rows(device)))
-        yield Section("Plan of each layer", guarded("plan", lambda: plan_rows(device)))
-        yield Section("Blocks against float64", check_blocks(device))
+        yield Section(plan_title(device), guarded("plan", lambda: plan_rows(device)))
+        yield Section(blocks.TITLE, blocks.check_blocks(device))
         yield Section(
             "Data",
             [

@@ -2,10 +2,11 @@
 each layer. Not here: whether it computes right (blocks.py) and how fast it is (timings.py)."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
-from fastdcgan.diagnosis.layers import layers
+from fastdcgan.diagnosis.layers import CHANNELS, batch_for, layers
 from fastdcgan.diagnosis.machine import short
 from fastdcgan.diagnosis.rows import Row
 from fastdcgan.errors import InputError
@@ -14,64 +15,72 @@ from fastdcgan.training.config import TrainConfig
 from fastdcgan.training.distributed import Ranks
 from fastdcgan.training.plan import choose_engine, describe
 from fastdcgan_kernels import plan
-
-BATCH = {"cuda": 128}
-CPU_BATCH = 16
+from fastdcgan_kernels.functional import runs_kernels
 
 
 def engine_rows(device: torch.device) -> Iterable[Row]:
-    """What each flag of training comes to, in training's own words (training/plan.py)."""
-    for flag, line, options in (
-        ("--amp", "precision", {"amp": True}),
-        ("--compile", "compile", {"compile": True}),
-        ("--impl auto", "blocks", {}),
-        ("--impl triton", "blocks", {"impl": "triton"}),
-        ("--cuda-graph on", "compile", {"cuda_graph": "on"}),
-    ):
-        config = TrainConfig(channels=3, batch_size=BATCH.get(device.type, CPU_BATCH), **options)
+    """What flags of training come to, in the words that training itself says (training/plan.py)."""
+    wishes: dict[str, tuple[str, dict[str, Any]]] = {
+        "--amp": ("precision", {"amp": True}),
+        "--compile": ("compile", {"compile": True}),
+        "--impl auto": ("blocks", {}),
+        "--impl triton": ("blocks", {"impl": "triton"}),
+        "--cuda-graph on": ("compile", {"cuda_graph": "on"}),
+        "memory": ("memory", {}),
+    }
+    for name, (line, options) in wishes.items():
+        config = TrainConfig(channels=CHANNELS, batch_size=batch_for(device), **options)
         try:
             engine = choose_engine(config, Ranks(), device)
         except InputError as error:
-            yield Row(flag, "not possible here", str(error))
+            yield Row(name, "not possible here", str(error))
             continue
-        lines = describe(config, engine, Ranks(), source="", epoch_images=None, images="")
-        said = dict(line.split(maxsplit=1) for line in lines)
         if engine.notes:
-            yield Row(flag, "not possible here", "; ".join(engine.notes))
-        else:
-            yield Row(flag, "ok", said[line])
-    yield Row("memory", "ok", f"{said['memory']}, at batch {config.batch_size}")
+            yield Row(name, "not possible here", "; ".join(engine.notes))
+            continue
+        said = describe(config, engine, Ranks(), source="", epoch_images=None, images="")
+        yield Row(name, "ok", dict(text.split(maxsplit=1) for text in said)[line])
+
+
+def plan_title(device: torch.device) -> str:
+    """What all rows of the plan have in common."""
+    return f"Plan of each layer at --batch-size {batch_for(device)}, {short(_dtype(device))}"
 
 
 def plan_rows(device: torch.device) -> Iterable[Row]:
-    """A row for each layer at the batch that such a device trains with."""
-    target, dtype = plan.target_of(device), amp_dtype(device) or torch.float32
-    batch = BATCH.get(device.type, CPU_BATCH)
+    """How each layer runs, and on a GPU its forward tile."""
+    target = plan.target_of(device) if runs_kernels(device) else None
     default = False
-    for name, block in layers(batch, dtype).items():
+    for name, block in layers(batch_for(device), _dtype(device)).items():
         g = block.geometry
         sides = f"{g.P}x{g.Q}x{g.CS}", f"{g.H}x{g.W}x{g.CL}"
         shape = " to ".join(sides if block.kind == "up" else sides[::-1])
         how, tile, measured = "plain PyTorch", "", False
-        if target is not None and plan.mode() != "reference":
+        if target is not None:
             how, tile, measured = _plan(block, target)
             default |= not measured
-        words = [f"{g.N} x {shape}, {short(dtype)}: {how}", tile]
-        if target is not None:
-            words.append("measured by the tuner" if measured else "default")
+        words = [f"{shape}: {how}", tile, "" if target is None or not measured else "measured"]
         yield Row(
-            name, "ok", ", ".join(word for word in words if word),
+            name,
+            "ok",
+            ", ".join(word for word in words if word),
             values={"how": how, "tile": tile, "measured": measured, "batch": g.N},
-        )  # fmt: skip
+        )
     if default:
         yield Row(
-            "tuner", "ok", "defaults are predictions",
-            "python -m fastdcgan_kernels.tuner measures what is fastest on this GPU, once",
-        )  # fmt: skip
+            "tuner",
+            "ok",
+            "what is not called measured is a default, and a prediction",
+            "python -m fastdcgan_kernels.tuner measures, once, what is fastest on this GPU",
+        )
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    return amp_dtype(device) or torch.float32
 
 
 def _plan(block: plan.Block, target: plan.Target) -> tuple[str, str, bool]:
-    """(how, the forward GEMM's tile, whether both were measured)."""
+    """(how, the forward GEMM's tile, whether the tuner measured them)."""
     from fastdcgan_kernels import blocks, launch, measured
 
     choice, g = plan.choose(block, target), block.geometry

@@ -1,6 +1,6 @@
 """The ten layers of the 64-pixel DCGAN as questions to the kernels' plan, taken from the nets
-themselves. Not here: what the plan answers (expectations.py), whether it computes right (blocks.py).
-"""
+themselves. Not here: what the plan answers (expectations.py), and whether that computes right
+(blocks.py)."""
 
 from itertools import pairwise
 
@@ -12,6 +12,12 @@ from fastdcgan_kernels.geometry import geometry_of
 from fastdcgan_kernels.plan import Block
 
 SIZE, NZ, WIDTH, CHANNELS = 64, 100, 64, 3
+
+
+def batch_for(device: torch.device) -> int:
+    """Images of the steps that are looked at. One number for all that is run on a GPU, so that
+    kernels are compiled once."""
+    return 128 if device.type == "cuda" else 16
 
 
 def layers(batch: int, dtype: torch.dtype) -> dict[str, Block]:

@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -104,22 +106,22 @@ def _no_gpu() -> Row:
 def _nvml() -> dict[str, Any] | None:
     """NVIDIA's driver by its management library; None where there is none."""
     try:
-        import pynvml
+        nvml: Any = import_module("pynvml")
     except ImportError:
         return None
     try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
+        nvml.nvmlInit()
+    except nvml.NVMLError:
         return None
     try:
-        cuda = pynvml.nvmlSystemGetCudaDriverVersion_v2()
+        cuda = nvml.nvmlSystemGetCudaDriverVersion_v2()
         return {
-            "driver": str(pynvml.nvmlSystemGetDriverVersion()),
+            "driver": str(nvml.nvmlSystemGetDriverVersion()),
             "cuda": f"{cuda // 1000}.{cuda % 1000 // 10}",
-            "count": pynvml.nvmlDeviceGetCount(),
+            "count": nvml.nvmlDeviceGetCount(),
         }
     finally:
-        pynvml.nvmlShutdown()
+        nvml.nvmlShutdown()
 
 
 def _driver() -> Iterable[Row]:
@@ -268,10 +270,8 @@ def _formats(device: torch.device) -> Iterable[Row]:
 
 def _memory() -> Iterable[Row]:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:  # a container's own limit
+    with suppress(OSError, ValueError):  # a container's own limit
         total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):
-        pass
     small = total < 4 * GIB
     yield Row(
         "memory",

@@ -27,11 +27,11 @@ def print_tables(sections: Iterable[Section]) -> list[Section]:
         shown.append(section)
         table = Table(
             title=section.title, title_justify="left", title_style="bold", show_header=False,
-            box=None, padding=(0, 2, 0, 0), pad_edge=False, expand=True,
+            box=None, padding=(0, 2, 0, 0), pad_edge=False,
         )  # fmt: skip
         table.add_column(width=16)
         table.add_column(width=17, no_wrap=True)
-        table.add_column(ratio=1, overflow="fold")
+        table.add_column(overflow="fold")
         for row in section.rows:
             text = Text(row.detail)
             if row.advice:

@@ -1,5 +1,5 @@
-"""What every check returns: rows of a name, a verdict, the detail and what to do about it. Not here:
-any check (the files beside this one), and how rows are shown (report.py)."""
+"""What every check returns: rows of a name, a verdict, the detail and what to do about it. Not
+here: any check (the files beside this one), and how rows are shown (report.py)."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdcgan.data import Order, Packed, make_feed
-from fastdcgan.diagnosis.layers import SIZE
+from fastdcgan.diagnosis.layers import SIZE, batch_for
 from fastdcgan.diagnosis.rows import Row
 from fastdcgan.hardware import amp_dtype
 from fastdcgan.training.config import TrainConfig
@@ -19,7 +19,6 @@ from fastdcgan.training.state import TrainState
 from fastdcgan.training.whole_step import WholeStep
 
 STEPS = 8
-SMALL = {"ngf": 16, "ndf": 16, "batch_size": 8}
 
 
 def start(
@@ -59,7 +58,7 @@ def graph_rows(packed: Packed, device: torch.device) -> Iterable[Row]:
 def _captured(packed: Packed, device: torch.device) -> Iterable[Row]:
     said: list[str] = []
     amp = amp_dtype(device) is not None
-    whole = start(packed, device, say=said.append, amp=amp, batch_size=16)
+    whole = start(packed, device, say=said.append, amp=amp, batch_size=batch_for(device))
     rows = torch.stack([whole().clone() for _ in range(STEPS)])
     if not whole.graphed:
         yield Row(
@@ -73,20 +72,20 @@ def _captured(packed: Packed, device: torch.device) -> Iterable[Row]:
     yield Row(
         "CUDA graph",
         "ok" if finite else "failed",
-        f"a whole step of batch 16 was captured, agrees with the eager step, and was replayed "
+        "a whole step was captured, agrees with the step run eagerly, and was replayed "
         f"{STEPS} times" + ("" if finite else "; the losses are not finite"),
     )
 
 
 def _without_values(packed: Packed) -> Iterable[Row]:
     meta = torch.device("meta")
-    whole = start(packed, meta, say=lambda line: None, batch_size=16)
+    whole = start(packed, meta, say=lambda line: None)
     shape = tuple(whole().shape)
     yield Row("step on meta", "ok", f"a whole step without any values gives readings {shape}")
 
 
 def _without_waiting(packed: Packed, device: torch.device) -> Iterable[Row]:
-    whole = start(packed, device, say=lambda line: None, **SMALL)
+    whole = start(packed, device, say=lambda line: None, **_sizes(device))
     whole()  # tables and states are made in the first step
     with NoSync() as seen:
         whole()
@@ -96,6 +95,14 @@ def _without_waiting(packed: Packed, device: torch.device) -> Iterable[Row]:
         f"none among the {seen.count} operations of a step",
         values={"operations": seen.count},
     )
+
+
+def _sizes(device: torch.device) -> dict[str, int]:
+    """Of nets and batches: small where arithmetic is dear, and where it is not, those that kernels
+    were compiled for."""
+    if device.type == "cuda":
+        return {"batch_size": batch_for(device)}
+    return {"ngf": 16, "ndf": 16, "batch_size": 8}
 
 
 class NoSync(TorchDispatchMode):
@@ -119,12 +126,12 @@ def training_rows(packed: Packed, device: torch.device) -> Iterable[Row]:
     """Some steps of small nets on the built-in data, as fast as this machine is told to go."""
     said: list[str] = []
     amp = amp_dtype(device) is not None
-    whole = start(packed, device, say=said.append, amp=amp, **SMALL)
+    whole = start(packed, device, say=said.append, amp=amp, **_sizes(device))
     rows = torch.stack([whole().clone() for _ in range(STEPS)]).tolist()
     finite = all(math.isfinite(value) for row in rows for value in row)
     (first_d, first_g), (last_d, last_g) = rows[0][:2], rows[-1][:2]
     detail = (
-        f"{STEPS} steps of small nets{' with --amp' if amp else ''}: D's loss from {first_d:.2f} "
+        f"{STEPS} steps{' with --amp' if amp else ''}: D's loss from {first_d:.2f} "
         f"to {last_d:.2f}, G's from {first_g:.2f} to {last_g:.2f}"
     )
     if finite and whole.state.is_finite():

@@ -1,5 +1,5 @@
-"""How fast whole steps are here, one way against another: a small batch, all ways by turns, medians.
-A hint for choosing flags, and no benchmark (benchmarks/)."""
+"""How fast whole steps are here, one way against another: all ways by turns, medians. A hint for
+choosing flags, and no benchmark (benchmarks/)."""
 
 import statistics
 import time
@@ -10,18 +10,15 @@ from typing import Any
 import torch
 
 from fastdcgan.data import Packed
+from fastdcgan.diagnosis.layers import batch_for
 from fastdcgan.diagnosis.rows import Row, first_line
 from fastdcgan.diagnosis.steps import start
 from fastdcgan.errors import InputError
 from fastdcgan.hardware import amp_dtype
 from fastdcgan.training.whole_step import WholeStep
-from fastdcgan_kernels import plan
 
 ROUNDS = 5
 CLEAR = 1.1  # a way must be so many times as fast before it is called faster
-# (batch, steps between two readings of the clock)
-SIZES = {"cuda": (64, 20)}
-CPU_SIZE = (16, 1)
 
 
 @dataclass
@@ -52,7 +49,7 @@ def ways(device: torch.device) -> list[Way]:
 
 def timing_rows(packed: Packed, device: torch.device) -> Iterable[Row]:
     """A row for each way, with what to do where another than the default is clearly faster."""
-    batch, steps = SIZES.get(device.type, CPU_SIZE)
+    batch, steps = batch_for(device), 20 if device.type == "cuda" else 1
     every = ways(device)
     for way in every:
         _prepare(way, packed, device, batch)
@@ -126,10 +123,3 @@ def _row(way: Way, medians: dict[str, float], batch: int, first: str) -> Row:
     if times < CLEAR or way.flags == "--compile":
         return Row(way.flags, "ok", detail, values=values)
     return Row(way.flags, "warning", detail, f"train {way.flags}: faster here", values)
-
-
-def mode_rows(device: torch.device) -> Iterable[Row]:
-    """What the environment says about the kernels."""
-    mode = plan.mode()
-    if mode != "auto":
-        yield Row("FASTDCGAN_IMPL", "warning", f"is {mode}", "unset it, if that is not on purpose")
