@@ -38,12 +38,13 @@ def _doctor(args: Sequence[str]) -> None:
     options = command.parse(
         Options, prog="python -m fastdcgan.doctor", description=DESCRIPTION, args=args
     )
-    from fastdcgan.diagnosis import examine
-    from fastdcgan.diagnosis.report import failures, print_tables, to_json
+    start = time.perf_counter()
     from fastdcgan.hardware import pick_device
 
-    start = time.perf_counter()
     device = pick_device(options.device)
+    from fastdcgan.diagnosis import examine
+    from fastdcgan.diagnosis.report import failures, print_tables, to_json
+
     sections = examine(device, quick=options.quick)
     if options.json:
         found = list(sections)

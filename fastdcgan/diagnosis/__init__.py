@@ -14,7 +14,7 @@ import torch
 from fastdcgan.data import Packed
 from fastdcgan.diagnosis import apart, blocks, data, steps, timings
 from fastdcgan.diagnosis.expectations import engine_rows, plan_rows, plan_title
-from fastdcgan.diagnosis.machine import machine
+from fastdcgan.diagnosis.machine import facts
 from fastdcgan.diagnosis.rows import Row, Section, guarded
 
 
@@ -35,7 +35,7 @@ def examine(device: torch.device, *, quick: bool = False) -> Iterator[Section]:
         def on_data(check: Callable[[Packed, torch.device], Iterable[Row]]) -> Iterable[Row]:
             return check(packed(), device)
 
-        yield Section("This machine", machine(device))
+        yield Section("This machine", facts(device))
         yield Section("What training runs here", guarded("engine", lambda: engine_rows(device)))
         yield Section(plan_title(device), guarded("plan", lambda: plan_rows(device)))
         yield Section(blocks.TITLE, blocks.check_blocks(device))

@@ -1,6 +1,6 @@
 """Checks in processes of their own: what could take this one down, needs its own environment, or
-would keep the user waiting runs beside the others. Each starts with empty caches, so that a broken
-compiler is not hidden by what it compiled while it worked.
+would keep the user waiting runs beside the others. Each compiles something that no cache has, so
+that a broken compiler is not hidden by what it made while it worked.
 
 Two of them are functions here that print a JSON object: `compiled` and `interpreted`; the third is
 `python -m fastdcgan_kernels.inspect`."""
@@ -9,9 +9,9 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
@@ -22,8 +22,6 @@ from fastdcgan.diagnosis.rows import Row, first_line
 PATIENCE = 300  # seconds; on two free cores the longest of them takes about 10
 HERE = "fastdcgan.diagnosis.apart"
 LAYER, ARCH = "G2 forward, materialised", "sm_90"
-# Names of torch.compile and Triton for where they keep what they compiled.
-CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
 
 class Apart:
@@ -47,26 +45,25 @@ class Apart:
         environment: dict[str, str] | None = None,
     ) -> None:
         self.name, self._judge, self._advice = name, judge, advice
-        self._folder = tempfile.TemporaryDirectory(prefix="fastdcgan-doctor-")
         own = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
         own |= {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-        own |= dict.fromkeys(CACHES, self._folder.name) | (environment or {})
         self._process = subprocess.Popen(
             [sys.executable, *arguments],
-            env=own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
+            env=own | (environment or {}),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-        )  # fmt: skip
+        )
 
     def rows(self) -> Iterable[Row]:
         """The row of this check."""
-        with self._folder:
-            try:
-                out, err = self._process.communicate(timeout=PATIENCE)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.communicate()
-                yield Row(self.name, "failed", f"no answer in {PATIENCE} s", self._advice)
-                return
+        try:
+            out, err = self._process.communicate(timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            self.stop()
+            yield Row(self.name, "failed", f"no answer in {PATIENCE} s", self._advice)
+            return
         try:
             yield self._judge(self._process.returncode, out)
         except (ValueError, KeyError, IndexError, TypeError):  # it printed something else
@@ -75,11 +72,10 @@ class Apart:
             yield Row(self.name, "failed", why, self._advice)
 
     def stop(self) -> None:
-        """End it, if nobody waits for it any more."""
+        """End it, if it has not ended."""
         if self._process.poll() is None:
             self._process.kill()
             self._process.communicate()
-        self._folder.cleanup()
 
 
 def begin(device: torch.device) -> list[Apart]:
@@ -121,6 +117,9 @@ def interpreter() -> Apart:
 
     def judge(status: int, out: str) -> Row:
         found = json.loads(out)
+        if found["wrong"] and _release("triton") < (3, 7) and _release("numpy") >= (2, 4):
+            detail = "Triton's interpreter before 3.7 does not know numpy 2.4; GPUs do not need it"
+            return Row("Triton kernels", "not possible here", detail, "update triton", found)
         if found["wrong"]:
             return Row("Triton kernels", "failed", "; ".join(found["wrong"]), advice, found)
         return Row(
@@ -150,22 +149,35 @@ def compiler() -> Apart:
             "warning" if wrong else "ok",
             f"{LAYER.split()[0]}'s {len(rows)} forward kernels for {ARCH} ({kernels}): {matrix} "
             "matrix instructions" + ("; spills, or too much shared memory" if wrong else ""),
-            "kernels will be slow: update triton" if wrong else "",
+            "update triton: a kernel comes out worse than it should" if wrong else "",
             {"arch": ARCH, "kernels": len(rows)},
         )
 
     arguments = ["-m", "fastdcgan_kernels.inspect", "--layer", LAYER, "--arch", ARCH]
-    return Apart("Triton compiler", [*arguments, "--json", "--jobs", "1"], judge, advice=advice)
+    return Apart(
+        "Triton compiler",
+        [*arguments, "--json", "--jobs", "1"],
+        judge,
+        advice=advice,
+        environment={"TRITON_ALWAYS_COMPILE": "1"},
+    )
+
+
+def _release(package: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version(package).split(".")[:2])
 
 
 def compiled(name: str) -> None:
     """Child of `torch_compile`: prints {"wrong", "seconds"}."""
+    import random
     import time
 
     from fastdcgan.training.losses import bce
 
+    slope = random.uniform(0.1, 0.3)  # a constant of the code that is made
+
     def loss(logits: torch.Tensor) -> torch.Tensor:
-        return bce(torch.nn.functional.leaky_relu(logits, 0.2), 1.0)
+        return bce(torch.nn.functional.leaky_relu(logits, slope), 1.0)
 
     start, wrong = time.perf_counter(), ""
     try:

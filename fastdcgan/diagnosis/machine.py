@@ -11,12 +11,13 @@ from collections.abc import Iterable
 from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastdcgan.diagnosis.rows import Row, guarded
+from fastdcgan.diagnosis.rows import Row, first_line, guarded
 from fastdcgan.hardware import amp_dtype
 from fastdcgan_kernels import plan
 
@@ -40,7 +41,7 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def machine(device: torch.device) -> list[Row]:
+def facts(device: torch.device) -> list[Row]:
     """Hardware and software, as asked of each."""
     parts = {
         "GPU": lambda: _gpus(device),
@@ -162,8 +163,8 @@ def _triton() -> Iterable[Row]:
     except ImportError as error:
         yield Row(
             "Triton",
-            "warning",
-            f"not usable ({error})",
+            "warning" if find_spec("triton") is None else "failed",
+            first_line(error),
             "pip install triton (Linux): without it blocks run as plain PyTorch",
         )
         return
