@@ -10,9 +10,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
+from importlib import import_module
 from importlib.metadata import version
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -79,10 +80,13 @@ class Apart:
 
 
 def begin(device: torch.device) -> list[Apart]:
-    """Those that this device needs: a GPU runs the kernels themselves (blocks.py)."""
+    """Those that this device needs: a GPU runs the kernels themselves (blocks.py), and a Triton
+    that cannot be imported is already said (machine.py)."""
     found = [torch_compile(str(device))]
-    if device.type != "cuda" and find_spec("triton") is not None:
-        found += [interpreter(), compiler()]
+    if device.type != "cuda":
+        with suppress(ImportError):
+            import_module("triton")
+            found += [interpreter(), compiler()]
     return found
 
 
@@ -220,16 +224,16 @@ def _questions() -> Iterable[tuple[str, Any, Any]]:
     from fastdcgan_kernels.geometry import Geometry, Tile
     from fastdcgan_kernels.plan import Block, Task
 
-    shapes = {
-        "project": ("up", Geometry(2, 1, 1, 16, 4, 4, 8, 1, 0), True),
-        "up": ("up", Geometry(2, 2, 2, 16, 4, 4, 8, 2, 1), True),
-        "to an image": ("up", Geometry(2, 4, 4, 8, 8, 8, 3, 2, 1), False),
-        "from an image": ("down", Geometry(2, 4, 4, 8, 8, 8, 3, 2, 1), False),
-        "down": ("down", Geometry(2, 2, 2, 16, 4, 4, 8, 2, 1), True),
-        "collapse": ("down", Geometry(2, 1, 1, 1, 4, 4, 16, 1, 0), False),
-    }
-    for name, (kind, geometry, norm) in shapes.items():
-        for how in ("materialised", "prologue", "vendor")[: 3 if norm else 2]:
+    every, plain = ("materialised", "prologue", "vendor"), ("materialised",)
+    for name, kind, geometry, norm, ways in (
+        ("project", "up", Geometry(2, 1, 1, 16, 4, 4, 8, 1, 0), True, plain),
+        ("up", "up", Geometry(2, 2, 2, 16, 4, 4, 8, 2, 1), True, every),
+        ("to an image", "up", Geometry(2, 4, 4, 8, 8, 8, 3, 2, 1), False, every[:2]),
+        ("from an image", "down", Geometry(2, 4, 4, 8, 8, 8, 3, 2, 1), False, plain),
+        ("down", "down", Geometry(2, 2, 2, 16, 4, 4, 8, 2, 1), True, every),
+        ("collapse", "down", Geometry(2, 1, 1, 1, 4, 4, 16, 1, 0), False, every[:2]),
+    ):
+        for how in ways:
             yield f"{name}, {how}", Block(kind, geometry, torch.float32, norm, 1), how
     geometry, tile = Geometry(2, 4, 4, 16, 8, 8, 16, 2, 1), Tile(32, 16, 16, warps=1, stages=1)
     for op, epilogue, more in (

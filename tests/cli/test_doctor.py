@@ -4,6 +4,8 @@ import json
 import os
 import time
 
+from fastdcgan.doctor import main
+
 VERDICTS = {"ok", "warning", "failed", "not possible here"}
 SECTIONS = ["This machine", "What training runs here", "Plan", "Blocks", "Data", "Training steps",
             "Compilers"]  # fmt: skip
@@ -49,7 +51,7 @@ def test_a_broken_machine_is_a_table_and_status_1(command, environment, tmp_path
     done = command("fastdcgan", "doctor", "--quick", "--device", "cpu", env=env)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
-    failed = {"Triton", "cache folder", "torch.compile", "Triton kernels", "Triton compiler"}
+    failed = {"Triton", "cache folder", "torch.compile"}
     said = done.stderr.splitlines()[-1]
     assert said.startswith("error: failed: ")
     assert set(said.removeprefix("error: failed: ").split(", ")) == failed
@@ -60,9 +62,9 @@ def test_a_broken_machine_is_a_table_and_status_1(command, environment, tmp_path
     assert any(line.startswith("training ") and " ok " in line for line in lines)
 
 
-def test_a_wrong_device_is_one_line(command):
-    done = command("fastdcgan.doctor", "--json", "--device", "cuda:77")
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert done.stderr.startswith("error: --device cuda:77 was given")
-    assert len(done.stderr.splitlines()) == 1
+def test_a_wrong_device_is_one_line(capsys):
+    assert main(["--json", "--device", "cuda:77"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: --device cuda:77 was given")
+    assert len(err.splitlines()) == 1
