@@ -16,12 +16,15 @@ from fastdcgan.diagnosis import apart, blocks, data, steps, timings
 from fastdcgan.diagnosis.expectations import engine_rows, plan_rows, plan_title
 from fastdcgan.diagnosis.machine import facts
 from fastdcgan.diagnosis.rows import Row, Section, guarded
+from fastdcgan.hardware import use_allowed_threads
 
 
 def examine(device: torch.device, *, quick: bool = False) -> Iterator[Section]:
     """All checks, section by section as they are done. `quick` leaves out the timings."""
+    use_allowed_threads()  # as training/loop.py does, and so is the rest
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
     with ExitStack() as stack:
         others = apart.begin(device)
         for other in others:

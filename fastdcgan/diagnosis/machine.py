@@ -220,13 +220,13 @@ def _ptxas() -> Iterable[Row]:
 def _cpu() -> Iterable[Row]:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = torch.get_num_threads()
-    few = bool(usable and threads * 2 < usable)
+    few = bool(usable and threads * 2 < usable and "OMP_NUM_THREADS" in os.environ)
     yield Row(
         "CPU",
         "warning" if few else "ok",
         f"{_cpu_model()}, {usable} of {os.cpu_count()} logical cores for this process, "
         f"{threads} PyTorch threads",
-        "more threads would be faster: unset OMP_NUM_THREADS and MKL_NUM_THREADS" if few else "",
+        "more threads would be faster: unset OMP_NUM_THREADS" if few else "",
         {"model": _cpu_model(), "cores": usable, "threads": threads},
     )
 

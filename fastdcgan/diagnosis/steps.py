@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdcgan.data import Order, Packed, make_feed
 from fastdcgan.diagnosis.layers import SIZE, batch_for
-from fastdcgan.diagnosis.rows import Row
+from fastdcgan.diagnosis.rows import Row, Verdict
 from fastdcgan.hardware import amp_dtype
 from fastdcgan.training.config import TrainConfig
 from fastdcgan.training.distributed import Ranks
@@ -40,8 +40,8 @@ def start(
 
 
 def graph_rows(packed: Packed, device: torch.device) -> Iterable[Row]:
-    """Captures a whole step, has it compared with an eager one (whole_step.py), and replays it. On
-    other devices a step is run where the host could not wait for one."""
+    """Has a whole step compared with plain PyTorch, captured, and compared with an eager one (all
+    by whole_step.py), and replays it. On other devices a step is run where nothing can wait."""
     if device.type == "cuda":
         yield from _captured(packed, device)
     else:
@@ -60,20 +60,20 @@ def _captured(packed: Packed, device: torch.device) -> Iterable[Row]:
     amp = amp_dtype(device) is not None
     whole = start(packed, device, say=said.append, amp=amp, batch_size=batch_for(device))
     rows = torch.stack([whole().clone() for _ in range(STEPS)])
-    if not whole.graphed:
+    if said or not whole.graphed:
         yield Row(
             "CUDA graph",
             "failed",
             "; ".join(said) or "the step was not captured",
-            "training goes on eagerly, with more time between kernels; report this with --json",
+            "training goes on without, and is slower; report this with --json",
         )
         return
     finite = bool(rows.isfinite().all())
     yield Row(
         "CUDA graph",
         "ok" if finite else "failed",
-        "a whole step was captured, agrees with the step run eagerly, and was replayed "
-        f"{STEPS} times" + ("" if finite else "; the losses are not finite"),
+        "a whole step agrees with plain PyTorch, was captured, agrees with the step run eagerly, "
+        f"and was replayed {STEPS} times" + ("" if finite else "; the losses are not finite"),
     )
 
 
@@ -135,6 +135,8 @@ def training_rows(packed: Packed, device: torch.device) -> Iterable[Row]:
         f"to {last_d:.2f}, G's from {first_g:.2f} to {last_g:.2f}"
     )
     if finite and whole.state.is_finite():
-        yield Row("training", "ok", detail, values={"loss_d": last_d, "loss_g": last_g})
+        verdict: Verdict = "warning" if said else "ok"
+        detail = "; ".join([detail, *said])
+        yield Row("training", verdict, detail, values={"loss_d": last_d, "loss_g": last_g})
     else:
         yield Row("training", "failed", f"not finite: {detail}", "report this with --json")
