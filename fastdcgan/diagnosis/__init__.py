@@ -24,7 +24,6 @@ def examine(device: torch.device, *, quick: bool = False) -> Iterator[Section]:
     use_allowed_threads()  # as training/loop.py does, and so is the rest
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
     with ExitStack() as stack:
         others = apart.begin(device)
         for other in others:
@@ -49,6 +48,8 @@ def examine(device: torch.device, *, quick: bool = False) -> Iterator[Section]:
                 *guarded("cache folder", data.cache_rows),
             ],
         )
+        if device.type == "cuda":
+            torch.backends.cudnn.benchmark = True
         yield Section(
             "Training steps",
             [
@@ -56,8 +57,9 @@ def examine(device: torch.device, *, quick: bool = False) -> Iterator[Section]:
                 *guarded("training", lambda: on_data(steps.training_rows)),
             ],
         )
-        yield Section(
-            "Compilers", [row for other in others for row in guarded(other.name, other.rows)]
-        )
+        compilers = [row for other in others for row in guarded(other.name, other.rows)]
+        if device.type == "cuda":
+            compilers = [apart.compiled_row(apart.compiled(str(device)))]
+        yield Section("Compilers", compilers)
         if not quick:
             yield Section("Timings", guarded("timings", lambda: on_data(timings.timing_rows)))

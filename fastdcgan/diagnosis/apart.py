@@ -2,7 +2,7 @@
 would keep the user waiting runs beside the others. Each compiles something that no cache has, so
 that a broken compiler is not hidden by what it made while it worked.
 
-Two of them are functions here that print a JSON object: `compiled` and `interpreted`; the third is
+Two of them are functions here, `compiled` and `interpreted`; the third is
 `python -m fastdcgan_kernels.inspect`."""
 
 import json
@@ -22,6 +22,10 @@ from fastdcgan.diagnosis.rows import Row, first_line
 
 PATIENCE = 300  # seconds; on two free cores the longest of them takes about 10
 HERE = "fastdcgan.diagnosis.apart"
+COMPILER = (
+    "install a C++ compiler (Debian: apt install g++) or point CXX to one; until then train "
+    "without --compile"
+)
 LAYER, ARCH = "G2 forward, materialised", "sm_90"
 
 
@@ -80,39 +84,34 @@ class Apart:
 
 
 def begin(device: torch.device) -> list[Apart]:
-    """Those that this device needs: a GPU runs the kernels themselves (blocks.py), and a Triton
-    that cannot be imported is already said (machine.py)."""
+    """Those for this device. A GPU runs the kernels themselves (blocks.py), and may be set to take
+    one process only. A Triton that cannot be imported is said elsewhere (machine.py)."""
+    if device.type == "cuda":
+        return []
     found = [torch_compile(str(device))]
-    if device.type != "cuda":
-        with suppress(ImportError):
-            import_module("triton")
-            found += [interpreter(), compiler()]
+    with suppress(ImportError):
+        import_module("triton")
+        found += [interpreter(), compiler()]
     return found
 
 
 def torch_compile(device: str) -> Apart:
-    """torch.compile of a loss and its gradient on this device, by whatever compiler it finds."""
-    advice = (
-        "install a C++ compiler (Debian: apt install g++) or point CXX to one; until then train "
-        "without --compile"
+    """`compiled` in a process with one thread: it has no pool of compilers to start and to end."""
+    return Apart(
+        "torch.compile",
+        ["-c", f"from {HERE} import *; print(json.dumps(compiled({device!r})))"],
+        lambda status, out: compiled_row(json.loads(out)),
+        advice=COMPILER,
+        environment={"TORCHINDUCTOR_COMPILE_THREADS": "1"},
     )
 
-    def judge(status: int, out: str) -> Row:
-        found = json.loads(out)
-        if found["wrong"]:
-            return Row("torch.compile", "failed", found["wrong"], advice)
-        return Row(
-            "torch.compile",
-            "ok",
-            f"a loss and its gradient, compiled in {found['seconds']:.1f} s, are those of eager "
-            "PyTorch",
-            values=found,
-        )
 
-    code = f"from {HERE} import compiled; compiled({device!r})"
-    # One thread: this process has no pool of compilers to start and to end.
-    threads = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    return Apart("torch.compile", ["-c", code], judge, advice=advice, environment=threads)
+def compiled_row(found: dict[str, Any]) -> Row:
+    """What `compiled` found, as a row."""
+    if found["wrong"]:
+        return Row("torch.compile", "failed", found["wrong"], COMPILER)
+    detail = f"a loss and its gradient, in {found['seconds']:.1f} s, are those of eager PyTorch"
+    return Row("torch.compile", "ok", detail, values=found)
 
 
 def interpreter() -> Apart:
@@ -134,7 +133,7 @@ def interpreter() -> Apart:
             values=found,
         )
 
-    code = f"from {HERE} import interpreted; interpreted()"
+    code = f"from {HERE} import *; print(json.dumps(interpreted()))"
     environment = {"TRITON_INTERPRET": "1", "FASTDCGAN_IMPL": "triton", "OMP_NUM_THREADS": "1"}
     return Apart("Triton kernels", ["-c", code], judge, advice=advice, environment=environment)
 
@@ -171,8 +170,9 @@ def _release(package: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version(package).split(".")[:2])
 
 
-def compiled(name: str) -> None:
-    """Child of `torch_compile`: prints {"wrong", "seconds"}."""
+def compiled(name: str) -> dict[str, Any]:
+    """torch.compile of a loss and its gradient on this device, by whatever compiler it finds:
+    {"wrong", "seconds"}."""
     import random
     import time
 
@@ -194,11 +194,11 @@ def compiled(name: str) -> None:
             torch.testing.assert_close(mine, eager)
     except Exception as error:  # whatever a compiler raises
         wrong = first_line(error)
-    print(json.dumps({"wrong": wrong, "seconds": time.perf_counter() - start}))
+    return {"wrong": wrong, "seconds": time.perf_counter() - start}
 
 
-def interpreted() -> None:
-    """Child of `interpreter`: prints {"kernels", "runs", "wrong"}."""
+def interpreted() -> dict[str, Any]:
+    """Every kernel on small shapes: {"kernels", "runs", "wrong"}."""
     from fastdcgan_kernels import launch, trials
 
     cpu, runs, wrong = torch.device("cpu"), 0, []
@@ -216,7 +216,7 @@ def interpreted() -> None:
         runs += 1
         if why:
             wrong.append(f"{name}: {why}")
-    print(json.dumps({"kernels": sorted(kernels), "runs": runs, "wrong": wrong}))
+    return {"kernels": sorted(kernels), "runs": runs, "wrong": wrong}
 
 
 def _questions() -> Iterable[tuple[str, Any, Any]]:

@@ -270,7 +270,11 @@ def _formats(device: torch.device) -> Iterable[Row]:
 
 
 def _memory() -> Iterable[Row]:
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError):
+        yield Row("memory", "not possible here", "this system does not say how much there is")
+        return
     with suppress(OSError, ValueError):  # a container's own limit
         total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     small = total < 4 * GIB

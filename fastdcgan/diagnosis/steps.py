@@ -29,9 +29,10 @@ def start(
     config.validate()
     engine = choose_engine(config, Ranks(), device)
     state = TrainState(config, device, scaling=engine.autocast == torch.float16)
+    whole = packed.epoch_images // config.batch_size * config.batch_size  # no ragged batches
     feed = make_feed(
         packed,
-        order=Order(packed.n, packed.epoch_images, config.batch_size, config.seed),
+        order=Order(packed.n, whole, config.batch_size, config.seed),
         device=device,
         hflip=packed.hflip,
         dtype=engine.autocast or torch.float32,
