@@ -30,7 +30,7 @@ def print_tables(sections: Iterable[Section]) -> list[Section]:
             box=None, padding=(0, 2, 0, 0), pad_edge=False,
         )  # fmt: skip
         table.add_column(width=16)
-        table.add_column(width=17, no_wrap=True)
+        table.add_column(width=17 if console.width >= 100 else 12)
         table.add_column(overflow="fold")
         for row in section.rows:
             text = Text(row.detail)
