@@ -124,7 +124,8 @@ def interpreter() -> Apart:
             detail = "Triton's interpreter before 3.7 does not know numpy 2.4; GPUs do not need it"
             return Row("Triton kernels", "not possible here", detail, "update triton", found)
         if found["wrong"]:
-            return Row("Triton kernels", "failed", "; ".join(found["wrong"]), advice, found)
+            detail = f"{len(found['wrong'])} of {found['runs']} small runs; {found['wrong'][0]}"
+            return Row("Triton kernels", "failed", detail, advice, found)
         return Row(
             "Triton kernels",
             "ok",

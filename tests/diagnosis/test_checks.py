@@ -212,7 +212,7 @@ def test_what_children_say_is_judged(monkeypatch):
         return row
 
     wrong = says(apart.interpreter, '{"wrong": ["down: wrong"], "kernels": [], "runs": 1}')
-    assert (wrong.verdict, wrong.detail) == ("failed", "down: wrong")
+    assert (wrong.verdict, wrong.detail) == ("failed", "1 of 1 small runs; down: wrong")
     spills = '[{"kernel": "gather", "matrix_instructions": 4}]'
     assert says(apart.compiler, spills).verdict == "ok"
     assert says(apart.compiler, spills, 1).verdict == "warning"
