@@ -12,7 +12,7 @@ DESCRIPTION = """Say what this machine can do, and prove it: devices, versions, 
 training would run, every fused block against float64, whole steps, compilers, data, timings.
 
 Every line has a verdict: ok, warning, failed, or not possible here. The exit status is 1 if a line
-failed.
+failed. The first run on a GPU also compiles the kernels, and so takes longer than later ones.
 
 Examples:
 

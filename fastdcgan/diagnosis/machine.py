@@ -181,8 +181,8 @@ def _python() -> Iterable[Row]:
         except PackageNotFoundError:
             yield Row(name, "failed", "not installed", f"pip install {name}")
     words = ", ".join(f"{name} {number}" for name, number in list(found.items())[1:])
-    yield Row("Python", "ok", f"{found['python']} on {platform.system()} {platform.machine()}; {words}",
-              values=found)  # fmt: skip
+    where = f"{platform.system()} {platform.machine()}"
+    yield Row("Python", "ok", f"{found['python']} on {where}; {words}", values=found)
 
 
 def _cpp() -> Iterable[Row]:

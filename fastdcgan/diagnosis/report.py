@@ -1,6 +1,7 @@
 """How the sections are shown: tables as they come, or one JSON object at the end."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -56,7 +57,18 @@ def to_json(sections: Iterable[Section], *, device: str, seconds: float) -> str:
             for section in every
         ],
     }
-    return json.dumps(found, indent=1, default=str)
+    return json.dumps(_plain(found), indent=1, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: nan and inf, which it lacks, are null."""
+    if isinstance(value, dict):
+        return {str(name): _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float | None) else str(value)
 
 
 def failures(sections: Iterable[Section]) -> list[str]:
