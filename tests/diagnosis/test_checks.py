@@ -10,6 +10,7 @@ import torch
 
 from fastdcgan.diagnosis import apart, blocks, data, expectations, layers, machine, steps, timings
 from fastdcgan.diagnosis.rows import Row, guarded
+from fastdcgan.errors import InputError
 from fastdcgan.training.step import Step
 from fastdcgan_kernels import functional, plan
 from fastdcgan_kernels.geometry import Geometry
@@ -176,6 +177,30 @@ def test_ways_are_timed_by_turns(cpu, monkeypatch):
     seconds = timings.interleaved([Noted(True, 1), Noted(True, 2)], cpu, steps=2, rounds=3)
     assert order == [1, 1, 2, 2] * 3
     assert seconds == [[0.5] * 3, [0.5] * 3]
+
+
+def test_ways_that_do_not_run_are_said_and_the_others_timed(monkeypatch):
+    def start(packed, device, *, say, batch_size, **options):
+        if options.get("impl") == "triton":
+            raise InputError("no kernels here")
+        if "compile" in options:
+            raise RuntimeError("no compiler\nat all")
+        if "cuda_graph" in options:
+            say("a line")
+        return Whole(True)
+
+    monkeypatch.setattr(timings, "start", start)
+    monkeypatch.setattr(timings, "amp_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(timings, "finish", lambda device: None)
+    rows = {row.name: row for row in timings.timing_rows(None, torch.device("cuda", 0))}
+    said = {name: (row.verdict, row.detail) for name, row in rows.items() if not row.values}
+    assert said == {
+        "--impl triton": ("not possible here", "no kernels here"),
+        "--compile": ("failed", "RuntimeError: no compiler"),
+        "--cuda-graph off": ("warning", "a line"),
+    }
+    timed = {name for name, row in rows.items() if "images_per_second" in row.values}
+    assert timed == {"--amp", "without --amp", "--impl reference"}
 
 
 def test_a_way_that_is_clearly_faster_is_advised():
