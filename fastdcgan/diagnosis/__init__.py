@@ -13,7 +13,7 @@ import torch
 
 from fastdcgan.data import Packed
 from fastdcgan.diagnosis import apart, blocks, data, steps, timings
-from fastdcgan.diagnosis.expectations import engine_rows, plan_rows, plan_title
+from fastdcgan.diagnosis.expectations import cpu_rows, engine_rows, plan_rows, plan_title
 from fastdcgan.diagnosis.machine import facts
 from fastdcgan.diagnosis.rows import Row, Section, guarded
 from fastdcgan.hardware import use_allowed_threads
@@ -38,7 +38,9 @@ def examine(device: torch.device, *, quick: bool = False) -> Iterator[Section]:
             return check(packed(), device)
 
         yield Section("This machine", facts(device))
-        yield Section("What training runs here", guarded("engine", lambda: engine_rows(device)))
+        engine = guarded("engine", lambda: engine_rows(device))
+        engine += guarded("CPU kernels", lambda: cpu_rows(device))
+        yield Section("What training runs here", engine)
         yield Section(plan_title(device), guarded("plan", lambda: plan_rows(device)))
         yield Section(blocks.TITLE, blocks.check_blocks(device))
         yield Section(

@@ -35,18 +35,23 @@ def check_blocks(device: torch.device) -> list[Row]:
 def _check(name: str, blocks: list[Block], device: torch.device) -> Iterable[Row]:
     from fastdcgan.diagnosis.trial import NetTrial
 
-    how, wrong, errors = "", [], {}
+    ways, wrong, errors = [], [], {}
     for block in blocks:
         trial, dtype = NetTrial(block, device), short(block.dtype)
         raw = trial.run()
-        how, why = trial.how or "plain PyTorch", trial.wrong(raw)
-        errors[dtype] = trial.error(raw)
+        why, errors[dtype] = trial.wrong(raw), trial.error(raw)
+        ways.append(trial.how)
         if why:
             wrong.append(f"{dtype}: {why}")
-    values = {"how": how, "rms_errors": errors}
+    values = {"ways": ways, "rms_errors": errors}
+    one = len(set(ways)) == 1
+    how = f"{ways[0]}: " if one else ""
     if wrong:
         advice = "set FASTDCGAN_IMPL=reference (plain PyTorch) and report this with --json"
-        yield Row(name, "failed", f"{how}: {'; '.join(wrong)}", advice, values)
-    else:
-        found = ", ".join(f"{dtype} {error:.0e}" for dtype, error in errors.items())
-        yield Row(name, "ok", f"{how}: {found}", values=values)
+        yield Row(name, "failed", how + "; ".join(wrong), advice, values)
+        return
+    found = ", ".join(
+        f"{dtype} {error:.0e}" + ("" if one else f" ({way})")
+        for (dtype, error), way in zip(errors.items(), ways, strict=True)
+    )
+    yield Row(name, "ok", how + found, values=values)

@@ -1,12 +1,13 @@
 """What training would run here, before anything runs: the engine for each flag, and the plan of
 each layer. Not here: whether it computes right (blocks.py) and how fast it is (timings.py)."""
 
+import warnings
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
-from fastdcgan.diagnosis.layers import CHANNELS, batch_for, layers
+from fastdcgan.diagnosis.layers import CHANNELS, batch_for, layers, way_of
 from fastdcgan.diagnosis.machine import short
 from fastdcgan.diagnosis.rows import Row
 from fastdcgan.errors import InputError
@@ -14,8 +15,8 @@ from fastdcgan.hardware import amp_dtype
 from fastdcgan.training.config import TrainConfig
 from fastdcgan.training.distributed import Ranks
 from fastdcgan.training.plan import choose_engine, describe
-from fastdcgan_kernels import plan
-from fastdcgan_kernels.functional import runs_kernels
+from fastdcgan_kernels import measured, plan
+from fastdcgan_kernels.cpu import build
 
 
 def engine_rows(device: torch.device) -> Iterable[Row]:
@@ -42,6 +43,20 @@ def engine_rows(device: torch.device) -> Iterable[Row]:
         yield Row(name, "ok", dict(text.split(maxsplit=1) for text in said)[line])
 
 
+def cpu_rows(device: torch.device) -> Iterable[Row]:
+    """The library of the CPU's own kernels, compiled if need be."""
+    if device.type != "cpu":
+        return
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = build.library()
+    if found is None:
+        yield Row("CPU kernels", "warning", "; ".join(str(one.message) for one in said))
+        return
+    folder = measured.cache_file("cpu").parent
+    yield Row("CPU kernels", "ok", f"compiled by {' '.join(build.compiler())}, kept in {folder}")
+
+
 def plan_title(device: torch.device) -> str:
     """What all rows of the plan have in common."""
     return f"Plan of each layer at --batch-size {batch_for(device)}, {short(_dtype(device))}"
@@ -49,22 +64,21 @@ def plan_title(device: torch.device) -> str:
 
 def plan_rows(device: torch.device) -> Iterable[Row]:
     """How each layer runs, and on a GPU its forward tile."""
-    target = plan.target_of(device) if runs_kernels(device) else None
     default = False
     for name, block in layers(batch_for(device), _dtype(device)).items():
         g = block.geometry
         sides = f"{g.P}x{g.Q}x{g.CS}", f"{g.H}x{g.W}x{g.CL}"
         shape = " to ".join(sides if block.kind == "up" else sides[::-1])
-        how, tile, measured = "plain PyTorch", "", False
-        if target is not None:
-            how, tile, measured = _plan(block, target)
-            default |= not measured
-        words = [f"{shape}: {how}", tile, "" if target is None or not measured else "measured"]
+        how, target, tile, tuned = way_of(block, device), plan.target_of(device), "", False
+        if target is not None and how in get_args(plan.How):
+            tile, tuned = _plan(block, target)
+            default |= not tuned
+        words = [f"{shape}: {how}", tile, "measured" if tuned else ""]
         yield Row(
             name,
             "ok",
             ", ".join(word for word in words if word),
-            values={"how": how, "tile": tile, "measured": measured, "batch": g.N},
+            values={"how": how, "tile": tile, "measured": tuned, "batch": g.N},
         )
     if default:
         yield Row(
@@ -76,16 +90,17 @@ def plan_rows(device: torch.device) -> Iterable[Row]:
 
 
 def _dtype(device: torch.device) -> torch.dtype:
-    return amp_dtype(device) or torch.float32
+    """What one would train in: --amp on a GPU, and no flags on a CPU."""
+    return (amp_dtype(device) if device.type == "cuda" else None) or torch.float32
 
 
-def _plan(block: plan.Block, target: plan.Target) -> tuple[str, str, bool]:
-    """(how, the forward GEMM's tile, whether the tuner measured them)."""
-    from fastdcgan_kernels import blocks, launch, measured
+def _plan(block: plan.Block, target: plan.Target) -> tuple[str, bool]:
+    """(the forward GEMM's tile, whether the tuner measured it and how the block runs)."""
+    from fastdcgan_kernels import blocks, launch
 
     choice, g = plan.choose(block, target), block.geometry
     if choice.how in ("vendor", "reference"):
-        return choice.how, "", choice.measured
+        return "", choice.measured
     up = block.kind == "up"
     ci, co = (g.CS, g.CL) if up else (g.CL, g.CS)
     with torch.device("meta"):
@@ -109,4 +124,4 @@ def _plan(block: plan.Block, target: plan.Target) -> tuple[str, str, bool]:
     tile = plan.tile_for(task, target)
     words = f"tile {tile.rows}x{tile.columns}x{tile.depth}, {tile.warps} warps"
     words += " by descriptors" if tile.descriptors else ""
-    return choice.how, words, choice.measured and measured.known(task, target.device)
+    return words, choice.measured and measured.known(task, target.device)

@@ -8,6 +8,9 @@ import torch
 from torch import nn
 
 from fastdcgan import models
+from fastdcgan_kernels import plan
+from fastdcgan_kernels.cpu import blocks as cpu
+from fastdcgan_kernels.functional import runs_kernels
 from fastdcgan_kernels.geometry import geometry_of
 from fastdcgan_kernels.plan import Block
 
@@ -45,6 +48,19 @@ def layers(batch: int, dtype: torch.dtype) -> dict[str, Block]:
                     )
                 x = module(x)
     return found
+
+
+def way_of(block: Block, device: torch.device) -> str:
+    """How this block runs here: on a GPU one of the words of the kernels' plan, elsewhere "C++" or
+    "plain PyTorch"."""
+    target = plan.target_of(device)
+    if runs_kernels(device) and target is not None:
+        return plan.choose(block, target).how
+    alone = device.type == "cpu" and target is None and plan.mode() == "auto"
+    takes = alone and block.dtype == torch.float32
+    if takes and cpu.takes(block.geometry, block.kind == "up", block.norm):
+        return "C++"
+    return "plain PyTorch"
 
 
 def _is_norm(module: nn.Module) -> bool:

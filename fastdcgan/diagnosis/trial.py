@@ -1,11 +1,13 @@
 """One block on this device, run as training runs it: an experiment of the tuner's (trials.py of
 the kernels) with its data, what is right, and how far from that a run may be. Needs Triton."""
 
+from typing import cast, get_args
+
 import torch
 from torch import Tensor
 
+from fastdcgan.diagnosis.layers import way_of
 from fastdcgan_kernels import plan, reference
-from fastdcgan_kernels.functional import runs_kernels
 from fastdcgan_kernels.trials import ACTIVATION, SLOPE, BlockTrial
 
 
@@ -15,13 +17,12 @@ class NetTrial(BlockTrial):
 
     def __init__(self, block: plan.Block, device: torch.device) -> None:
         super().__init__(block, device)
-        target = plan.target_of(device) if runs_kernels(device) else None
-        self.how = None if target is None else plan.choose(block, target).how
+        self.how = way_of(block, device)
 
     def run(self) -> list[Tensor]:
         """The result, and the gradients of input, its coefficients, weight, gamma and shift."""
-        if self.how is not None:
-            return self.prepare(self.how)()
+        if self.how in get_args(plan.How):
+            return self.prepare(cast("plan.How", self.how))()
         return self._run(self._called, None)
 
     def _called(self, x: Tensor, coef: Tensor | None, *parameters: Tensor | None) -> Tensor:

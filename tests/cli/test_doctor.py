@@ -35,6 +35,10 @@ def test_this_machine_in_json(command):
     assert {name: rows[name]["verdict"] for name in checked} == dict.fromkeys(checked, "ok")
     assert rows["CUDA graph"]["verdict"] == "not possible here"
     assert len(rows["Triton kernels"]["values"]["kernels"]) == 14
+    assert rows["CPU kernels"]["verdict"] == "ok"
+    plan, blocks = ({row["name"]: row for row in sections[title]} for title in list(sections)[2:4])
+    assert "C++" in plan["G3"]["detail"]
+    assert blocks["G3"]["values"]["ways"][0] == "C++"
 
 
 def test_a_broken_machine_is_a_table_and_status_1(command, environment, tmp_path):

@@ -91,8 +91,8 @@ def test_an_implementation_that_cannot_be_here_is_said(two_layers, cpu, monkeypa
 def test_the_plan_of_a_gpu(cpu, monkeypatch):
     """In the words of the kernels' plan for that target; how layers run is asked of it as well."""
     target = plan.TARGETS["sm_90"]
-    monkeypatch.setattr(expectations.plan, "target_of", lambda device: target)
-    monkeypatch.setattr(expectations, "runs_kernels", lambda device: True)
+    monkeypatch.setattr(plan, "target_of", lambda device: target)
+    monkeypatch.setattr(layers, "runs_kernels", lambda device: True)
     rows = {row.name: row for row in expectations.plan_rows(cpu)}
     assert rows["G2"].detail.startswith("4x4x512 to 8x8x256: materialised, tile ")
     assert "descriptors" in rows["G2"].detail
