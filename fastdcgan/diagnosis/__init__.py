@@ -21,9 +21,10 @@ from fastdcgan.hardware import use_allowed_threads
 
 def examine(device: torch.device, *, quick: bool = False) -> Iterator[Section]:
     """All checks, section by section as they are done. `quick` leaves out the timings."""
-    use_allowed_threads()  # as training/loop.py does, and so is the rest
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    broken = guarded("device", lambda: _enter(device))
+    yield Section("This machine", [*broken, *facts(device)])
+    if broken:
+        return
     with ExitStack() as stack:
         others = apart.begin(device)
         for other in others:
@@ -37,12 +38,11 @@ def examine(device: torch.device, *, quick: bool = False) -> Iterator[Section]:
         def on_data(check: Callable[[Packed, torch.device], Iterable[Row]]) -> Iterable[Row]:
             return check(packed(), device)
 
-        yield Section("This machine", facts(device))
         engine = guarded("engine", lambda: engine_rows(device))
         engine += guarded("CPU kernels", lambda: cpu_rows(device))
         yield Section("What training runs here", engine)
         yield Section(plan_title(device), guarded("plan", lambda: plan_rows(device)))
-        yield Section(blocks.TITLE, blocks.check_blocks(device))
+        yield Section(blocks.TITLE, guarded("blocks", lambda: blocks.check_blocks(device)))
         yield Section(
             "Data",
             [
@@ -65,3 +65,13 @@ def examine(device: torch.device, *, quick: bool = False) -> Iterator[Section]:
         yield Section("Compilers", compilers)
         if not quick:
             yield Section("Timings", guarded("timings", lambda: on_data(timings.timing_rows)))
+
+
+def _enter(device: torch.device) -> list[Row]:
+    """Sets this process up as training does, and computes something; no rows."""
+    use_allowed_threads()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if float(torch.full((4,), 0.5, device=device).sum()) != 2:
+        return [Row("device", "failed", f"{device} cannot add")]
+    return []

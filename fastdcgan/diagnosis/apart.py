@@ -20,8 +20,8 @@ import torch
 
 from fastdcgan.diagnosis.rows import Row, first_line
 
-PATIENCE = 300  # seconds; on two free cores the longest of them takes about 10
-HERE = "fastdcgan.diagnosis.apart"
+PATIENCE = 300  # seconds; on two free cores the longest of them took 18
+PRINT = "import json; from fastdcgan.diagnosis import apart; print(json.dumps(apart.{}))"
 COMPILER = (
     "install a C++ compiler (Debian: apt install g++) or point CXX to one; until then train "
     "without --compile"
@@ -99,7 +99,7 @@ def torch_compile(device: str) -> Apart:
     """`compiled` in a process with one thread: it has no pool of compilers to start and to end."""
     return Apart(
         "torch.compile",
-        ["-c", f"from {HERE} import *; print(json.dumps(compiled({device!r})))"],
+        ["-c", PRINT.format(f"compiled({device!r})")],
         lambda status, out: compiled_row(json.loads(out)),
         advice=COMPILER,
         environment={"TORCHINDUCTOR_COMPILE_THREADS": "1"},
@@ -134,9 +134,14 @@ def interpreter() -> Apart:
             values=found,
         )
 
-    code = f"from {HERE} import *; print(json.dumps(interpreted()))"
     environment = {"TRITON_INTERPRET": "1", "FASTDCGAN_IMPL": "triton", "OMP_NUM_THREADS": "1"}
-    return Apart("Triton kernels", ["-c", code], judge, advice=advice, environment=environment)
+    return Apart(
+        "Triton kernels",
+        ["-c", PRINT.format("interpreted()")],
+        judge,
+        advice=advice,
+        environment=environment,
+    )
 
 
 def compiler() -> Apart:

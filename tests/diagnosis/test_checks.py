@@ -8,7 +8,17 @@ from importlib.metadata import version
 import pytest
 import torch
 
-from fastdcgan.diagnosis import apart, blocks, data, expectations, layers, machine, steps, timings
+from fastdcgan.diagnosis import (
+    apart,
+    blocks,
+    data,
+    examine,
+    expectations,
+    layers,
+    machine,
+    steps,
+    timings,
+)
 from fastdcgan.diagnosis.rows import Row, guarded
 from fastdcgan.errors import InputError
 from fastdcgan.training.step import Step
@@ -298,6 +308,18 @@ def test_gpus_are_listed(monkeypatch, cpu):
     assert first.detail == "GPU 0, 80 GiB, 132 multiprocessors, sm_90; kernels as for sm_90"
     assert (second.name, second.verdict) == ("cuda:1", "warning")
     assert [row.name for row in machine._gpus(cpu)] == ["cuda:0", "cuda:1", "device"]
+
+
+def test_a_device_that_does_not_start_is_said_and_nothing_else_tried(monkeypatch):
+    def busy(device):
+        raise RuntimeError("CUDA error: no kernel image is available\nmore")
+
+    monkeypatch.setattr(torch.cuda, "set_device", busy)
+    (section,) = examine(torch.device("cuda", 0))
+    first, *rest = section.rows
+    assert (first.name, first.verdict) == ("device", "failed")
+    assert first.detail == "RuntimeError: CUDA error: no kernel image is available"
+    assert "PyTorch" in {row.name for row in rest}
 
 
 def test_versions_are_those_installed(cpu):
