@@ -12,6 +12,7 @@ from fastdcgan.hardware import amp_dtype
 from fastdcgan.training.config import TrainConfig
 from fastdcgan.training.distributed import Ranks
 from fastdcgan_kernels import plan as kernels
+from fastdcgan_kernels.cpu.build import library
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,9 @@ def _blocks(engine: Engine) -> str:
         return "plain PyTorch"
     with kernels.implementation(engine.impl):
         mode = kernels.mode()
-    target = kernels.target_of(engine.device)
+    target, on_cpu = kernels.target_of(engine.device), engine.device.type == "cpu"
+    if on_cpu and mode == "auto" and target is None and engine.autocast is None and library():
+        return "C++ kernels where they are faster, plain PyTorch elsewhere"
     if mode == "reference" or target is None or (mode == "auto" and engine.device.type != "cuda"):
         return "plain PyTorch"
     return f"fused Triton kernels for {target.name}"

@@ -20,7 +20,7 @@ def test_version(capsys):
 def test_an_unknown_command_is_one_line(capsys):
     assert main(["trian"]) == 2
     assert capsys.readouterr().err == (
-        "error: unknown command 'trian'; there are: train, generate, data\n"
+        f"error: unknown command 'trian'; there are: {', '.join(COMMANDS)}\n"
     )
 
 

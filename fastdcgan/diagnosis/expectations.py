@@ -1,0 +1,127 @@
+"""What training would run here, before anything runs: the engine for each flag, and the plan of
+each layer. Not here: whether it computes right (blocks.py) and how fast it is (timings.py)."""
+
+import warnings
+from collections.abc import Iterable
+from typing import Any, get_args
+
+import torch
+
+from fastdcgan.diagnosis.layers import CHANNELS, batch_for, layers, way_of
+from fastdcgan.diagnosis.machine import short
+from fastdcgan.diagnosis.rows import Row
+from fastdcgan.errors import InputError
+from fastdcgan.hardware import amp_dtype
+from fastdcgan.training.config import TrainConfig
+from fastdcgan.training.distributed import Ranks
+from fastdcgan.training.plan import choose_engine, describe
+from fastdcgan_kernels import measured, plan
+from fastdcgan_kernels.cpu import build
+
+
+def engine_rows(device: torch.device) -> Iterable[Row]:
+    """What flags of training come to, in the words that training itself says (training/plan.py)."""
+    wishes: dict[str, tuple[str, dict[str, Any]]] = {
+        "--amp": ("precision", {"amp": True}),
+        "--compile": ("compile", {"compile": True}),
+        "--impl auto": ("blocks", {}),
+        "--impl triton": ("blocks", {"impl": "triton"}),
+        "--cuda-graph on": ("compile", {"cuda_graph": "on"}),
+        "memory": ("memory", {}),
+    }
+    for name, (line, options) in wishes.items():
+        config = TrainConfig(channels=CHANNELS, batch_size=batch_for(device), **options)
+        try:
+            engine = choose_engine(config, Ranks(), device)
+        except InputError as error:
+            yield Row(name, "not possible here", str(error))
+            continue
+        if engine.notes:
+            yield Row(name, "not possible here", "; ".join(engine.notes))
+            continue
+        said = describe(config, engine, Ranks(), source="", epoch_images=None, images="")
+        yield Row(name, "ok", dict(text.split(maxsplit=1) for text in said)[line])
+
+
+def cpu_rows(device: torch.device) -> Iterable[Row]:
+    """The library of the CPU's own kernels, compiled if need be."""
+    if device.type != "cpu":
+        return
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = build.library()
+    if found is None:
+        yield Row("CPU kernels", "warning", "; ".join(str(one.message) for one in said))
+        return
+    folder = measured.cache_file("cpu").parent
+    yield Row("CPU kernels", "ok", f"compiled by {' '.join(build.compiler())}, kept in {folder}")
+
+
+def plan_title(device: torch.device) -> str:
+    """What all rows of the plan have in common."""
+    return f"Plan of each layer at --batch-size {batch_for(device)}, {short(_dtype(device))}"
+
+
+def plan_rows(device: torch.device) -> Iterable[Row]:
+    """How each layer runs, and on a GPU its forward tile."""
+    default = False
+    for name, block in layers(batch_for(device), _dtype(device)).items():
+        g = block.geometry
+        sides = f"{g.P}x{g.Q}x{g.CS}", f"{g.H}x{g.W}x{g.CL}"
+        shape = " to ".join(sides if block.kind == "up" else sides[::-1])
+        how, target, tile, tuned = way_of(block, device), plan.target_of(device), "", False
+        if target is not None and how in get_args(plan.How):
+            tile, tuned = _plan(block, target)
+            default |= not tuned
+        words = [f"{shape}: {how}", tile, "measured" if tuned else ""]
+        yield Row(
+            name,
+            "ok",
+            ", ".join(word for word in words if word),
+            values={"how": how, "tile": tile, "measured": tuned, "batch": g.N},
+        )
+    if default:
+        yield Row(
+            "tuner",
+            "ok",
+            "what is not called measured is a default, and a prediction",
+            "python -m fastdcgan_kernels.tuner measures, once, what is fastest on this GPU",
+        )
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    """What one would train in: --amp on a GPU, and no flags on a CPU."""
+    return (amp_dtype(device) if device.type == "cuda" else None) or torch.float32
+
+
+def _plan(block: plan.Block, target: plan.Target) -> tuple[str, bool]:
+    """(the forward GEMM's tile, whether the tuner measured it and how the block runs)."""
+    from fastdcgan_kernels import blocks, launch
+
+    choice, g = plan.choose(block, target), block.geometry
+    if choice.how in ("vendor", "reference"):
+        return "", choice.measured
+    up = block.kind == "up"
+    ci, co = (g.CS, g.CL) if up else (g.CL, g.CS)
+    with torch.device("meta"):
+        x = torch.empty(g.N, ci, *((g.P, g.Q) if up else (g.H, g.W)), dtype=block.dtype)
+        weight, channels = torch.empty(g.CS, g.CL, 4, 4), torch.empty(co)
+        coef = torch.empty(3, block.groups, ci) if choice.how == "prologue" else None
+    with (
+        plan.assume(target),
+        plan.override(choice.how),
+        plan.recording() as asked,
+        launch.recording(),
+    ):
+        if block.norm:
+            blocks.conv_bn(
+                x, coef, weight, None, channels, channels, up, g.stride, block.groups, 1e-5,
+                "relu", 0.0, "",
+            )  # fmt: skip
+        else:
+            blocks.conv_act(x, coef, weight, None, up, g.stride, "relu", 0.0, "none", 0.0)
+    task = next(one for one in asked if isinstance(one, plan.Task))
+    tile = plan.tile_for(task, target)
+    words = f"tile {tile.rows}x{tile.columns}x{tile.depth}, {tile.warps} warps"
+    words += " by descriptors" if tile.descriptors else ""
+    return words, choice.measured and measured.known(task, target.device)
