@@ -30,10 +30,6 @@ KERNEL_ERROR = {None: 0.05, torch.float16: 0.4, torch.bfloat16: 0.6}
 """How far the gradients by fused blocks may be from those by plain PyTorch, by the dtype of the
 products: about three times what rounding does to them (bfloat16 to float32: 0.18). That is for
 kernels that a device or a compiler breaks; `doctor` looks closer."""
-KERNEL_ERROR = {None: 0.03, torch.bfloat16: 0.3, torch.float16: 0.3}
-"""How far the gradients of fused blocks may be from plain PyTorch's, by the dtype of products: ten
-times what rounding does. It catches kernels that a device or compiler breaks; `doctor` looks
-closer."""
 
 
 class WholeStep:
