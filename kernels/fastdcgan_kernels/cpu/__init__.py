@@ -1,2 +1,2 @@
-"""The blocks on a CPU, float32: the convolutions in C++ with 9 multiplications for 16, BatchNorm
+"""The blocks on a CPU, float32: convolutions in C++ with fewer multiplications, BatchNorm
 and activation as two passes each way. Compiled with the user's compiler on first use (build.py)."""

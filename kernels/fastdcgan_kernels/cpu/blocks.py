@@ -20,7 +20,8 @@ def takes(geometry: Geometry, up: bool, norm: bool) -> bool:
     channels = geometry.CL if up else geometry.CS
     if norm and channels % CHUNK:
         return False
-    return (norm or has_winograd(geometry) or has_image_up(geometry)) and _is_there()
+    gains = has_winograd(geometry) or has_image_up(geometry) or geometry.stride == 1
+    return (norm or gains) and _is_there()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

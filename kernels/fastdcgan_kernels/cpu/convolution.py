@@ -45,10 +45,27 @@ def convolve(
         out = empty(g.N, g.CL, g.H, g.W, x) if up else empty(g.N, g.CS, g.P, g.Q, x)
         call(name, x, weight, bias, out, g.N, g.P, g.Q, g.CS, g.CL, slope)
         return out
-    op = F.conv_transpose2d if up else F.conv2d
     with torch.autocast("cpu", enabled=False):
-        y = op(x, weight, bias, g.stride, g.pad).contiguous(memory_format=torch.channels_last)
+        if g.stride == 1:
+            y = _end(x, weight, g, up)
+            y = y if bias is None else y.add_(bias[:, None, None])
+        else:
+            op = F.conv_transpose2d if up else F.conv2d
+            y = op(x, weight, bias, g.stride, g.pad).contiguous(memory_format=torch.channels_last)
     return y if slope == 1 else F.leaky_relu_(y, slope)
+
+
+def _end(x: Tensor, weight: Tensor, g: Geometry, up: bool) -> Tensor:
+    """Between 1x1 and 4x4 pixels the taps are columns, and the layer a matrix product."""
+    matrix = _rows(weight)
+    if up:
+        return (_rows(x) @ matrix).view(g.N, 4, 4, g.CL).permute(0, 3, 1, 2)
+    return (_rows(x) @ matrix.T).view(g.N, g.CS, 1, 1)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """channels_last [N, C, H, W] as the matrix [N, H W C] that it is in memory."""
+    return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1)
 
 
 def weight_gradient(small: Tensor, large: Tensor, geometry: Geometry) -> Tensor:
@@ -58,12 +75,15 @@ def weight_gradient(small: Tensor, large: Tensor, geometry: Geometry) -> Tensor:
         out = empty(g.CS, g.CL, 4, 4, small)
         call("weight_gradient", small, large, out, g.N, g.P, g.Q, g.CS, g.CL)
         return out
-    stride, pad = [g.stride] * 2, [g.pad] * 2
-    gw: Tensor
-    _, gw, _ = torch.ops.aten.convolution_backward(
-        small, large, empty(g.CS, g.CL, 4, 4, small), None, stride, pad, [1, 1], False, [0, 0], 1,
-        [False, True, False],
-    )  # fmt: skip
+    with torch.autocast("cpu", enabled=False):
+        if g.stride == 1:
+            gradient = (_rows(small).T @ _rows(large)).view(g.CS, 4, 4, g.CL)
+            return gradient.permute(0, 3, 1, 2)
+        stride, pad, like = [g.stride] * 2, [g.pad] * 2, empty(g.CS, g.CL, 4, 4, small)
+        gw: Tensor
+        _, gw, _ = torch.ops.aten.convolution_backward(
+            small, large, like, None, stride, pad, [1, 1], False, [0, 0], 1, [False, True, False]
+        )
     return gw.contiguous(memory_format=torch.channels_last)
 
 

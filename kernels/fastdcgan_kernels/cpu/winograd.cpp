@@ -1,4 +1,4 @@
-// Convolutions 4x4 of stride 2 and padding 1 in float32 on a CPU, with 9 multiplications for 16:
+// Convolutions 4x4 of stride 2 and padding 1 in float32 on a CPU, with fewer multiplications:
 // down, up and weight gradient. Not here: other layers, and the choice among implementations.
 //
 // A layer joins a small side [N, P, Q, CS] and a large side [N, 2P, 2Q, CL], both NHWC in memory, by
@@ -8,17 +8,20 @@
 //     down:  y[p]   = sum over r, t of x_r[p + t] w_r[t]        two taps, stride 1, for each phase
 //     up:    x_r[i] = sum over t    of y[i - t]   w_r[t]        its adjoint
 //
-// A tile is two pixels of the small side (p = 2a, 2a + 1) and three indices of each phase of the
-// large side (i = 2a, 2a + 1, 2a + 2). Winograd's F(2, 2) multiplies three times for it, not four
-// (Lavin & Gray 2016, arXiv:1509.09308, section 4.1):
+// A tile is M pixels of the small side (p = Ma, Ma + 1, ...) and M + 1 indices of each phase of the
+// large side. Winograd's F(M, 2) multiplies M + 1 times for it, not 2M (Lavin & Gray 2016,
+// arXiv:1509.09308, section 4.1). With M = 2:
 //
-//     gather  V = (x0 - x1, x1, x2 - x1)    weights  U = (w0, w0 + w1, w1)    M = V U, summed over r
-//     down    y = (M0 + M1, M1 + M2)
-//     spread  S = (y0, y0 + y1, y1)         up       x += (D0, D1 - D0 - D2, D2)   with D = S U
+//     gather  V = (x0 - x1, x1, x2 - x1)    weights  U = (w0, w0 + w1, w1)    D = V U, summed over r
+//     down    y = collect(D) = (D0 + D1, D1 + D2)
+//     spread  S = (y0, y0 + y1, y1)         up       x += scatter(S U) = (D0, D1 - D0 - D2, D2)
 //     weight gradient    dU = sum over tiles of S V,   dw = (dU0 + dU1, dU1 + dU2)
 //
-// In two dimensions a tile is 2x2 pixels of the small side, 6x6 of the large, and has 3x3 products,
-// here called positions; each position is a matrix product over all tiles:
+// scatter is gather transposed, spread is collect, and the last is weights. M = 4 does the same at the
+// points 0, 1, -1, 2 and infinity: 25 multiplications for 64, and some four times float32's rounding.
+//
+// In two dimensions a tile is MxM pixels of the small side, and has (M + 1)^2 products, here called
+// positions; each position is a matrix product over all tiles:
 //
 //     down [tiles, 4 CL] x [4 CL, CS]    up [tiles, CS] x [CS, 4 CL]    dU [CS, tiles] x [tiles, 4 CL]
 //
@@ -77,6 +80,11 @@ template <> struct Winograd<4> {  // points 0, 1, -1, 2, infinity
     vec a = v[0], b = v[s];
     v[0] = a * 0.5f, v[s] = (a + b) * -0.5f, v[2 * s] = (b - a) * (1 / 6.f);
     v[3 * s] = (a + 2 * b) * (1 / 6.f), v[4 * s] = b;
+  }
+  static void gradient(vec* v, int s) {
+    vec a = v[s] * 0.5f, b = v[2 * s] * (1 / 6.f), c = v[3 * s] * (1 / 6.f);
+    v[0] = (v[0] * 0.5f - a) + (c - b);
+    v[s] = (b - a) + (2 * c + v[4 * s]);
   }
 };
 
@@ -439,5 +447,8 @@ extern "C" void fastdcgan_up(const float* y, const float* w, const float* bias, 
 
 extern "C" void fastdcgan_weight_gradient(const float* y, const float* x, float* dw, long N, long P,
                                           long Q, long CS, long CL, int threads) {
-  weight_gradient(Layer<2>{N, P, Q, CS, CL}, y, x, dw, threads);
+  if (large_tiles(P, Q, CS, CL))
+    weight_gradient(Layer<4>{N, P, Q, CS, CL}, y, x, dw, threads);
+  else
+    weight_gradient(Layer<2>{N, P, Q, CS, CL}, y, x, dw, threads);
 }
