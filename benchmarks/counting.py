@@ -282,15 +282,14 @@ def traffic(name: str, given: dict[str, Any]) -> tuple[list[str], list[str]]:
     if name == "partial_statistics":
         return ["y"], ["partials", "counts"]
     if name == "merge_statistics":
-        scale = [n for n in ("gamma", "beta") if given[f"HAS_{n.upper()}"]]
-        return ["partials", "counts", *scale], ["coef", "stats"]
+        reads = [n for n in ("gamma", "beta") if given[f"HAS_{n.upper()}"]]
+        moved = [*["running_mean", "running_var"] * given["RUNNING"], *["batches"] * given["BATCHES"]]
+        reads += ["partials", "counts", *["momenta"] * given["MOMENTA"], *moved]
+        return reads, ["coef", "stats", *moved]
     if name == "activation_gradient":
         return ["g", "y", "coef"], ["out", "partials"]
     if name == "sum_partials":
         return ["partials"] if given["COLUMNS"] else ["partials", "coef"], ["out"]
-    if name == "norm_gradient":
-        reads = ["gcoef", "stats", *["gamma"] * given["HAS_GAMMA"], *["total"] * given["SYNC"]]
-        return reads, ["dcoef", "dgamma", "dbeta"]
     raise ValueError(f"a launch of {name}, of which nothing is known here: say what it reads")
 
 

@@ -147,11 +147,11 @@ def run_block(
     # As nn.BatchNorm2d.forward; the count stays on its device.
     groups = groups_now()
     momentum: float | Tensor = 0.0 if norm.momentum is None else norm.momentum
-    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(groups)
-        if norm.momentum is None:  # of each group in turn
-            counts = [norm.num_batches_tracked - left for left in reversed(range(groups))]
-            momentum = 1.0 / torch.stack(counts).float()
+    batches = norm.num_batches_tracked if norm.training and norm.track_running_stats else None
+    if batches is not None and norm.momentum is None:  # of each group in turn
+        batches.add_(groups)
+        counts = [batches - left for left in reversed(range(groups))]
+        momentum, batches = 1.0 / torch.stack(counts).float(), None
     moving = not norm.training or norm.track_running_stats
     op = functional.conv_transpose_bn_act if up else functional.conv_bn_act
     result: Tensor | Deferred = op(
@@ -171,6 +171,7 @@ def run_block(
         slope=slope,
         stat_groups=groups,
         sync=_process_group(norm),
+        batches=batches,
         defer=True,
     )
     return result

@@ -320,9 +320,10 @@ def _heuristic(task: Task, target: Target) -> Tile:
     g, op = task.geometry, task.op.removeprefix("image_")
     image = task.op.startswith("image_")
     size = task.dtype.itemsize
-    pixels = g.N // task.groups * g.P * g.Q
-    if op == "weight_gradient":
-        m, n, k, copies = g.CS, (64 if image else g.CL), pixels, (1 if image else 16)
+    pixels, groups = g.N // task.groups * g.P * g.Q, task.groups
+    if op == "weight_gradient":  # the groups are one sum
+        m, n, k, copies = g.CS, (64 if image else g.CL), groups * pixels, (1 if image else 16)
+        groups = 1
     elif op == "down":
         m, n, k, copies = pixels, g.CS, (64 if image else 16 * g.CL), 1
     else:
@@ -341,14 +342,15 @@ def _heuristic(task: Task, target: Target) -> Tile:
         columns = min(columns, 64)  # operands in registers: more would spill
 
     def programs(rows: int, columns: int) -> int:
-        return cdiv(m, rows) * cdiv(n, columns) * copies * task.groups
+        return cdiv(m, rows) * cdiv(n, columns) * copies * groups
 
     while programs(rows, columns) < target.multiprocessors and max(rows, columns) > 64:
         rows, columns = (rows // 2, columns) if rows >= columns else (rows, columns // 2)
     steps = cdiv(k, depth)
     split = 1
     if not (image and op != "weight_gradient"):
-        while split < 32 and programs(rows, columns) * split < target.multiprocessors:
+        # A sum in parts is written, read and added once more: not for the last quarter.
+        while split < 32 and programs(rows, columns) * split < target.multiprocessors * 3 // 4:
             if steps // (2 * split) < 4:
                 break
             split *= 2
