@@ -132,49 +132,46 @@ def our_step(how: str, device: Device, batch: int, size: int, dtype: str) -> lis
 
     from benchmarks.counting import counting
     from fastdcgan.training import TrainConfig
+    from fastdcgan.training.plan import Engine
+    from fastdcgan.training.readings import Readings
     from fastdcgan.training.state import TrainState
-    from fastdcgan.training.step import Step
-    from fastdcgan_kernels import fuse
+    from fastdcgan.training.whole_step import WholeStep
 
-    meta = torch.device("meta")
-    state = TrainState(TrainConfig(channels=3, batch_size=batch, image_size=size), meta)
-    fuse(state.netG)
-    fuse(state.netD)
+    meta, compute = torch.device("meta"), torch_dtype(dtype)
+    config = TrainConfig(channels=3, batch_size=batch, image_size=size, impl="triton")
+    state = TrainState(config, meta)
     for optimiser in (state.optD, state.optG):
         for group in optimiser.param_groups:  # as on a GPU; the meta device does not let it be asked
             group.update(fused=True, foreach=False)
         _adam_state(optimiser, steps="meta")
-    feed = _feed(batch, size, meta, torch_dtype(dtype))
-    step = Step(state, batch_size=batch)
+    # Nor has it an autocast: what that does to the input of a fused net is done by hand.
+    state.netG.register_forward_pre_hook(lambda net, z: z[0].to(compute))
+    step = WholeStep(
+        state,
+        _feed(batch, size, meta, compute),
+        engine=Engine(meta, None, compile=False, impl="triton", cuda_graph="off", notes=()),
+        readings=Readings(8, meta),
+    )
     with ExitStack() as stack:
-        work = stack.enter_context(counting())
         stack.enter_context(_on(device, how))
-        images = feed.batch(0)
-        z = torch.randn(batch, 100, 1, 1, device=meta).to(torch_dtype(dtype))
-        step(images, z)
+        step()  # what is made once is there
+        work = stack.enter_context(counting())
+        step()
     return work
 
 
 @contextmanager
 def _on(device: Device, how: str) -> Iterator[None]:
     """Inside, tensors on the meta device are taken to be on this one, and blocks run like that."""
-    import os
     from contextlib import nullcontext
     from dataclasses import replace
 
     from fastdcgan_kernels import plan
 
     target = replace(plan.TARGETS[device.target], multiprocessors=device.multiprocessors)
-    before = os.environ.get("FASTDCGAN_IMPL")
-    os.environ["FASTDCGAN_IMPL"] = "triton"
     choice: Any = nullcontext() if how == "default" else plan.override(how)  # type: ignore[arg-type]
-    try:
-        with plan.assume(target), choice:
-            yield
-    finally:
-        os.environ.pop("FASTDCGAN_IMPL")
-        if before is not None:
-            os.environ["FASTDCGAN_IMPL"] = before
+    with plan.assume(target), choice:
+        yield
 
 
 def _adam_state(optimiser: torch.optim.Adam, *, steps: str) -> None:
