@@ -146,10 +146,11 @@ def our_step(how: str, device: Device, batch: int, size: int, dtype: str) -> lis
         _adam_state(optimiser, steps="meta")
     # Nor has it an autocast: what that does to the input of a fused net is done by hand.
     state.netG.register_forward_pre_hook(lambda net, z: z[0].to(compute))
+    autocast = None if dtype == "fp32" else compute
     step = WholeStep(
         state,
         _feed(batch, size, meta, compute),
-        engine=Engine(meta, None, compile=False, impl="triton", cuda_graph="off", notes=()),
+        engine=Engine(meta, autocast, compile=False, impl="triton", cuda_graph="off", notes=()),
         readings=Readings(8, meta),
     )
     with ExitStack() as stack:

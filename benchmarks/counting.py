@@ -90,6 +90,7 @@ class _Operations(TorchDispatchMode):
             return 1.0
         if func._opname == "_fused_adam_":  # has no kernel for tensors without data
             self._work.append(_multi_tensor(func, args[:4]))
+            torch.autograd.graph.increment_version(args[0])
             return None
         result = func(*args, **kwargs)
         self._work += _work_of(func, args, kwargs, result)
@@ -228,10 +229,16 @@ def multi_tensor_launches(elements: Iterable[int], lists: int) -> int:
 def work_of_launch(launch: Launch) -> Work:
     """By what the kernel of that name does with its arguments (`fastdcgan_kernels/jit`)."""
     name, given = launch.kernel.fn.__name__, launch.arguments
+    if name == "average":  # its tensors are known to its table alone; their last blocks as full
+        values = 4 * launch.grid[0] * given["BLOCK"]
+        return Work(name, 1, 2 * values + _size(given["table"]), values)
     reads, writes = traffic(name, given)
     flops, useful = _flops(name, launch.grid, given)
+    taken = sum(_size(given[r]) for r in reads)
+    if name == "crop":  # of uint8 images, as many values as it writes
+        taken += given["out"].numel()
     return Work(
-        name, 1, sum(_size(given[r]) for r in reads), sum(_size(given[w]) for w in writes),
+        name, 1, taken, sum(_size(given[w]) for w in writes),
         flops, useful,
     )  # fmt: skip
 
@@ -290,6 +297,11 @@ def traffic(name: str, given: dict[str, Any]) -> tuple[list[str], list[str]]:
         return ["g", "y", "coef"], ["out", "partials"]
     if name == "sum_partials":
         return ["partials"] if given["COLUMNS"] else ["partials", "coef"], ["out"]
+    if name == "bce_rows":
+        return ["logits", "targets", *["scale"] * given["SCALED"]], ["row", "gradient"]
+    if name == "crop":
+        moved = [*["top", "left"] * given["MOVED"], *["flipped"] * given["FLIPPED"]]
+        return ["rows", *moved], ["out"]
     raise ValueError(f"a launch of {name}, of which nothing is known here: say what it reads")
 
 

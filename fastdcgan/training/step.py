@@ -5,7 +5,7 @@ into a row of a tensor that the loop reads when it wants to.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,9 @@ from fastdcgan.training import distributed
 from fastdcgan.training.compiling import Compiler
 from fastdcgan.training.losses import bce
 from fastdcgan.training.state import TrainState
+from fastdcgan_kernels import step as kernels
 from fastdcgan_kernels.functional import runs_kernels
-from fastdcgan_kernels.modules import stat_groups
+from fastdcgan_kernels.modules import WorkingCopies, stat_groups
 from fastdcgan_kernels.plan import implementation
 
 READINGS = ("loss_d", "loss_g", "d_real", "d_fake", "d_fake_g")
@@ -40,16 +41,19 @@ def fake_loss(netD: nn.Module, fake: Tensor) -> tuple[Tensor, Tensor]:
     return bce(logits, 0.0), _probability(logits)
 
 
-def discriminator_loss(
-    netD: nn.Module, images: Tensor, fake: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """D's loss on real and generated images, as many of each, and the mean probability of each: one
-    pass over both, each normalised by its own statistics, where `netD` is fused."""
+def both_logits(netD: nn.Module, images: Tensor, fake: Tensor) -> Tensor:
+    """A fused D's logits of real and generated images, as many of each: one pass over both, each
+    normalised by its own statistics."""
+    logits: Tensor
     with stat_groups(2):
         logits = netD(torch.cat([images.to(fake.dtype), fake]))
-    real, generated = logits.chunk(2)
-    loss = bce(real, 1.0) + bce(generated, 0.0)
-    return loss, _probability(real), _probability(generated)
+    return logits
+
+
+def fake_logits(netD: nn.Module, fake: Tensor) -> Tensor:
+    """D's logits of generated images."""
+    logits: Tensor = netD(fake)
+    return logits
 
 
 def generator_loss(netD: nn.Module, fake: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,10 +106,14 @@ class Step:
             generate,
             real_loss,
             fake_loss,
-            discriminator_loss,
+            both_logits,
+            fake_logits,
             generator_loss,
             both_fake_losses,
         )
+        # Made by the first step in kernels, outside of any graph.
+        self._copies: list[WorkingCopies] = []
+        self._targets = self._one = torch.empty(0)
         self._eager: dict[Callable[..., object], Callable[..., object]] = {f: f for f in parts}
         self._compiled = {f: self.compiler(f) for f in parts}
         if compile and simultaneous:
@@ -128,29 +136,78 @@ class Step:
         state.netD.train()
         self._call = self._compiled if images.shape[0] == self.batch_size else self._eager
         with implementation(state.config.impl):
-            readings = self._train(images, z, share)
-        if state.ema is not None:
-            state.ema.update()
+            if self._fused():
+                readings = self._in_kernels(images, z, share)
+            else:
+                readings = torch.stack(self._train(images, z, share)).float() * share
+            if state.ema is not None:
+                state.ema.update()
         state.step += 1
-        return torch.stack(readings).float() * share
+        return readings
+
+    def _fused(self) -> bool:
+        """Whether the steps are the example's, on fused nets and by kernels."""
+        config = self.state.config
+        if config.impl == "reference" or config.updates == "simultaneous":
+            return False
+        return runs_kernels(self.state.device)
+
+    def refresh(self) -> None:
+        """Takes notice of weights that something else than a step has changed."""
+        for copies in self._copies:
+            if not copies.fresh():
+                copies.refresh()
+
+    def _in_kernels(self, images: Tensor, z: Tensor, share: float) -> Tensor:
+        """`_alternating` with as few launches as there are ways to have: D's two batches in one
+        pass, each loss and its gradient in one kernel, weights cast once an update."""
+        state = self.state
+        device = z.device
+        if self.autocast is not None and not self._copies:
+            self._copies = [WorkingCopies(net, self.autocast) for net in (state.netD, state.netG)]
+        if not self._targets.numel():
+            self._targets = torch.tensor([1.0, 0.0]).to(device)
+            self._one = torch.ones((), device=device)
+        self.refresh()
+        with ExitStack() as stack:
+            for copies in self._copies:
+                stack.enter_context(copies)
+            state.optD.zero_grad(set_to_none=True)
+            fake = self._run(generate, state.netG, z)[0]
+            logits = self._run(both_logits, state.netD, images, fake.detach())[0]
+            row_d = self._back(0, logits, self._targets, share)
+            self._update(0, state.optD, state.netD)
+            self.refresh()
+
+            state.optG.zero_grad(set_to_none=True)
+            # G's loss needs the gradient through D to its images, never that of D's weights.
+            state.netD.requires_grad_(False)
+            logits = self._run(fake_logits, state.netD, fake)[0]
+            row_g = self._back(1, logits, self._targets[:1], share)
+            state.netD.requires_grad_(True)
+            self._update(1, state.optG, state.netG)
+        self.refresh()
+        return torch.cat([row_d[:1], row_g[:1], row_d[1:], row_g[1:]])
+
+    def _back(self, scaler: int, logits: Tensor, targets: Tensor, share: float) -> Tensor:
+        """Backward from the loss on these logits; its reading and the probabilities."""
+        scale = self.state.scalers[scaler]
+        factor = scale.scale(self._one) if scale.is_enabled() else None
+        row, gradient = kernels.bce(logits, targets, share=share, scale=factor)
+        logits.backward(gradient)
+        return row
 
     def _alternating(self, images: Tensor, z: Tensor, share: float) -> list[Tensor]:
         """The PyTorch example's step: D learns from a real and from a fake batch, each with its
         own BatchNorm statistics, then G learns from the updated D."""
         state = self.state
         state.optD.zero_grad(set_to_none=True)
+        loss_real, d_real = self._run(real_loss, state.netD, images)
+        self._backward(0, loss_real * share)
         fake = self._run(generate, state.netG, z)[0]
-        if state.config.impl != "reference" and runs_kernels(state.device):
-            loss_d, d_real, d_fake = self._run(
-                discriminator_loss, state.netD, images, fake.detach()
-            )
-            self._backward(0, loss_d * share)
-        else:
-            loss_real, d_real = self._run(real_loss, state.netD, images)
-            self._backward(0, loss_real * share)
-            loss_fake, d_fake = self._run(fake_loss, state.netD, fake.detach())
-            self._backward(0, loss_fake * share)
-            loss_d = loss_real + loss_fake
+        loss_fake, d_fake = self._run(fake_loss, state.netD, fake.detach())
+        self._backward(0, loss_fake * share)
+        loss_d = loss_real + loss_fake
         self._update(0, state.optD, state.netD)
 
         state.optG.zero_grad(set_to_none=True)
@@ -180,7 +237,7 @@ class Step:
 
     def _run(self, part: Callable[..., object], net: nn.Module, *x: Tensor) -> tuple[Tensor, ...]:
         context: AbstractContextManager[object] = nullcontext()
-        if self.autocast is not None:
+        if self.autocast is not None and self.state.device.type != "meta":
             context = torch.autocast(self.state.device.type, dtype=self.autocast)
         with context:
             out = self._call[part](net, *x)

@@ -15,6 +15,7 @@ from fastdcgan.training.plan import Engine
 from fastdcgan.training.readings import Readings
 from fastdcgan.training.state import TrainState
 from fastdcgan.training.step import Step
+from fastdcgan_kernels.plan import implementation
 
 WARM_UPS = 3  # PyTorch's recipe: libraries make their workspaces and choices before the capture
 ROUNDING = 0.02
@@ -84,6 +85,7 @@ class WholeStep:
             self._graph = self._capture(images, rows, batch)
             if self._graph is None:
                 return self._run(images, rows, batch)
+        self._step.refresh()
         row = self._graph.replay(images, rows)
         self.state.step += 1
         return row
@@ -93,9 +95,10 @@ class WholeStep:
         rows: so a run does not depend on how many processes share it."""
         state, ranks = self.state, self.ranks
         whole = batch == self.feed.order.batch
-        real = self.feed.assemble(
-            images, rows, batch, state.generator, cut=self._cut if whole else cut
-        )
+        with implementation(state.config.impl):
+            real = self.feed.assemble(
+                images, rows, batch, state.generator, cut=self._cut if whole else cut
+            )
         z = torch.randn(
             batch, state.config.nz, 1, 1, generator=state.generator, device=state.device
         ).tensor_split(ranks.world)[ranks.rank]

@@ -90,19 +90,22 @@ class Average:
     share = max(9 / (10 + t), least) at update t.
 
     Args:
-        averages, values: float32, alike in shape and in memory, without gaps. They stay where they
-            are: a CUDA graph may hold an update.
+        averages, values: float32, alike in shape and in memory (contiguous or channels_last). They
+            stay where they are: a CUDA graph may hold an update.
+
+    Raises:
+        ValueError: for other tensors.
     """
 
     def __init__(self, averages: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         blocks = []
         for average, value in zip(averages, values, strict=True):
-            if not (
-                average.dtype == value.dtype == torch.float32
-                and average.stride() == value.stride()
-                and average.untyped_storage().nbytes() >= average.numel() * 4
-            ):
-                raise ValueError("averages are of float32 tensors, alike in memory")
+            whole = value.is_contiguous() or (
+                value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last)
+            )
+            alike = average.dtype == value.dtype == torch.float32
+            if not whole or not alike or average.stride() != value.stride():
+                raise ValueError("averages are of float32 tensors, alike in memory, without gaps")
             for first in range(0, value.numel(), BLOCK):
                 n = min(BLOCK, value.numel() - first)
                 blocks.append([value.data_ptr() + 4 * first, average.data_ptr() + 4 * first, n])
