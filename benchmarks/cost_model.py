@@ -33,7 +33,8 @@ REPLAYED, DISPATCHED = 1e-6, 5e-6
 
 @dataclass(frozen=True)
 class Device:
-    """Peaks of a GPU. flops: of dense matrix products with float32 sums; bytes: of its memory."""
+    """Peaks of a GPU. flops16, flops32: of dense matrix products with float32 sums, of 16-bit floats
+    and of float32 in TF32, as convolutions are by default; bytes: a second, of its memory."""
 
     name: str
     target: str
@@ -45,18 +46,16 @@ class Device:
 
 
 DEVICES = {
-    "h100": Device(
-        "H100 SXM", "sm_90", 132, 798e12, 67e12, 3.0e12,
-        "16 bit and memory: measured on one; fp32: NVIDIA H100 data sheet",
-    ),
-    "h200": Device("H200", "sm_90", 132, 989e12, 67e12, 4.8e12, "NVIDIA H200 data sheet"),
-    "b200": Device("B200", "sm_100", 148, 2250e12, 75e12, 7.7e12, "NVIDIA HGX B200 data sheet"),
-    "a100": Device("A100 SXM 80 GB", "sm_80", 108, 312e12, 19.5e12, 2.039e12,
+    "h100": Device("H100 SXM", "sm_90", 132, 798e12, 494.7e12, 3.0e12,
+                   "16 bit and memory: as measured on one; TF32: NVIDIA H100 data sheet"),
+    "h200": Device("H200", "sm_90", 132, 989.4e12, 494.7e12, 4.8e12, "NVIDIA H200 data sheet"),
+    "b200": Device("B200", "sm_100", 148, 2250e12, 1125e12, 7.7e12, "NVIDIA HGX B200 data sheet"),
+    "a100": Device("A100 SXM 80 GB", "sm_80", 108, 312e12, 156e12, 2.039e12,
                    "NVIDIA A100 data sheet"),
-    "l4": Device("L4", "sm_89", 58, 121e12, 30.3e12, 0.3e12, "NVIDIA L4 data sheet"),
+    "l4": Device("L4", "sm_89", 58, 121e12, 60e12, 0.3e12, "NVIDIA L4 data sheet"),
     "rtx4090": Device("RTX 4090", "sm_89", 128, 165.2e12, 82.6e12, 1.008e12,
-                      "NVIDIA Ada architecture whitepaper"),
-    "mi300x": Device("MI300X", "gfx942", 304, 1307.4e12, 163.4e12, 5.3e12,
+                      "NVIDIA Ada GPU architecture whitepaper"),
+    "mi300x": Device("MI300X", "gfx942", 304, 1307.4e12, 653.7e12, 5.3e12,
                      "AMD Instinct MI300X data sheet"),
 }  # fmt: skip
 
@@ -141,7 +140,7 @@ def our_step(how: str, device: Device, batch: int, size: int, dtype: str) -> lis
     config = TrainConfig(channels=3, batch_size=batch, image_size=size, impl="triton")
     state = TrainState(config, meta)
     for optimiser in (state.optD, state.optG):
-        for group in optimiser.param_groups:  # as on a GPU; the meta device does not let it be asked
+        for group in optimiser.param_groups:  # what it is on a GPU, and refuses to be here
             group.update(fused=True, foreach=False)
         _adam_state(optimiser, steps="meta")
     # Nor has it an autocast: what that does to the input of a fused net is done by hand.
@@ -223,7 +222,8 @@ def eager_step(amp: bool, batch: int, size: int) -> list[Work]:
         netG, netD = Generator(size), Discriminator(size)
         adam: Callable[..., Any] = torch.optim.Adam
         optD, optG = (
-            adam(net.parameters(), lr=2e-4, betas=(0.5, 0.999), foreach=True) for net in (netD, netG)
+            adam(net.parameters(), lr=2e-4, betas=(0.5, 0.999), foreach=True)
+            for net in (netD, netG)
         )
         _adam_state(optD, steps="cpu")
         _adam_state(optG, steps="cpu")
@@ -274,3 +274,131 @@ def cost(name: str, *, device: Device, batch: int, size: int, dtype: str) -> Cos
     if name in OURS:
         return Cost(OURS[name], our_step(name, device, batch, size, dtype), batch, True)
     return Cost(EAGER[name], eager_step(name == "eager-amp", batch, size), batch, False)
+
+
+# --- The report -----------------------------------------------------------------------------------
+
+
+def summary(one: Cost, device: Device, dtype: str) -> dict[str, Any]:
+    """The figures of a row, and the launches by kernel."""
+    kernels: dict[str, dict[str, float]] = {}
+    for w in one.work:
+        kernel = kernels.setdefault(w.name, {"launches": 0, "bytes": 0, "flops": 0})
+        kernel["launches"] += w.launches
+        kernel["bytes"] += w.bytes
+        kernel["flops"] += w.flops
+    seconds = one.predicted(device, dtype)
+    return {
+        "step": one.name,
+        "launches": one.launches,
+        "bytes": one.bytes,
+        "flops": one.flops,
+        "useful_flops": one.useful,
+        "roofline_seconds": one.roofline(device, dtype),
+        "predicted_seconds": seconds,
+        "predicted_images_per_second": one.batch / seconds,
+        "kernels": kernels,
+    }
+
+
+def document(rows: list[dict[str, Any]], device: Device, given: argparse.Namespace) -> str:
+    """The report in Markdown."""
+    eager = next((row for row in rows if row["step"] == EAGER["eager-amp"]), None)
+    lines = [
+        f"# What a training step costs: batch {given.batch}, {given.image_size} pixels, {given.dtype}",
+        "",
+        "Counted from the launches that the engine makes and the operations that eager PyTorch "
+        "dispatches, on tensors without data. **Nothing here was measured on a GPU: every time is a "
+        "prediction.**",
+        "",
+        f"Made by `{given.command}`.",
+        "",
+        f"Predicted for {device.name}: {device.flops16 / 1e12:g} TFLOP/s in 16 bit, "
+        f"{device.flops32 / 1e12:g} in TF32, {device.bytes / 1e12:g} TB/s ({device.source}).",
+        "",
+        "| step | launches | GB moved | of eager AMP | MFLOP an image: made | useful | roofline, "
+        "predicted ms | step, predicted ms | images/s, predicted |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        share = f"1/{eager['bytes'] / row['bytes']:.2f}" if eager else "-"
+        cells = (
+            row["step"], row["launches"], f"{row['bytes'] / GIGA:.3f}", share,
+            f"{row['flops'] / given.batch / MEGA:.1f}",
+            f"{row['useful_flops'] / given.batch / MEGA:.1f}",
+            f"{row['roofline_seconds'] * 1e3:.3f}", f"{row['predicted_seconds'] * 1e3:.3f}",
+            f"{row['predicted_images_per_second']:,.0f}",
+        )  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += [
+        "",
+        "- A step is everything between two batches: indexing, cropping, flipping, noise, both "
+        "updates with Adam, the moving average, the readings. Eager PyTorch is the loop of its "
+        "example, whose images come from the host.",
+        "- Bytes: what each launch reads and writes, every tensor once; nothing is taken to stay in "
+        "a cache from one launch to the next. What libraries move inside an operation (cuDNN's "
+        "changes of layout) is not counted.",
+        "- FLOPs: of convolutions alone. Made: with the padding of tiles; useful: without.",
+        "- Roofline: for each launch the longer of FLOPs and bytes at the device's peaks, added up. "
+        f"Step: and {REPLAYED * 1e6:g} us a launch for ours, which is replayed as one CUDA graph; "
+        f"for eager PyTorch at least {DISPATCHED * 1e6:g} us a launch on the host. Both are assumed. "
+        "No kernel runs at its roofline: these are bounds to tune towards.",
+        "- Of the losses nothing is compiled here: launches are those of the engine without "
+        "`--compile`.",
+    ]
+    for row in rows:
+        lines += ["", f"## {row['step']}", "", "| kernel or operation | launches | MB moved |",
+                  "|---|---|---|"]  # fmt: skip
+        by_bytes = sorted(row["kernels"].items(), key=lambda item: -item[1]["bytes"])
+        lines += [f"| {n} | {k['launches']} | {k['bytes'] / MEGA:.1f} |" for n, k in by_bytes]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog=COMMAND,
+        description="Count launches, bytes and FLOPs of one whole training step, ours and eager "
+        "PyTorch's, and predict its time on a GPU. Needs no GPU; measures nothing.",
+        epilog=f"Example: {COMMAND} --batch 256 --device a100 --json",
+    )
+    parser.add_argument("--batch", type=int, default=128, help="images; default 128")
+    parser.add_argument("--image-size", type=int, default=64, help="32, 64, 128 or 256; default 64")
+    parser.add_argument("--device", default="h100", help=f"default h100; {', '.join(DEVICES)}")
+    parser.add_argument("--dtype", default="bf16", choices=DTYPES, help="of ours; default bf16")
+    parser.add_argument("--json", action="store_true", help="objects, not Markdown")
+    parser.add_argument("--markdown", metavar="FILE", help="write it there, not to the screen")
+    given = parser.parse_args(arguments)
+    if given.device not in DEVICES:
+        parser.error(f"--device {given.device} was given; give one of {', '.join(DEVICES)}")
+    if given.image_size not in (32, 64, 128, 256):
+        parser.error(f"--image-size {given.image_size} was given; give 32, 64, 128 or 256")
+    if given.batch < 2:
+        parser.error(f"--batch {given.batch} was given; BatchNorm wants 2 images or more")
+    given.command = " ".join([COMMAND, *(sys.argv[1:] if arguments is None else arguments)])
+    device = DEVICES[given.device]
+    rows = [
+        summary(
+            cost(name, device=device, batch=given.batch, size=given.image_size, dtype=given.dtype),
+            device,
+            "fp32" if name == "eager" else given.dtype,
+        )
+        for name in (*OURS, *EAGER)
+    ]
+    text = document(rows, device, given)
+    if given.json:
+        text = json.dumps({"device": device.name, "prediction": True, "steps": rows}, indent=1)
+    if not given.markdown:
+        print(text)
+        return 0
+    from fastdcgan.data.picture import atomic_write
+
+    try:
+        atomic_write(given.markdown, lambda file: file.write(text.encode()))
+    except OSError as error:
+        parser.error(f"--markdown {given.markdown} cannot be written: {error.strerror}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

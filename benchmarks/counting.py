@@ -6,7 +6,10 @@ Two kinds of work are seen. Triton launches are recorded with all their argument
 
 Bytes: every tensor that a launch reads counts once, every one that it writes counts once; a gather
 counts what it takes. So these are the bytes that must move if nothing stays in a cache from one
-launch to the next. FLOPs: products and sums of convolutions, two a multiplication, and nothing
+launch to the next. An operation of PyTorch is one launch, but that BatchNorm in training is two
+(statistics, then values; on the way back sums, then values: ATen/native/cuda/Normalization.cu), a
+convolution's gradients are one each, and lists of tensors are cut as ATen cuts them. What libraries
+add inside an operation, such as cuDNN's changes of layout, is not seen, and not counted. FLOPs: products and sums of convolutions, two a multiplication, and nothing
 else; `flops` are those made, padding of tiles included, `useful` those of the convolution itself.
 """
 
@@ -151,13 +154,16 @@ def _work_of(func: Any, args: Any, kwargs: Any, result: Any) -> list[Work]:
     read = [t for t in _tensors((args, kwargs)) if not _is_one_of(t, changed)]
     if not name.startswith(OVERWRITING):
         read += changed
-    taken = sum(map(size, read))
+    taken, launches = sum(map(size, read)), 1
+    if "batch_norm" in name and any(arg is True for arg in args):  # in training
+        two = args[:2] if "backward" in name else args[:1]
+        taken, launches = taken + sum(map(size, two)), 2
     if name in GATHERING:
         taken += size(result) - size(args[0])
     flops = 0
     if func._overloadpacket in flop_registry:
         flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
-    return [Work(name, 1, taken, sum(map(size, [*changed, *new])), flops, flops)]
+    return [Work(name, launches, taken, sum(map(size, [*changed, *new])), flops, flops)]
 
 
 def _is_one_of(tensor: Tensor, others: list[Tensor]) -> bool:
@@ -207,7 +213,8 @@ def _multi_tensor(func: Any, lists: Iterable[Any]) -> Work:
         written -= total[1]  # declared as written, for gradients that are scaled
     elif not writes:
         written = total[0]
-    return Work(name, multi_tensor_launches([t.numel() for t in lists[0]], len(lists)), read, written)
+    launches = multi_tensor_launches([t.numel() for t in lists[0]], len(lists))
+    return Work(name, launches, read, written)
 
 
 def multi_tensor_launches(elements: Iterable[int], lists: int) -> int:
@@ -290,7 +297,10 @@ def traffic(name: str, given: dict[str, Any]) -> tuple[list[str], list[str]]:
         return ["y"], ["partials", "counts"]
     if name == "merge_statistics":
         reads = [n for n in ("gamma", "beta") if given[f"HAS_{n.upper()}"]]
-        moved = [*["running_mean", "running_var"] * given["RUNNING"], *["batches"] * given["BATCHES"]]
+        moved = [
+            *["running_mean", "running_var"] * given["RUNNING"],
+            *["batches"] * given["BATCHES"],
+        ]
         reads += ["partials", "counts", *["momenta"] * given["MOMENTA"], *moved]
         return reads, ["coef", "stats", *moved]
     if name == "activation_gradient":
@@ -307,7 +317,7 @@ def traffic(name: str, given: dict[str, Any]) -> tuple[list[str], list[str]]:
 
 def _flops(name: str, grid: tuple[int, ...], given: dict[str, Any]) -> tuple[int, int]:
     """(made, useful): two for each multiplication of `tl.dot`, and those of the convolution."""
-    if not name.startswith(("gather", "image", "weight_gradient")):
+    if "PRECISION" not in given:  # no tl.dot
         return 0, 0
 
     def padded(n: int, block: int) -> int:
