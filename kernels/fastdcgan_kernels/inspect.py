@@ -66,6 +66,7 @@ def order_of(launch: Launch) -> Order:
 
     names = {
         torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64",
+        torch.uint8: "u8",
     }  # fmt: skip
     kernel, signature, constants, aligned = launch.kernel, [], [], []
     for position, parameter in enumerate(kernel.params):
@@ -247,10 +248,11 @@ def _count(lines: list[str], pattern: str) -> int:
 
 def launches(arch: str, dtype: str, batch: int = BATCH) -> Iterator[tuple[str, Launch]]:
     """(layer and pass, launch) of every layer of the 64-pixel DCGAN (nz 100, ngf and ndf 64), as
-    the blocks make them for this target, each way that a plan may choose."""
+    the blocks make them for this target, each way that a plan may choose; and of the rest of a
+    step."""
     import torch
 
-    from fastdcgan_kernels import blocks, plan
+    from fastdcgan_kernels import blocks, plan, step
     from fastdcgan_kernels.launch import recording
     from fastdcgan_kernels.normalisation import Running
 
@@ -312,6 +314,14 @@ def launches(arch: str, dtype: str, batch: int = BATCH) -> Iterator[tuple[str, L
             for when, recorded in (("forward", forward), ("backward", backward)):
                 for launch in recorded:
                     yield f"{name} {when}, {how}", launch
+    few_logits, rows = image(1, 1).flatten(), torch.empty(batch, dtype=torch.int64, device="meta")
+    pictures = torch.empty((batch, 128, 128, 3), dtype=torch.uint8, device="meta")
+    with plan.implementation("triton"), recording() as rest:
+        step.bce(few_logits, few(2), scale=few())
+        step.crop(pictures, rows, 64, of, corner=(rows, rows), flipped=rows)
+        step.Average([few(64, 64)], [few(64, 64)]).update(few(), 0.001)
+    for launch in rest:
+        yield "step, all", launch
 
 
 def report(

@@ -287,3 +287,19 @@ def conv_and_act(
     bias = None if bias is None else bias.to(x.dtype)
     y = convolve(x, weight.to(x.dtype), bias, stride, 1 if stride == 2 else 0)
     return act(y, activation, slope)
+
+
+def bce(
+    logits: Tensor, targets: Tensor, *, share: float = 1.0, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Twin of `step.bce`; in float64 for float64 logits."""
+    wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+    wide = wide.unflatten(0, (targets.shape[0], -1))
+    wanted = targets.to(wide.dtype)[:, None].expand_as(wide)
+    losses = F.binary_cross_entropy_with_logits(wide, wanted, reduction="none").mean(1)
+    probabilities = wide.sigmoid()
+    row = torch.cat([losses.sum()[None], probabilities.mean(1)]) * share
+    gradient = (probabilities - wanted) * (share / wide.shape[1])
+    if scale is not None:
+        gradient = gradient * scale
+    return row, gradient.to(logits.dtype).view_as(logits)

@@ -1,6 +1,6 @@
 """What a training step has besides its nets, as functions of tensors, each of them one launch: the
-loss with its gradient, the cropping of images, the moving average. They are for devices that have
-kernels (`functional.runs_kernels`), and have no gradients of their own."""
+loss with its gradient, the cropping of images, the moving average. They have no gradients of their
+own, and are for devices that have kernels (`functional.runs_kernels`)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastdcgan_kernels import reference
+from fastdcgan_kernels.functional import runs_kernels
 from fastdcgan_kernels.geometry import cdiv, empty
 from fastdcgan_kernels.jit import step as jit
 from fastdcgan_kernels.launch import Launch
@@ -29,8 +31,11 @@ def bce(
 
     Returns:
         (1 + groups,) float32: the sum of the groups' losses, and the mean probability of each; and
-        the gradient of that sum, in the shape and dtype of `logits`.
+        the gradient of that sum, in the shape and dtype of `logits`. By the twin in reference.py
+        where there are no kernels, or for float64.
     """
+    if logits.dtype == torch.float64 or not runs_kernels(logits.device):
+        return reference.bce(logits, targets, share=share, scale=scale)
     groups = targets.shape[0]
     logits = logits.detach().contiguous()
     row = logits.new_empty(1 + groups, dtype=torch.float32)
