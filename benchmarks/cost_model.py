@@ -33,8 +33,8 @@ REPLAYED, DISPATCHED = 1e-6, 5e-6
 
 @dataclass(frozen=True)
 class Device:
-    """Peaks of a GPU. flops16, flops32: of dense matrix products with float32 sums, of 16-bit floats
-    and of float32 in TF32, as convolutions are by default; bytes: a second, of its memory."""
+    """Peaks of a GPU. flops16, flops32: of dense matrix products with float32 sums, of 16-bit
+    floats and of float32 in TF32, as convolutions are by default; bytes: of memory, a second."""
 
     name: str
     target: str
@@ -305,11 +305,12 @@ def document(rows: list[dict[str, Any]], device: Device, given: argparse.Namespa
     """The report in Markdown."""
     eager = next((row for row in rows if row["step"] == EAGER["eager-amp"]), None)
     lines = [
-        f"# What a training step costs: batch {given.batch}, {given.image_size} pixels, {given.dtype}",
+        f"# What a training step costs: batch {given.batch}, {given.image_size} pixels, "
+        f"{given.dtype}",
         "",
         "Counted from the launches that the engine makes and the operations that eager PyTorch "
-        "dispatches, on tensors without data. **Nothing here was measured on a GPU: every time is a "
-        "prediction.**",
+        "dispatches, on tensors without data. **Nothing here was measured on a GPU: every time is "
+        "a prediction.**",
         "",
         f"Made by `{given.command}`.",
         "",
@@ -335,14 +336,15 @@ def document(rows: list[dict[str, Any]], device: Device, given: argparse.Namespa
         "- A step is everything between two batches: indexing, cropping, flipping, noise, both "
         "updates with Adam, the moving average, the readings. Eager PyTorch is the loop of its "
         "example, whose images come from the host.",
-        "- Bytes: what each launch reads and writes, every tensor once; nothing is taken to stay in "
-        "a cache from one launch to the next. What libraries move inside an operation (cuDNN's "
+        "- Bytes: what each launch reads and writes, every tensor once; nothing is taken to stay "
+        "in a cache from one launch to the next. What libraries move inside an operation (cuDNN's "
         "changes of layout) is not counted.",
         "- FLOPs: of convolutions alone. Made: with the padding of tiles; useful: without.",
-        "- Roofline: for each launch the longer of FLOPs and bytes at the device's peaks, added up. "
-        f"Step: and {REPLAYED * 1e6:g} us a launch for ours, which is replayed as one CUDA graph; "
-        f"for eager PyTorch at least {DISPATCHED * 1e6:g} us a launch on the host. Both are assumed. "
-        "No kernel runs at its roofline: these are bounds to tune towards.",
+        "- Roofline: for each launch the longer of FLOPs and bytes at the device's peaks, added "
+        f"up. Step: and {REPLAYED * 1e6:g} us a launch for ours, which is replayed as one CUDA "
+        f"graph; for eager PyTorch at least {DISPATCHED * 1e6:g} us a launch on the host. Both are "
+        "assumed. No kernel runs at its roofline: these are bounds to tune towards. What a "
+        "prologue adds to a product's instructions is not in them.",
         "- Of the losses nothing is compiled here: launches are those of the engine without "
         "`--compile`.",
     ]

@@ -9,8 +9,10 @@ counts what it takes. So these are the bytes that must move if nothing stays in 
 launch to the next. An operation of PyTorch is one launch, but that BatchNorm in training is two
 (statistics, then values; on the way back sums, then values: ATen/native/cuda/Normalization.cu), a
 convolution's gradients are one each, and lists of tensors are cut as ATen cuts them. What libraries
-add inside an operation, such as cuDNN's changes of layout, is not seen, and not counted. FLOPs: products and sums of convolutions, two a multiplication, and nothing
-else; `flops` are those made, padding of tiles included, `useful` those of the convolution itself.
+add inside an operation, such as cuDNN's changes of layout, is not seen, and not counted.
+
+FLOPs: products and sums of convolutions, two a multiplication, and nothing else; `flops` are those
+made, padding of tiles included, `useful` those of the convolution itself.
 """
 
 from __future__ import annotations
@@ -125,7 +127,7 @@ def size(tensor: Tensor) -> int:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    """Those without data, each once: tensors with data are the host's, and cost a device nothing."""
+    """Those without data, each once: tensors with data are the host's and cost a device nothing."""
     found: dict[Any, Tensor] = {}
     for t in tree_leaves(value):
         if isinstance(t, FakeTensor) or (isinstance(t, Tensor) and t.is_meta):

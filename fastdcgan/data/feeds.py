@@ -154,7 +154,7 @@ class Feed(ABC):
         self, images: Tensor, rows: Tensor, whole: int, mine: slice,
         generator: torch.Generator | None,
     ) -> Tensor:  # fmt: skip
-        """What `assemble` makes elsewhere by `cut`, in one launch: the same draws, the same bits."""
+        """What `assemble` makes elsewhere by `cut`, in one launch: the same draws and bits."""
         flipped = corner = None
         if self._hflip:
             flipped = self._draw(2, whole, mine, generator)

@@ -3,8 +3,8 @@ the ops of functional.py. Not here: autograd, autocast, the running buffers.
 
 A block is convolution, [BatchNorm], activation. With BatchNorm the convolution gives its raw
 output y and the coefficients [5, groups, C] (mean, scale, shift, and two for the way back) of
-z = scale * (y - mean) + shift; the activation of z is a pass of its own, or is left to the next block, which applies it as it
-loads. Nothing else is kept for the backward pass.
+z = scale * (y - mean) + shift; the activation of z is a pass of its own, or is left to the next
+block, which applies it as it loads. Nothing else is kept for the backward pass.
 """
 
 from __future__ import annotations

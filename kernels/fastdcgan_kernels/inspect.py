@@ -303,8 +303,8 @@ def launches(arch: str, dtype: str, batch: int = BATCH) -> Iterator[tuple[str, L
                     if how != "prologue":
                         blocks.activate_backward(y, y, own, after, 0.2)
                     blocks.conv_bn_backward(
-                        y, own, x, coef, weight, None, y, up, stride, 1, before, 0.2, "", True, True,
-                        False,
+                        y, own, x, coef, weight, None, y, up, stride, 1, before, 0.2, "", True,
+                        True, False,
                     )  # fmt: skip
                 else:
                     blocks.conv_act_backward(

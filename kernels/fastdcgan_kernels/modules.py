@@ -55,7 +55,7 @@ class WorkingCopies:
     """
 
     def __init__(self, net: nn.Module, dtype: torch.dtype) -> None:
-        self._convs = [m for m in net.modules() if is_convolution(m)]
+        self._convs: list[Any] = [m for m in net.modules() if is_convolution(m)]
         self._weights: list[Tensor] = [m.weight.detach() for m in self._convs]
         self._copies = [torch.empty_like(w, dtype=dtype) for w in self._weights]
         self._versions: list[int] = []

@@ -66,9 +66,9 @@ def finalize_statistics(
     running: Running | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """coef [5, groups, C]: mean, scale = gamma / sqrt(var + eps), shift = beta, and for the way
-    back 1 / sqrt(var + eps) and count; and stats [3, groups, C]: mean, biased variance, count; fp32,
-    from a result's partials. `running` moves on the way. With `sync`, the name of a process group,
-    the batches of its processes count as one, of whatever sizes."""
+    back 1 / sqrt(var + eps) and count; and stats [3, groups, C]: mean, biased variance, count;
+    fp32, from a result's partials. `running` moves on the way. With `sync`, the name of a process
+    group, the batches of its processes count as one, of whatever sizes."""
     assert result.partials is not None
     assert result.counts is not None
     if sync:
@@ -180,9 +180,9 @@ def activation_gradient(
 
 
 def finalize_gradient(partials: Tensor, coef: Tensor) -> Tensor:
-    """Gradient of coef from the partials of sum dz and sum dz * (y - mean): of mean, scale and shift
-    where it has these 3 planes; else (0, B, C, dgamma, dbeta), of which `norm_gradient` makes the
-    gradients of what coef was made of (`jit.norm.sum_partials`)."""
+    """Gradient of coef from the partials of sum dz and sum dz * (y - mean): of mean, scale and
+    shift where it has these 3 planes; else (0, B, C, dgamma, dbeta), of which `norm_gradient` makes
+    the gradients of what coef was made of (`jit.norm.sum_partials`)."""
     out = torch.empty_like(coef)
     _sum(partials, coef, out, columns=False)
     return out

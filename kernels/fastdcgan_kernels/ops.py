@@ -211,7 +211,8 @@ class _Coefficients(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             return grad
-        (mean, scale, _, rstd, count), (gmean, gscale, gshift, *_) = *ctx.saved_tensors, grad
+        mean, scale, _, rstd, count = ctx.saved_tensors[0].unbind()
+        gmean, gscale, gshift = grad[:3].unbind()
         b = -scale * rstd.square() * gscale / count
         sums = torch.zeros(2, *gscale.shape, dtype=grad.dtype, device=grad.device)
         sums[0, 0], sums[1, 0] = (rstd * gscale).sum(0), gshift.sum(0)
@@ -276,7 +277,7 @@ def _activate_gradient(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     return _only(needs, *ops.activate_backward(g, y, coef, *ctx.options))
 
 
-def _only(needs: Sequence[bool], *grads: Tensor) -> tuple[Tensor | None, ...]:
+def _only(needs: Sequence[bool], *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """The gradients that were asked for, None for the rest and for what is no tensor."""
     asked = [grad if need else None for need, grad in zip(needs, grads, strict=False)]
     return *asked, *[None] * (len(needs) - len(grads))

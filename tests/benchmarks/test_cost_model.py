@@ -41,7 +41,7 @@ LAYERS = [
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 @pytest.mark.parametrize("how", ["materialised", "prologue", "vendor"])
 def test_flops_of_a_layer_are_those_of_pytorchs_counter(layer, how):
-    """Forward, input gradient and weight gradient. Kernels make more: the padding of their tiles."""
+    """Forward, input gradient and weight gradient. Kernels make more: their tiles' padding."""
     up, ci, co, side, stride = layer
     shape = (ci, co, 4, 4) if up else (co, ci, 4, 4)
     x = meta(BATCH, ci, side, side).requires_grad_()

@@ -190,7 +190,7 @@ def test_gradient_through_the_batch_statistics(affine, groups):
     draw = Draw(torch.float32)
     y, g = draw.normal(*SHAPE, offset=2.0), draw.normal(*SHAPE)
     gamma, beta = (draw.normal(70), draw.normal(70)) if affine else (None, None)
-    coef, stats = norm.finalize_statistics(norm.statistics(y, groups), gamma, beta, EPS)
+    coef, _ = norm.finalize_statistics(norm.statistics(y, groups), gamma, beta, EPS)
     gy, partials = norm.activation_gradient(g, y, coef, "tanh", 0.0, groups)
     gcoef = norm.finalize_gradient(partials, coef)
     dcoef, dgamma, dbeta = norm.norm_gradient(gcoef)

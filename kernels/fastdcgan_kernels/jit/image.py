@@ -302,8 +302,9 @@ def image_weight_gradient(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid: (tiles of CS, SPLIT); the second axis cuts the blocks of pixels, of which none has those
-    of two groups, into SPLIT ranges. All taps at once: the columns are 4 kernel rows of 16."""
+    """Grid: (tiles of CS, SPLIT); the second axis cuts the blocks of pixels, of which none has
+    those of two groups, into SPLIT ranges. All taps at once: the columns are 4 kernel rows of
+    16."""
     s_tile = tl.program_id(0)
     split = tl.program_id(1)
     cs = s_tile * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -195,9 +195,8 @@ def merge_statistics(
         tl.store(running_mean + channel, own_mean.to(to), mask=channel_mask)
         to_var = running_var.dtype.element_ty
         tl.store(running_var + channel, own_var.to(to_var), mask=channel_mask)
-    if BATCHES:
-        if tl.program_id(0) == 0:
-            tl.store(batches, tl.load(batches) + groups)
+    if BATCHES and tl.program_id(0) == 0:
+        tl.store(batches, tl.load(batches) + groups)
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -38,8 +38,8 @@ def weight_gradient_pointers(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid: (16 taps * tiles of CS * tiles of CL, SPLIT); the second axis cuts the blocks of pixels,
-    of which none has those of two groups, into SPLIT ranges."""
+    """Grid: (16 taps * tiles of CS * tiles of CL, SPLIT); the second axis cuts the blocks of
+    pixels, of which none has those of two groups, into SPLIT ranges."""
     L_TILES: tl.constexpr = (CL + BLOCK_N - 1) // BLOCK_N
     pid = tl.program_id(0)
     l_tile = pid % L_TILES
