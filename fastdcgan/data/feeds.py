@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from fastdcgan.data.cache import Packed
+from fastdcgan_kernels.functional import runs_kernels
+from fastdcgan_kernels.step import crop
 
 PREFETCH = 3  # batches that a StreamFeed reads ahead
 
@@ -135,6 +137,8 @@ class Feed(ABC):
             cut: the function `cut`, or that compiled.
         """
         mine = self._part(whole)
+        if runs_kernels(self.device) and self._dtype.itemsize <= 4:
+            return self._crop(images, rows, whole, mine, generator)
         y = x = None
         if self._margin or self._hflip:
             y = x = self._ramp.expand(len(rows), -1)
@@ -145,6 +149,18 @@ class Feed(ABC):
                 y = y + self._draw(self._margin + 1, whole, mine, generator)
                 x = x + self._draw(self._margin + 1, whole, mine, generator)
         return cut(images, rows, y, x, self._dtype)
+
+    def _crop(
+        self, images: Tensor, rows: Tensor, whole: int, mine: slice,
+        generator: torch.Generator | None,
+    ) -> Tensor:  # fmt: skip
+        """What `assemble` makes elsewhere by `cut`, in one launch: the same draws and bits."""
+        flipped = corner = None
+        if self._hflip:
+            flipped = self._draw(2, whole, mine, generator)
+        if self._margin:
+            corner = [self._draw(self._margin + 1, whole, mine, generator) for _ in range(2)]
+        return crop(images, rows, self._size, self._dtype, corner=corner, flipped=flipped)
 
     def rows(self, step: int) -> tuple[Tensor, Tensor]:
         """Images (·, window, window, C) uint8 and which rows of them are this rank's batch (int64),

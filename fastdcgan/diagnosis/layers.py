@@ -10,7 +10,7 @@ from torch import nn
 from fastdcgan import models
 from fastdcgan_kernels import plan
 from fastdcgan_kernels.cpu import blocks as cpu
-from fastdcgan_kernels.functional import runs_kernels
+from fastdcgan_kernels.functional import runs_cpu_kernels, runs_kernels
 from fastdcgan_kernels.geometry import geometry_of
 from fastdcgan_kernels.plan import Block
 
@@ -56,8 +56,7 @@ def way_of(block: Block, device: torch.device) -> str:
     target = plan.target_of(device)
     if runs_kernels(device) and target is not None:
         return plan.choose(block, target).how
-    alone = device.type == "cpu" and target is None and plan.mode() == "auto"
-    takes = alone and block.dtype == torch.float32
+    takes = runs_cpu_kernels(device) and block.dtype == torch.float32
     if takes and cpu.takes(block.geometry, block.kind == "up", block.norm):
         return "C++"
     return "plain PyTorch"

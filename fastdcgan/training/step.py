@@ -4,19 +4,19 @@ No function here reads a value back from the device, so a step never waits for i
 into a row of a tensor that the loop reads when it wants to.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from fastdcgan.training import distributed
 from fastdcgan.training.compiling import Compiler
-from fastdcgan.training.losses import bce
 from fastdcgan.training.state import TrainState
-from fastdcgan_kernels.functional import runs_kernels
-from fastdcgan_kernels.modules import stat_groups
+from fastdcgan_kernels.functional import runs_cpu_kernels, runs_kernels
+from fastdcgan_kernels.modules import WorkingCopies, stat_groups
 from fastdcgan_kernels.plan import implementation
+from fastdcgan_kernels.step import bce
 
 READINGS = ("loss_d", "loss_g", "d_real", "d_fake", "d_fake_g")
 """What a step measures: both losses, and the mean D(x), D(G(z)) before and after D's update."""
@@ -28,44 +28,25 @@ def generate(netG: nn.Module, z: Tensor) -> Tensor:
     return out
 
 
-def real_loss(netD: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """D's loss on real images, and the mean probability it gives them."""
-    logits = netD(images)
-    return bce(logits, 1.0), _probability(logits)
+def discriminate(netD: nn.Module, images: Tensor) -> Tensor:
+    """D's logits of one batch."""
+    logits: Tensor = netD(images)
+    return logits
 
 
-def fake_loss(netD: nn.Module, fake: Tensor) -> tuple[Tensor, Tensor]:
-    """D's loss on generated images, and the mean probability it gives them."""
-    logits = netD(fake)
-    return bce(logits, 0.0), _probability(logits)
+def discriminate_through(netD: nn.Module, images: Tensor) -> Tensor:
+    """D's logits of images that G is to learn from: another function than `discriminate`, because
+    compiled it has another gradient."""
+    return discriminate(netD, images)
 
 
-def discriminator_loss(
-    netD: nn.Module, images: Tensor, fake: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """D's loss on real and generated images, as many of each, and the mean probability of each: one
-    pass over both, each normalised by its own statistics, where `netD` is fused."""
+def discriminate_both(netD: nn.Module, images: Tensor, fake: Tensor) -> Tensor:
+    """A fused D's logits of real and of generated images, as many of each: one pass over both, each
+    normalised by its own statistics."""
+    logits: Tensor
     with stat_groups(2):
         logits = netD(torch.cat([images.to(fake.dtype), fake]))
-    real, generated = logits.chunk(2)
-    loss = bce(real, 1.0) + bce(generated, 0.0)
-    return loss, _probability(real), _probability(generated)
-
-
-def generator_loss(netD: nn.Module, fake: Tensor) -> tuple[Tensor, Tensor]:
-    """G's non-saturating loss, and the mean probability D gives its images."""
-    logits = netD(fake)
-    return bce(logits, 1.0), _probability(logits)
-
-
-def both_fake_losses(netD: nn.Module, fake: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """D's and G's losses from one pass over the generated images, and their mean probability."""
-    logits = netD(fake)
-    return bce(logits, 0.0), bce(logits, 1.0), _probability(logits)
-
-
-def _probability(logits: Tensor) -> Tensor:
-    return logits.detach().to(torch.promote_types(logits.dtype, torch.float32)).sigmoid().mean()
+    return logits
 
 
 class Step:
@@ -78,8 +59,9 @@ class Step:
             again.
         autocast: dtype of the matrix products; None leaves them in the parameters' dtype.
             Losses, BatchNorm statistics, parameters and optimisers stay in float32.
-        compile: compile forward and backward of each loss with torch.compile, as whole graphs.
-            Where that fails (no C++ compiler, say), goes on eagerly.
+        compile: compile both nets' passes, forward and backward, and what is not one kernel already
+            of the losses, with torch.compile, as whole graphs. Where that fails (no C++ compiler,
+            say), goes on eagerly.
         say: is called with one line where compilation failed.
     """
 
@@ -102,20 +84,21 @@ class Step:
         """Whether to leave compiled parts aside. Compiling takes `impl` for a constant."""
         simultaneous = state.config.updates == "simultaneous"
         self._train = self._simultaneous if simultaneous else self._alternating
-        parts: tuple[Callable[..., object], ...] = (
+        parts: tuple[Callable[..., Tensor], ...] = (
             generate,
-            real_loss,
-            fake_loss,
-            discriminator_loss,
-            generator_loss,
-            both_fake_losses,
+            discriminate,
+            discriminate_through,
+            discriminate_both,
         )
-        self._eager: dict[Callable[..., object], Callable[..., object]] = {f: f for f in parts}
-        self._compiled = {f: self.compiler(f) for f in parts}
+        self._compiled = {part: self.compiler(part) for part in parts}
+        self._compiled_bce = self.compiler(bce)
         if compile and simultaneous:
             # Both losses go back through one pass over the fakes, so its saved tensors are needed
             # twice and must not be given away to the first.
             torch._functorch.config.donated_buffer = False
+        # Made at the first step that needs them, which is in no CUDA graph.
+        self._copies: list[WorkingCopies] = []
+        self._constants: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, images: Tensor, z: Tensor, *, share: float = 1.0) -> Tensor:
         """One step on real `images` (B, C, H, W) and latent vectors `z` (B, nz, 1, 1).
@@ -130,79 +113,119 @@ class Step:
         state = self.state
         state.netG.train()
         state.netD.train()
-        whole = images.shape[0] == self.batch_size
-        self._call = self._compiled if whole and not self.eagerly else self._eager
+        self._whole = images.shape[0] == self.batch_size and not self.eagerly
         with implementation(self.impl):
-            readings = self._train(images, z, share)
-        if state.ema is not None:
-            state.ema.update()
+            row = self._train(images, z, share)
+            if state.ema is not None:
+                state.ema.update()
         state.step += 1
-        return torch.stack(readings).float() * share
+        return row
 
-    def _alternating(self, images: Tensor, z: Tensor, share: float) -> list[Tensor]:
+    def refresh(self) -> None:
+        """Takes notice of weights that something else than a step has changed."""
+        for copies in self._copies:
+            if not copies.fresh():
+                copies.refresh()
+
+    def _alternating(self, images: Tensor, z: Tensor, share: float) -> Tensor:
         """The PyTorch example's step: D learns from a real and from a fake batch, each with its
         own BatchNorm statistics, then G learns from the updated D."""
         state = self.state
-        state.optD.zero_grad(set_to_none=True)
-        fake = self._run(generate, state.netG, z)[0]
-        if self.impl != "reference" and runs_kernels(state.device):
-            loss_d, d_real, d_fake = self._run(
-                discriminator_loss, state.netD, images, fake.detach()
-            )
-            self._backward(0, loss_d * share)
-        else:
-            loss_real, d_real = self._run(real_loss, state.netD, images)
-            self._backward(0, loss_real * share)
-            loss_fake, d_fake = self._run(fake_loss, state.netD, fake.detach())
-            self._backward(0, loss_fake * share)
-            loss_d = loss_real + loss_fake
-        self._update(0, state.optD, state.netD)
+        with self._working_copies():
+            state.optD.zero_grad(set_to_none=True)
+            fake = self._run(generate, state.netG, z)
+            if self._in_one_pass():
+                logits = self._run(discriminate_both, state.netD, images, fake.detach())
+                loss_d, d_real, d_fake = self._back(0, logits, (1, 0), share).split(1)
+            else:
+                logits = self._run(discriminate, state.netD, images)
+                loss_real, d_real = self._back(0, logits, (1,), share).split(1)
+                logits = self._run(discriminate, state.netD, fake.detach())
+                loss_fake, d_fake = self._back(0, logits, (0,), share).split(1)
+                loss_d = loss_real + loss_fake
+            self._update(0, state.optD, state.netD)
+            self.refresh()
 
-        state.optG.zero_grad(set_to_none=True)
-        # G's loss needs the gradient through D to its images, never that of D's weights.
-        state.netD.requires_grad_(False)
-        try:
-            loss_g, d_fake_g = self._run(generator_loss, state.netD, fake)
-            self._backward(1, loss_g * share)
-        finally:
-            state.netD.requires_grad_(True)
-        self._update(1, state.optG, state.netG)
-        return [loss_d.detach(), loss_g.detach(), d_real, d_fake, d_fake_g]
+            state.optG.zero_grad(set_to_none=True)
+            # G's loss needs the gradient through D to its images, never that of D's weights.
+            state.netD.requires_grad_(False)
+            try:
+                logits = self._run(discriminate_through, state.netD, fake)
+                loss_g, d_fake_g = self._back(1, logits, (1,), share).split(1)
+            finally:
+                state.netD.requires_grad_(True)
+            self._update(1, state.optG, state.netG)
+            self.refresh()
+        return torch.cat([loss_d, loss_g, d_real, d_fake, d_fake_g])
 
-    def _simultaneous(self, images: Tensor, z: Tensor, share: float) -> list[Tensor]:
+    def _simultaneous(self, images: Tensor, z: Tensor, share: float) -> Tensor:
         """The TensorFlow tutorial's step: both gradients at the same weights, and one pass of D
         over the fakes for both losses, so that its dropout is the same in both."""
         state = self.state
         state.optD.zero_grad(set_to_none=True)
         state.optG.zero_grad(set_to_none=True)
-        fake = self._run(generate, state.netG, z)[0]
-        loss_real, d_real = self._run(real_loss, state.netD, images)
-        loss_fake, loss_g, d_fake = self._run(both_fake_losses, state.netD, fake)
-        loss_d = loss_real + loss_fake
-        self._backward(0, loss_d * share, inputs=list(state.netD.parameters()), retain_graph=True)
-        self._backward(1, loss_g * share, inputs=list(state.netG.parameters()))
+        fake = self._run(generate, state.netG, z)
+        of_real = self._run(discriminate, state.netD, images)
+        of_fake = self._run(discriminate_through, state.netD, fake)
+        real, real_gradient = self._loss(0, of_real, (1,), share)
+        faked, fake_gradient = self._loss(0, of_fake, (0,), share)
+        wanted, gradient = self._loss(1, of_fake, (1,), share)
+        torch.autograd.backward(
+            [of_real, of_fake], [real_gradient, fake_gradient],
+            inputs=list(state.netD.parameters()), retain_graph=True,
+        )  # fmt: skip
+        of_fake.backward(gradient, inputs=list(state.netG.parameters()))
         self._update(0, state.optD, state.netD)
         self._update(1, state.optG, state.netG)
-        return [loss_d.detach(), loss_g.detach(), d_real, d_fake, d_fake]
+        return torch.cat([real[:1] + faked[:1], wanted[:1], real[1:], faked[1:], faked[1:]])
 
-    def _run(self, part: Callable[..., object], net: nn.Module, *x: Tensor) -> tuple[Tensor, ...]:
+    def _in_one_pass(self) -> bool:
+        """Whether D takes its two batches in one pass: where blocks take groups of statistics."""
+        device = self.state.device
+        return runs_kernels(device) or (self.autocast is None and runs_cpu_kernels(device))
+
+    @contextmanager
+    def _working_copies(self) -> Iterator[None]:
+        """Inside, kernels read the weights in the dtype of the products, cast once an update."""
+        with ExitStack() as stack:
+            if self.autocast is not None and runs_kernels(self.state.device):
+                if not self._copies:
+                    nets = (self.state.netD, self.state.netG)
+                    self._copies = [WorkingCopies(net, self.autocast) for net in nets]
+                self.refresh()
+                for copies in self._copies:
+                    stack.enter_context(copies)
+            yield
+
+    def _run(self, part: Callable[..., Tensor], net: nn.Module, *x: Tensor) -> Tensor:
         context: AbstractContextManager[object] = nullcontext()
-        if self.autocast is not None:
+        if self.autocast is not None and self.state.device.type != "meta":
             context = torch.autocast(self.state.device.type, dtype=self.autocast)
         with context:
-            out = self._call[part](net, *x)
-        return out if isinstance(out, tuple) else (out,)
+            return (self._compiled[part] if self._whole else part)(net, *x)
 
-    def _backward(
-        self,
-        scaler: int,
-        loss: Tensor,
-        *,
-        inputs: list[nn.Parameter] | None = None,
-        retain_graph: bool = False,
-    ) -> None:
-        scaled = self.state.scalers[scaler].scale(loss)
-        scaled.backward(inputs=inputs, retain_graph=retain_graph)
+    def _back(self, scaler: int, logits: Tensor, targets: tuple[int, ...], share: float) -> Tensor:
+        """Backward from the loss on these logits; see `_loss`."""
+        row, gradient = self._loss(scaler, logits, targets, share)
+        logits.backward(gradient)
+        return row
+
+    def _loss(
+        self, scaler: int, logits: Tensor, targets: tuple[int, ...], share: float
+    ) -> tuple[Tensor, Tensor]:
+        """The loss and the mean probability of each batch that the logits are of, with what it
+        should be (1 for real), times `share`; and the scaled gradient of the loss."""
+        if self._constants is None:
+            device = logits.device
+            both = torch.arange(1, -1, -1, device=device, dtype=torch.float32)  # real, fake
+            self._constants = both, torch.ones((), device=device)
+        both, one = self._constants
+        wanted = both if len(targets) == 2 else both[1 - targets[0] : 2 - targets[0]]
+        scale = self.state.scalers[scaler]
+        factor = scale.scale(one) if scale.is_enabled() else None
+        one_kernel = runs_kernels(logits.device)
+        loss = self._compiled_bce if self._whole and not one_kernel else bce
+        return loss(logits.detach(), wanted, share, factor)
 
     def _update(self, scaler: int, optimiser: torch.optim.Adam, net: nn.Module) -> None:
         distributed.sum_gradients(net.parameters())

@@ -18,6 +18,7 @@ from fastdcgan.training.readings import Readings
 from fastdcgan.training.state import TrainState
 from fastdcgan.training.step import Step
 from fastdcgan_kernels.functional import runs_kernels
+from fastdcgan_kernels.plan import implementation
 
 WARM_UPS = 3  # PyTorch's recipe: libraries make their workspaces and choices before the capture
 ROUNDING = 0.02
@@ -96,7 +97,7 @@ class WholeStep:
             self._graph = self._capture(images, rows, batch)
             if self._graph is None:
                 return self._run(images, rows, batch)
-        row = self._graph.replay(images, rows)
+        row = self._replay(self._graph, images, rows)
         self.state.step += 1
         return row
 
@@ -105,9 +106,10 @@ class WholeStep:
         rows: so a run does not depend on how many processes share it."""
         state, ranks = self.state, self.ranks
         whole = batch == self.feed.order.batch
-        real = self.feed.assemble(
-            images, rows, batch, state.generator, cut=self._cut if whole else cut
-        )
+        with implementation(self._step.impl):
+            real = self.feed.assemble(
+                images, rows, batch, state.generator, cut=self._cut if whole else cut
+            )
         z = torch.randn(
             batch, state.config.nz, 1, 1, generator=state.generator, device=state.device
         ).tensor_split(ranks.world)[ranks.rank]
@@ -115,6 +117,10 @@ class WholeStep:
         if self.readings is not None:
             self.readings.put(row)
         return row
+
+    def _replay(self, graph: "_StepGraph", images: Tensor, rows: Tensor) -> Tensor:
+        self._step.refresh()
+        return graph.replay(images, rows)
 
     def _tensors(self) -> list[Tensor]:
         own = [] if self.readings is None else [self.readings.next]
@@ -181,7 +187,7 @@ class WholeStep:
             return [t.clone() for t in tensors]
 
         before = clones()
-        row = graph.replay(images, rows).clone()
+        row = self._replay(graph, images, rows).clone()
         replayed, noise = clones(), random_states(self.state)
         undo()
         expected = self._run(images, rows, batch)

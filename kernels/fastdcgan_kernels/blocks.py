@@ -2,9 +2,9 @@
 the ops of functional.py. Not here: autograd, autocast, the running buffers.
 
 A block is convolution, [BatchNorm], activation. With BatchNorm the convolution gives its raw
-output y and the coefficients [3, groups, C] (mean, scale, shift) of z = scale * (y - mean) + shift;
-the activation of z is a pass of its own, or is left to the next block, which applies it as it
-loads. Nothing else is kept for the backward pass.
+output y and the coefficients [5, groups, C] (mean, scale, shift, and two for the way back) of
+z = scale * (y - mean) + shift; the activation of z is a pass of its own, or is left to the next
+block, which applies it as it loads. Nothing else is kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from fastdcgan_kernels.convolution import Epilogue, Operand, Result
 from fastdcgan_kernels.convolution import gather as _gather
 from fastdcgan_kernels.convolution import weight_gradient as _weight_gradient
 from fastdcgan_kernels.geometry import Geometry, geometry_of
+from fastdcgan_kernels.normalisation import Running
 
 CHANNELS_LAST = torch.channels_last
 
@@ -120,7 +121,8 @@ def _source(x: Tensor, coef: Tensor | None, activation: str, slope: float) -> Op
     return Operand(x, "activate", coef=coef.contiguous(), activation=activation, slope=slope)
 
 
-def _weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+def working_copy(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight as the kernels take it: in this dtype, channels_last; itself where it is so."""
     return weight.to(dtype, memory_format=CHANNELS_LAST).contiguous(memory_format=CHANNELS_LAST)
 
 
@@ -142,9 +144,13 @@ def conv_bn(
     x_activation: str,
     x_slope: float,
     sync: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, coef [3, groups, C], stats [3, groups, C]: mean, biased variance, count)."""
-    source, w = _source(x, x_coef, x_activation, x_slope), _weight(weight, x.dtype)
+    working: Tensor | None = None,
+    running: Running | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(y, coef [5, groups, C] as `normalisation.finalize_statistics`); `running` moves in place.
+    `working`, here and below, is the weight's `working_copy`; None: it is made."""
+    source = _source(x, x_coef, x_activation, x_slope)
+    w = working_copy(weight, x.dtype) if working is None else working
     geometry = geometry_of(x, weight, up, stride)
     how = _how(geometry, x.dtype, x.device, up, True, groups)
     if how == "vendor":
@@ -154,8 +160,8 @@ def conv_bn(
         result = normalisation.statistics(y, groups)
     else:
         result = _convolve(source, w, geometry, up, Epilogue("statistics", bias=bias), groups)
-    coef, stats = normalisation.finalize_statistics(result, gamma, beta, eps, sync)
-    return result.value, coef, stats
+    coef, _ = normalisation.finalize_statistics(result, gamma, beta, eps, sync, running)
+    return result.value, coef
 
 
 def conv_bn_backward(
@@ -164,29 +170,27 @@ def conv_bn_backward(
     x: Tensor,
     x_coef: Tensor | None,
     weight: Tensor,
-    gamma: Tensor | None,
+    working: Tensor | None,
     y: Tensor,
-    stats: Tensor,
     up: bool,
     stride: int,
     groups: int,
-    eps: float,
     x_activation: str,
     x_slope: float,
     sync: str,
     need_x: bool,
     need_weight: bool,
     need_bias: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor]:
-    """Gradients of x, x_coef, weight, bias, gamma and beta, from those of y and coef."""
-    dcoef, dgamma, dbeta = normalisation.norm_gradient(gcoef.contiguous(), stats, gamma, eps, sync)
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, x_coef, weight and bias, from those of y and coef, of which that of coef is
+    as `normalisation.finalize_gradient` makes it."""
+    dcoef, _, _ = normalisation.norm_gradient(gcoef.contiguous(), sync)
     gy = gy.to(y.dtype).contiguous(memory_format=CHANNELS_LAST)
     dy = Operand(gy, "normgrad", aux=y, coef=dcoef)
-    rest = _convolution_backward(
-        dy, x, x_coef, weight, up, stride, groups, x_activation, x_slope,
+    return _convolution_backward(
+        dy, x, x_coef, weight, working, up, stride, groups, x_activation, x_slope,
         need_x, need_weight, need_bias, norm=True,
     )  # fmt: skip
-    return *rest, dgamma, dbeta
 
 
 def conv_act(
@@ -200,9 +204,11 @@ def conv_act(
     x_slope: float,
     activation: str,
     slope: float,
+    working: Tensor | None = None,
 ) -> Tensor:
     """act(convolution + bias)."""
-    source, w = _source(x, x_coef, x_activation, x_slope), _weight(weight, x.dtype)
+    source = _source(x, x_coef, x_activation, x_slope)
+    w = working_copy(weight, x.dtype) if working is None else working
     geometry, groups = geometry_of(x, weight, up, stride), _groups(x_coef, 1)
     if _how(geometry, x.dtype, x.device, up, False, groups) == "vendor":
         y = _vendor(_materialise(source, groups), w, geometry, up)
@@ -224,6 +230,7 @@ def conv_act_backward(
     x: Tensor,
     x_coef: Tensor | None,
     weight: Tensor,
+    working: Tensor | None,
     up: bool,
     stride: int,
     x_activation: str,
@@ -240,7 +247,7 @@ def conv_act_backward(
     if activation != "none":
         dy = Operand(g, "actgrad", aux=out, activation=activation, slope=slope)
     return _convolution_backward(
-        dy, x, x_coef, weight, up, stride, _groups(x_coef, 1), x_activation, x_slope,
+        dy, x, x_coef, weight, working, up, stride, _groups(x_coef, 1), x_activation, x_slope,
         need_x, need_weight, need_bias, norm=False,
     )  # fmt: skip
 
@@ -250,6 +257,7 @@ def _convolution_backward(
     x: Tensor,
     x_coef: Tensor | None,
     weight: Tensor,
+    working: Tensor | None,
     up: bool,
     stride: int,
     groups: int,
@@ -260,9 +268,12 @@ def _convolution_backward(
     need_bias: bool,
     norm: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    source, w = _source(x, x_coef, x_activation, x_slope), _weight(weight, x.dtype)
+    source = _source(x, x_coef, x_activation, x_slope)
     geometry = geometry_of(x, weight, up, stride)
     how = _how(geometry, x.dtype, x.device, up, norm, groups)
+    w = weight  # our kernels read it for the gradient of x alone
+    if need_x or how == "vendor":
+        w = working_copy(weight, x.dtype) if working is None else working
     gx = gx_coef = gw = gbias = None
     if need_bias:
         gbias = normalisation.column_sum(dy, groups)

@@ -236,10 +236,10 @@ def weight_gradient(
     precision: str = "ieee",
 ) -> Tensor:
     """d weight [CS, CL, 4, 4] in `dtype`: per tap, small^T large over all pixels. `tile.rows` are
-    of CS, `tile.columns` of CL, `tile.depth` pixels at a time; groups * tile.split parts, summed
-    in their order."""
+    of CS, `tile.columns` of CL, `tile.depth` pixels at a time; `tile.split` parts, summed in their
+    order."""
     g = geometry
-    parts = groups * tile.split
+    parts = tile.split
     kernel = weight_gradient_pointers
     loads = operand_arguments("small", small) | operand_arguments("large", large)
     whole_boxes = groups == 1 or g.N // groups % box_of(tile.depth, g)[0] == 0

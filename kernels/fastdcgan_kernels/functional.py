@@ -28,7 +28,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 class Deferred(NamedTuple):
     """A block's output of which the activation is left to its consumer: raw y [N, C, P, Q],
-    coef [3, groups, C] (mean, scale, shift), and the activation of scale * (y - mean) + shift."""
+    coef [5, groups, C] (mean, scale, shift, and two for the way back), and the activation of
+    scale * (y - mean) + shift."""
 
     y: Tensor
     coef: Tensor
@@ -62,6 +63,8 @@ def conv_bn_act(
     slope: float = 0.0,
     stat_groups: int = 1,
     sync: str = "",
+    batches: Tensor | None = None,
+    working: Tensor | None = None,
     defer: bool = False,
 ) -> Any:
     """act(gamma * (y - mean) / sqrt(var + eps) + beta) with y = conv2d(x, weight) + bias.
@@ -78,6 +81,11 @@ def conv_bn_act(
             with its own statistics, and the running buffers see them in order. Default 1.
         sync: name of the process group over which the batch's statistics are taken
             (SyncBatchNorm); "": this process alone. Default "".
+        batches: int64 of no dimension, in training: counts the batches that the running buffers
+            have seen, stat_groups at a call, in place. Default None.
+        working: the weight in the dtype of x and channels_last, for the kernels to read; gradients
+            are the weight's. It must be no other than the weight when it is read. Default None: it
+            is cast, once for both ways.
         defer: return `Deferred`, for another block to take as its x. Default False.
 
     Returns:
@@ -88,7 +96,7 @@ def conv_bn_act(
     """
     return _block(
         False, x, weight, bias, gamma, beta, running_mean, running_var, stride, padding,
-        training, momentum, eps, activation, slope, stat_groups, sync, defer,
+        training, momentum, eps, activation, slope, stat_groups, sync, batches, working, defer,
     )  # fmt: skip
 
 
@@ -110,12 +118,14 @@ def conv_transpose_bn_act(
     slope: float = 0.0,
     stat_groups: int = 1,
     sync: str = "",
+    batches: Tensor | None = None,
+    working: Tensor | None = None,
     defer: bool = False,
 ) -> Any:
     """As `conv_bn_act`, with y = conv_transpose2d(x, weight) + bias and weight (CI, CO, 4, 4)."""
     return _block(
         True, x, weight, bias, gamma, beta, running_mean, running_var, stride, padding,
-        training, momentum, eps, activation, slope, stat_groups, sync, defer,
+        training, momentum, eps, activation, slope, stat_groups, sync, batches, working, defer,
     )  # fmt: skip
 
 
@@ -128,9 +138,10 @@ def conv_act(
     padding: int,
     activation: Activation,
     slope: float = 0.0,
+    working: Tensor | None = None,
 ) -> Tensor:
     """act(conv2d(x, weight) + bias); as `reference.conv_act`, dtypes and x as `conv_bn_act`."""
-    return _plain(False, x, weight, bias, stride, padding, activation, slope)
+    return _plain(False, x, weight, bias, stride, padding, activation, slope, working)
 
 
 def conv_transpose_act(
@@ -142,9 +153,10 @@ def conv_transpose_act(
     padding: int,
     activation: Activation,
     slope: float = 0.0,
+    working: Tensor | None = None,
 ) -> Tensor:
     """act(conv_transpose2d(x, weight) + bias); else as `conv_act`."""
-    return _plain(True, x, weight, bias, stride, padding, activation, slope)
+    return _plain(True, x, weight, bias, stride, padding, activation, slope, working)
 
 
 def materialise(x: Input) -> Tensor:
@@ -256,18 +268,27 @@ def _takes_kernels(
     return not why
 
 
+def runs_cpu_kernels(device: torch.device) -> bool:
+    """Whether the setting, the device and its compiler let the kernels of the CPU run: cpu/."""
+    return (
+        device.type == "cpu"
+        and plan.mode() == "auto"
+        and plan.target_of(device) is None
+        and cpu.is_there()
+    )
+
+
 def _takes_cpu_kernels(
     x: Input, weight: Tensor, stride: int, padding: int, transposed: bool, slope: float, norm: bool
 ) -> TypeGuard[Tensor]:
     """Whether x is a tensor that the kernels of the CPU take: cpu/blocks.py."""
     return (
         isinstance(x, Tensor)
-        and x.device.type == weight.device.type == "cpu"
+        and x.device == weight.device
         and x.dtype == weight.dtype == torch.float32
-        and plan.mode() == "auto"
-        and plan.target_of(x.device) is None
         and not unsupported(x, weight, stride, padding, transposed, slope)
         and cpu.takes(geometry_of(x, weight, transposed, stride), transposed, norm)
+        and runs_cpu_kernels(x.device)
     )
 
 
@@ -281,11 +302,14 @@ def _block(
     up: bool, x: Input, weight: Tensor, bias: Tensor | None, gamma: Tensor | None,
     beta: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None, stride: int,
     padding: int, training: bool, momentum: float | Tensor, eps: float, activation: Activation,
-    slope: float, groups: int, sync: str, defer: bool,
+    slope: float, groups: int, sync: str, batches: Tensor | None, working: Tensor | None,
+    defer: bool,
 ) -> Any:  # fmt: skip
     reference.check_activation(activation)
     x = _cast(x)
     if not sync and _takes_cpu_kernels(x, weight, stride, padding, up, slope, norm=True):
+        if training and batches is not None:
+            batches.add_(groups)
         return cpu.conv_bn_act(
             x, weight, bias, gamma, beta, running_mean, running_var, up, stride, training,
             momentum, eps, activation, slope, groups,
@@ -295,7 +319,7 @@ def _block(
         weight, bias = reference.fold(
             weight, bias, gamma, beta, running_mean, running_var, eps, transposed=up
         )
-        return _plain(up, x, weight, bias, stride, padding, activation, slope)
+        return _plain(up, x, weight, bias, stride, padding, activation, slope, None)
     if x.shape[0] % groups:
         raise ValueError(f"stat_groups={groups} does not divide a batch of {x.shape[0]}")
     if kernels and _how(x, weight, stride, up, True, groups) == "reference":
@@ -311,22 +335,25 @@ def _block(
             )
             for group, part in enumerate(materialise(x).chunk(groups))
         ]  # fmt: skip
+        if training and batches is not None:
+            batches.add_(groups)
         return outs[0] if groups == 1 else torch.cat(outs)
     y, coef, x_activation, x_slope = x if isinstance(x, Deferred) else (x, None, "none", 0.0)
-    y, coef, stats = ops.conv_bn(
-        y, coef, weight, bias, gamma, beta, up, stride, groups, eps, x_activation, x_slope, sync
-    )
     if not sync:
-        reference.check_values_per_channel(y, groups)
-    if running_mean is not None and running_var is not None:
-        reference.update_running(running_mean, running_var, stats, momentum)
+        reference.check_values_per_channel(_output_shape(y, weight, stride, up), groups)
+    momenta = momentum if isinstance(momentum, Tensor) else None
+    y, coef = ops.conv_bn(
+        y, coef, weight, bias, gamma, beta, up, stride, groups, eps, x_activation, x_slope, sync,
+        _working(weight, y.dtype, working), running_mean, running_var, batches,
+        0.0 if isinstance(momentum, Tensor) else momentum, momenta,
+    )  # fmt: skip
     deferred = Deferred(y, coef, activation, slope)
     return deferred if defer else materialise(deferred)
 
 
 def _plain(
     up: bool, x: Input, weight: Tensor, bias: Tensor | None, stride: int, padding: int,
-    activation: Activation, slope: float,
+    activation: Activation, slope: float, working: Tensor | None,
 ) -> Tensor:  # fmt: skip
     reference.check_activation(activation)
     x = _cast(x)
@@ -345,6 +372,22 @@ def _plain(
         )  # fmt: skip
     y, coef, x_activation, x_slope = x if isinstance(x, Deferred) else (x, None, "none", 0.0)
     out: Tensor = ops.conv_act(
-        y, coef, weight, bias, up, stride, x_activation, x_slope, activation, slope
-    )
+        y, coef, weight, bias, up, stride, x_activation, x_slope, activation, slope,
+        _working(weight, y.dtype, working),
+    )  # fmt: skip
     return out
+
+
+def _output_shape(x: Tensor, weight: Tensor, stride: int, up: bool) -> torch.Size:
+    g = geometry_of(x, weight, up, stride)
+    return torch.Size((g.N, g.CL, g.H, g.W) if up else (g.N, g.CS, g.P, g.Q))
+
+
+def _working(weight: Tensor, dtype: torch.dtype, given: Tensor | None) -> Tensor | None:
+    """What the kernels read for the weight, made once for the way there and the way back; None: the
+    weight itself."""
+    if given is not None and given.dtype == dtype:
+        return given
+    if weight.dtype == dtype and weight.is_contiguous(memory_format=torch.channels_last):
+        return None
+    return weight.detach().to(dtype, memory_format=torch.channels_last)

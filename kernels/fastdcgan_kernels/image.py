@@ -115,7 +115,7 @@ def image_weight_gradient(
     """d weight [CS, CL, 4, 4]. `tile.rows` are of CS, `tile.depth` pixels at a time; all columns
     are one tile."""
     g = geometry
-    parts = groups * tile.split
+    parts = tile.split
     out = empty(g.CS, g.CL, 4, 4, small.value, dtype)
     store = out if parts == 1 else out.new_empty((parts, out.numel()), dtype=torch.float32)
     Launch(

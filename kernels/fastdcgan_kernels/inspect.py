@@ -64,7 +64,10 @@ def order_of(launch: Launch) -> Order:
     told to be so, an integer of 1 is a constant."""
     import torch
 
-    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    names = {
+        torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64",
+        torch.uint8: "u8",
+    }  # fmt: skip
     kernel, signature, constants, aligned = launch.kernel, [], [], []
     for position, parameter in enumerate(kernel.params):
         name, value = parameter.name, launch.arguments[parameter.name]
@@ -245,11 +248,13 @@ def _count(lines: list[str], pattern: str) -> int:
 
 def launches(arch: str, dtype: str, batch: int = BATCH) -> Iterator[tuple[str, Launch]]:
     """(layer and pass, launch) of every layer of the 64-pixel DCGAN (nz 100, ngf and ndf 64), as
-    the blocks make them for this target, each way that a plan may choose."""
+    the blocks make them for this target, each way that a plan may choose; and of the rest of a
+    step."""
     import torch
 
-    from fastdcgan_kernels import blocks, plan
+    from fastdcgan_kernels import blocks, plan, step
     from fastdcgan_kernels.launch import recording
+    from fastdcgan_kernels.normalisation import Running
 
     of = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
 
@@ -260,6 +265,7 @@ def launches(arch: str, dtype: str, batch: int = BATCH) -> Iterator[tuple[str, L
     def few(*shape: int) -> Any:
         return torch.empty(shape, dtype=torch.float32, device="meta")
 
+    counter = torch.empty((), dtype=torch.int64, device="meta")
     # name, up, stride, channels in and out, side of the input, norm, activations before and after
     nets: list[tuple[str, bool, int, int, int, int, bool, str, str]] = [
         ("G1", True, 1, 100, 512, 1, True, "none", "relu"),
@@ -278,14 +284,16 @@ def launches(arch: str, dtype: str, batch: int = BATCH) -> Iterator[tuple[str, L
             if how == "vendor" and name != "G2":
                 continue  # one layer shows its kernels: they are the same everywhere
             weight = few(*((ci, co, 4, 4) if up else (co, ci, 4, 4)))
-            coef = few(3, 1, ci) if how == "prologue" and before != "none" else None
+            coef = few(5, 1, ci) if how == "prologue" and before != "none" else None
             x, first = image(ci, side), name == "D1"
             with plan.assume(plan.TARGETS[arch]), plan.override(how), recording() as forward:
                 if norm:
                     gamma = few(co)
-                    y, own, stats = blocks.conv_bn(
-                        x, coef, weight, None, gamma, gamma, up, stride, 1, 1e-5, before, 0.2, ""
-                    )
+                    running = Running(few(co), few(co), 0.1, counter)
+                    y, own = blocks.conv_bn(
+                        x, coef, weight, None, gamma, gamma, up, stride, 1, 1e-5, before, 0.2, "",
+                        None, running,
+                    )  # fmt: skip
                     if how != "prologue":
                         blocks.activate(y, own, after, 0.2)
                 else:
@@ -295,17 +303,25 @@ def launches(arch: str, dtype: str, batch: int = BATCH) -> Iterator[tuple[str, L
                     if how != "prologue":
                         blocks.activate_backward(y, y, own, after, 0.2)
                     blocks.conv_bn_backward(
-                        y, own, x, coef, weight, gamma, y, stats, up, stride, 1, 1e-5, before, 0.2,
-                        "", True, True, False,
+                        y, own, x, coef, weight, None, y, up, stride, 1, before, 0.2, "", True,
+                        True, False,
                     )  # fmt: skip
                 else:
                     blocks.conv_act_backward(
-                        y, y, x, coef, weight, up, stride, before, 0.2, after, 0.2, True, True,
-                        first,
+                        y, y, x, coef, weight, None, up, stride, before, 0.2, after, 0.2, True,
+                        True, first,
                     )  # fmt: skip
             for when, recorded in (("forward", forward), ("backward", backward)):
                 for launch in recorded:
                     yield f"{name} {when}, {how}", launch
+    few_logits, rows = image(1, 1).flatten(), torch.empty(batch, dtype=torch.int64, device="meta")
+    pictures = torch.empty((batch, 128, 128, 3), dtype=torch.uint8, device="meta")
+    with plan.implementation("triton"), recording() as rest:
+        step.bce(few_logits, few(2), scale=few())
+        step.crop(pictures, rows, 64, of, corner=(rows, rows), flipped=rows)
+        step.Average([few(64, 64)], [few(64, 64)]).update(few(), 0.001)
+    for launch in rest:
+        yield "step, all", launch
 
 
 def report(

@@ -26,9 +26,11 @@ class Launch:
     stages: int = 2
 
     def run(self, device: torch.device) -> None:
-        """Launch on `device` (whichever is current), or record if somebody is recording."""
+        """Launch on `device` (whichever is current), or record if somebody is recording; on the
+        meta device there is nothing to do."""
         if _recorders:
             _recorders[-1].append(self)
+        if _recorders or device.type == "meta":
             return
         current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         with current:

@@ -41,6 +41,46 @@ def groups_now() -> int:
     return _stat_groups[-1]
 
 
+class WorkingCopies:
+    """The convolution weights of a net in another dtype, all cast in one go. Fused blocks called
+    inside `with copies:` read these instead of casting their own weights at every call; gradients
+    and updates are the weights' as ever.
+
+    Nothing notices by itself that a weight has changed: `refresh` after every update. What was
+    changed otherwise, by the loading of a checkpoint, say, is seen by `fresh`.
+
+    Args:
+        net: its weights may change in place, and stay where they are.
+        dtype: what the blocks compute in, e.g. bfloat16 under autocast.
+    """
+
+    def __init__(self, net: nn.Module, dtype: torch.dtype) -> None:
+        self._convs: list[Any] = [m for m in net.modules() if is_convolution(m)]
+        self._weights: list[Tensor] = [m.weight.detach() for m in self._convs]
+        self._copies = [torch.empty_like(w, dtype=dtype) for w in self._weights]
+        self._versions: list[int] = []
+
+    def fresh(self) -> bool:
+        """Whether no weight was changed in place, by PyTorch's own count, since the last refresh.
+        What a replayed CUDA graph changes is not counted; let it hold the refresh, too."""
+        return self._versions == [w._version for w in self._weights]
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Cast the weights as they are now: one launch."""
+        torch._foreach_copy_(self._copies, self._weights)
+        self._versions = [w._version for w in self._weights]
+
+    def __enter__(self) -> WorkingCopies:
+        for conv, copy in zip(self._convs, self._copies, strict=True):
+            conv.__dict__["_working"] = copy
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for conv in self._convs:
+            conv.__dict__.pop("_working", None)
+
+
 class ConvBlock(nn.Module):
     """Convolution, BatchNorm and activation as one block.
 
@@ -139,19 +179,21 @@ def run_block(
     name, slope = found
     up = isinstance(conv, nn.ConvTranspose2d)
     stride, padding = conv.stride[0], int(conv.padding[0])
+    working: Tensor | None = getattr(conv, "_working", None)
     if norm is None:
         plain = functional.conv_transpose_act if up else functional.conv_act
         return plain(
-            x, conv.weight, conv.bias, stride=stride, padding=padding, activation=name, slope=slope
-        )
+            x, conv.weight, conv.bias, stride=stride, padding=padding, activation=name, slope=slope,
+            working=working,
+        )  # fmt: skip
     # As nn.BatchNorm2d.forward; the count stays on its device.
     groups = groups_now()
     momentum: float | Tensor = 0.0 if norm.momentum is None else norm.momentum
-    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(groups)
-        if norm.momentum is None:  # of each group in turn
-            counts = [norm.num_batches_tracked - left for left in reversed(range(groups))]
-            momentum = 1.0 / torch.stack(counts).float()
+    batches = norm.num_batches_tracked if norm.training and norm.track_running_stats else None
+    if batches is not None and norm.momentum is None:  # of each group in turn
+        batches.add_(groups)
+        counts = [batches - left for left in reversed(range(groups))]
+        momentum, batches = 1.0 / torch.stack(counts).float(), None
     moving = not norm.training or norm.track_running_stats
     op = functional.conv_transpose_bn_act if up else functional.conv_bn_act
     result: Tensor | Deferred = op(
@@ -171,6 +213,8 @@ def run_block(
         slope=slope,
         stat_groups=groups,
         sync=_process_group(norm),
+        batches=batches,
+        working=working,
         defer=True,
     )
     return result

@@ -7,6 +7,8 @@ statistics. Sums over tiles are taken in a fixed order: the same bits on every r
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -48,41 +50,69 @@ def statistics(y: Tensor, groups: int = 1) -> Result:
     return Result(y, partials, counts)
 
 
+@dataclass(frozen=True)
+class Running:
+    """Buffers [C] that the groups of a batch move in turn, in place, by a momentum for all or one
+    for each [groups], fp32; `batches`: an int64 count of them, moved too, or None."""
+
+    mean: Tensor
+    var: Tensor
+    momentum: float | Tensor
+    batches: Tensor | None = None
+
+
 def finalize_statistics(
-    result: Result, gamma: Tensor | None, beta: Tensor | None, eps: float, sync: str = ""
-) -> tuple[Tensor, Tensor]:
-    """coef [3, groups, C]: mean, scale = gamma / sqrt(var + eps), shift = beta; and stats
-    [3, groups, C]: mean, biased variance, count; fp32, from a result's partials. With `sync`, the
-    name of a process group, the batches of its processes count as one, of whatever sizes."""
+    result: Result, gamma: Tensor | None, beta: Tensor | None, eps: float, sync: str = "",
+    running: Running | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """coef [5, groups, C]: mean, scale = gamma / sqrt(var + eps), shift = beta, and for the way
+    back 1 / sqrt(var + eps) and count; and stats [3, groups, C]: mean, biased variance, count;
+    fp32, from a result's partials. `running` moves on the way. With `sync`, the name of a process
+    group, the batches of its processes count as one, of whatever sizes."""
     assert result.partials is not None
     assert result.counts is not None
     if sync:
-        _, own = _merge(result.partials, result.counts, None, None, eps)
+        _, own = _merge(result.partials, result.counts, None, None, eps, None)
         every = _gather(own, sync)  # [processes, 3, groups, C]
         mean, var, count = (every[:, row].transpose(0, 1) for row in range(3))
         partials = torch.stack([mean, var * count])
-        coef, stats = _merge(partials, count[:, :, 0].contiguous(), gamma, beta, eps)
-        return coef, stats
-    return _merge(result.partials, result.counts, gamma, beta, eps)
+        return _merge(partials, count[:, :, 0].contiguous(), gamma, beta, eps, running)
+    return _merge(result.partials, result.counts, gamma, beta, eps, running)
 
 
 def _merge(
-    partials: Tensor, counts: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
+    partials: Tensor, counts: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float,
+    running: Running | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     _, groups, tiles, channels = partials.shape
-    coef, stats = (partials.new_empty((3, groups, channels)) for _ in range(2))
+    coef, stats = (partials.new_empty((planes, groups, channels)) for planes in (5, 3))
     block = _block(channels, 16)
+    mean = var = momenta = coef
+    momentum, batches = 0.0, None
+    if running is not None:
+        mean, var = running.mean.contiguous(), running.var.contiguous()
+        batches = running.batches
+        if isinstance(running.momentum, Tensor):
+            momenta = running.momentum.float().expand(groups).contiguous()
+        else:
+            momentum = running.momentum
     Launch(
         norm.merge_statistics,
-        (cdiv(channels, block), groups),
+        (cdiv(channels, block),),
         {
             "partials": partials, "counts": counts, "gamma": coef if gamma is None else gamma,
             "beta": coef if beta is None else beta, "coef": coef, "stats": stats,
-            "groups": groups, "tiles": tiles, "eps": eps, "C": channels,
-            "HAS_GAMMA": gamma is not None, "HAS_BETA": beta is not None,
-            "BLOCK_T": TILES, "BLOCK_C": block,
+            "running_mean": mean, "running_var": var,
+            "batches": coef if batches is None else batches, "momenta": momenta,
+            "groups": groups, "tiles": tiles, "eps": eps, "momentum": float(momentum),
+            "C": channels, "HAS_GAMMA": gamma is not None, "HAS_BETA": beta is not None,
+            "RUNNING": running is not None, "BATCHES": batches is not None,
+            "MOMENTA": momenta is not coef, "BLOCK_T": TILES, "BLOCK_C": block,
         },
     ).run(partials.device)  # fmt: skip
+    if running is not None and mean is not running.mean:  # buffers with gaps, which nobody has
+        running.mean.copy_(mean)
+        running.var.copy_(var)
     return coef, stats
 
 
@@ -150,8 +180,9 @@ def activation_gradient(
 
 
 def finalize_gradient(partials: Tensor, coef: Tensor) -> Tensor:
-    """Gradient [3, groups, C] of coef (mean, scale, shift) from the partials of sum dz and
-    sum dz * (y - mean)."""
+    """Gradient of coef from the partials of sum dz and sum dz * (y - mean): of mean, scale and
+    shift where it has these 3 planes; else (0, B, C, dgamma, dbeta), of which `norm_gradient` makes
+    the gradients of what coef was made of (`jit.norm.sum_partials`)."""
     out = torch.empty_like(coef)
     _sum(partials, coef, out, columns=False)
     return out
@@ -162,36 +193,21 @@ def _sum(partials: Tensor, coef: Tensor, out: Tensor, columns: bool) -> None:
     block = _block(channels, 16)
     Launch(
         norm.sum_partials,
-        (cdiv(channels, block), groups),
+        (cdiv(channels, block),),
         {
             "partials": partials, "coef": coef, "out": out, "groups": groups, "tiles": tiles,
-            "C": channels, "COLUMNS": columns, "BLOCK_T": TILES, "BLOCK_C": block,
+            "C": channels, "COLUMNS": columns, "NORM": not columns and coef.shape[0] == 5,
+            "BLOCK_T": TILES, "BLOCK_C": block,
         },
     ).run(partials.device)  # fmt: skip
 
 
-def norm_gradient(
-    gcoef: Tensor, stats: Tensor, gamma: Tensor | None, eps: float, sync: str = ""
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dcoef [3, groups, C], dgamma [C], dbeta [C]): dy = gy + B * (y - mean) + C with dcoef =
-    (mean, B, C), from the gradients of mean, scale and shift. With `sync`, those of all processes
-    are summed for dcoef; dgamma and dbeta are this process's share."""
-    _, groups, channels = gcoef.shape
-    total = gcoef
+def norm_gradient(gcoef: Tensor, sync: str = "") -> tuple[Tensor, Tensor, Tensor]:
+    """(dcoef [3, groups, C], dgamma [C], dbeta [C]): dy = gy + B * (y - 0) + C with dcoef =
+    (0, B, C), views of what `finalize_gradient` made. With `sync`, dcoef is the sum over all
+    processes; dgamma and dbeta are this process's share."""
+    dcoef = gcoef[:3]
     if sync:
-        total = gcoef.clone()
-        dist.all_reduce(total, group=process_group(sync))
-    dcoef = torch.empty_like(gcoef)
-    dgamma, dbeta = (gcoef.new_empty(channels) for _ in range(2))
-    block = _block(channels)
-    Launch(
-        norm.norm_gradient,
-        (cdiv(channels, block),),
-        {
-            "gcoef": gcoef, "total": total, "stats": stats,
-            "gamma": gcoef if gamma is None else gamma, "dcoef": dcoef, "dgamma": dgamma,
-            "dbeta": dbeta, "groups": groups, "eps": eps, "C": channels,
-            "HAS_GAMMA": gamma is not None, "SYNC": bool(sync), "BLOCK_C": block,
-        },
-    ).run(gcoef.device)  # fmt: skip
-    return dcoef, dgamma, dbeta
+        dcoef = dcoef.clone()
+        dist.all_reduce(dcoef, group=process_group(sync))
+    return dcoef, gcoef[3, 0], gcoef[4, 0]

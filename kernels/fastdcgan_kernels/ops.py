@@ -20,95 +20,98 @@ ops: Any = torch.ops.fastdcgan
 CHANNELS_LAST = torch.channels_last
 
 
-@torch.library.custom_op("fastdcgan::conv_bn", mutates_args=())
+@torch.library.custom_op(
+    "fastdcgan::conv_bn", mutates_args=("running_mean", "running_var", "batches")
+)
 def conv_bn(
     x: Tensor, x_coef: Tensor | None, weight: Tensor, bias: Tensor | None, gamma: Tensor | None,
     beta: Tensor | None, up: bool, stride: int, groups: int, eps: float, x_activation: str,
-    x_slope: float, sync: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(y, coef, stats) as `blocks.conv_bn`."""
-    from fastdcgan_kernels import blocks
+    x_slope: float, sync: str, working: Tensor | None = None, running_mean: Tensor | None = None,
+    running_var: Tensor | None = None, batches: Tensor | None = None, momentum: float = 0.0,
+    momenta: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(y, coef) as `blocks.conv_bn`. Moves the running buffers and their count, where given, by
+    `momentum` or by `momenta`. `working`: the weight as the kernels take it."""
+    from fastdcgan_kernels import blocks, normalisation
 
+    running = None
+    if running_mean is not None and running_var is not None:
+        share = momentum if momenta is None else momenta
+        running = normalisation.Running(running_mean, running_var, share, batches)
     return blocks.conv_bn(
-        x, x_coef, weight, bias, gamma, beta, up, stride, groups, eps, x_activation, x_slope, sync
-    )
+        x, x_coef, weight, bias, gamma, beta, up, stride, groups, eps, x_activation, x_slope, sync,
+        working, running,
+    )  # fmt: skip
 
 
 @conv_bn.register_fake
-def _(x, x_coef, weight, bias, gamma, beta, up, stride, groups, eps, x_activation, x_slope, sync):
+def _(x, x_coef, weight, bias, gamma, beta, up, stride, groups, eps, x_activation, x_slope, sync,
+      working=None, running_mean=None, running_var=None, batches=None, momentum=0.0,
+      momenta=None):  # fmt: skip
     y = empty_output(x, weight, up, stride)
-    rows = [x.new_empty((3, groups, y.shape[1]), dtype=torch.float32) for _ in range(2)]
-    return y, *rows
+    return y, x.new_empty((5, groups, y.shape[1]), dtype=torch.float32)
 
 
 @torch.library.custom_op("fastdcgan::conv_bn_backward", mutates_args=())
 def conv_bn_backward(
     gy: Tensor, gcoef: Tensor, x: Tensor, x_coef: Tensor | None, weight: Tensor,
-    bias: Tensor | None, gamma: Tensor | None, y: Tensor, stats: Tensor, up: bool, stride: int,
-    groups: int, eps: float, x_activation: str, x_slope: float, sync: str, need: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, x_coef, weight, bias, gamma, beta; `need`: of x or x_coef, weight, bias."""
+    working: Tensor | None, bias: Tensor | None, y: Tensor, up: bool, stride: int, groups: int,
+    x_activation: str, x_slope: float, sync: str, need: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, x_coef, weight, bias; `need`: of x or x_coef, weight, bias."""
     from fastdcgan_kernels import blocks
 
     grads = blocks.conv_bn_backward(
-        gy, gcoef, x, x_coef, weight, gamma, y, stats, up, stride, groups, eps, x_activation,
-        x_slope, sync, *need,
+        gy, gcoef, x, x_coef, weight, working, y, up, stride, groups, x_activation, x_slope, sync,
+        *need,
     )  # fmt: skip
-    gx, gx_coef, gw, gbias, ggamma, gbeta = (present(grad, x) for grad in grads)
-    if gbias.numel() and bias is not None:
-        gbias = gbias.to(bias.dtype)
-    if gamma is not None:
-        ggamma = ggamma.to(gamma.dtype)
-    return gx, gx_coef, gw, gbias, ggamma, gbeta
+    return _gradients(grads, x, bias)
 
 
 @conv_bn_backward.register_fake
-def _(gy, gcoef, x, x_coef, weight, bias, gamma, y, stats, up, stride, groups, eps, x_activation,
-      x_slope, sync, need):  # fmt: skip
-    channels = (y.shape[1],)
-    ggamma = x.new_empty(channels, dtype=torch.float32 if gamma is None else gamma.dtype)
-    gbeta = x.new_empty(channels, dtype=torch.float32)
-    return *fake_gradients(x, x_coef, weight, bias, need), ggamma, gbeta
+def _(gy, gcoef, x, x_coef, weight, working, bias, y, up, stride, groups, x_activation, x_slope,
+      sync, need):  # fmt: skip
+    return fake_gradients(x, x_coef, weight, bias, need)
 
 
 @torch.library.custom_op("fastdcgan::conv_act", mutates_args=())
 def conv_act(
     x: Tensor, x_coef: Tensor | None, weight: Tensor, bias: Tensor | None, up: bool, stride: int,
     x_activation: str, x_slope: float, activation: str, slope: float,
+    working: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """As `blocks.conv_act`."""
+    """As `blocks.conv_act`. `working`: the weight as the kernels take it."""
     from fastdcgan_kernels import blocks
 
     return blocks.conv_act(
-        x, x_coef, weight, bias, up, stride, x_activation, x_slope, activation, slope
+        x, x_coef, weight, bias, up, stride, x_activation, x_slope, activation, slope, working
     )
 
 
 @conv_act.register_fake
-def _(x, x_coef, weight, bias, up, stride, x_activation, x_slope, activation, slope):
+def _(x, x_coef, weight, bias, up, stride, x_activation, x_slope, activation, slope, working=None):
     return empty_output(x, weight, up, stride)
 
 
 @torch.library.custom_op("fastdcgan::conv_act_backward", mutates_args=())
 def conv_act_backward(
-    g: Tensor, out: Tensor, x: Tensor, x_coef: Tensor | None, weight: Tensor, bias: Tensor | None,
-    up: bool, stride: int, x_activation: str, x_slope: float, activation: str, slope: float,
-    need: Sequence[bool],
+    g: Tensor, out: Tensor, x: Tensor, x_coef: Tensor | None, weight: Tensor,
+    working: Tensor | None, bias: Tensor | None, up: bool, stride: int, x_activation: str,
+    x_slope: float, activation: str, slope: float, need: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, x_coef, weight, bias; `need`: of x or x_coef, weight, bias."""
     from fastdcgan_kernels import blocks
 
     grads = blocks.conv_act_backward(
-        g, out, x, x_coef, weight, up, stride, x_activation, x_slope, activation, slope, *need
-    )
-    gx, gx_coef, gw, gbias = (present(grad, x) for grad in grads)
-    if gbias.numel() and bias is not None:
-        gbias = gbias.to(bias.dtype)
-    return gx, gx_coef, gw, gbias
+        g, out, x, x_coef, weight, working, up, stride, x_activation, x_slope, activation, slope,
+        *need,
+    )  # fmt: skip
+    return _gradients(grads, x, bias)
 
 
 @conv_act_backward.register_fake
-def _(g, out, x, x_coef, weight, bias, up, stride, x_activation, x_slope, activation, slope, need):
+def _(g, out, x, x_coef, weight, working, bias, up, stride, x_activation, x_slope, activation,
+      slope, need):  # fmt: skip
     return fake_gradients(x, x_coef, weight, bias, need)
 
 
@@ -144,6 +147,11 @@ def present(grad: Tensor | None, like: Tensor) -> Tensor:
     return torch.empty(0, dtype=like.dtype, device=like.device) if grad is None else grad
 
 
+def _gradients(grads, x, bias) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gx, gx_coef, gw, gbias = (present(grad, x) for grad in grads)
+    return gx, gx_coef, gw, gbias.to(bias.dtype) if gbias.numel() and bias is not None else gbias
+
+
 def fake_gradients(x, x_coef, weight, bias, need) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def one(wanted: bool, like: Tensor) -> Tensor:
         if not wanted:
@@ -164,14 +172,17 @@ def by_reference(
 ) -> list[Tensor | None]:
     """Gradients of the plain-PyTorch twin, with a graph of their own: what create_graph=True gets.
 
-    `inputs` are the operator's; `needs` says which of them want a gradient."""
+    `inputs` are the operator's, coefficients second; `needs` says which want a gradient."""
+    inputs = list(inputs)
+    if isinstance(inputs[1], Tensor) and inputs[1].dim() == 3 and inputs[1].shape[0] == 5:
+        inputs[1] = _Coefficients.apply(inputs[1])
     wanted = [value for value, need in zip(inputs, needs, strict=True) if need]
     with torch.enable_grad():
         outs = function(*inputs)
         outs = outs if isinstance(outs, tuple) else (outs,)
         pairs = [
             (out, grad)
-            for out, grad in zip(outs, grads, strict=False)  # stats have none
+            for out, grad in zip(outs, grads, strict=True)
             if grad is not None and out.requires_grad
         ]
         found = iter(
@@ -186,45 +197,69 @@ def by_reference(
     return [next(found) if need else None for need in needs]
 
 
+class _Coefficients(torch.autograd.Function):
+    """Coefficients of conv_bn, for plain PyTorch to take. Its gradient is that of mean, scale and
+    shift; conv_bn's backward wants it as the kernels make it (jit.norm.sum_partials), unless that
+    is computed in plain PyTorch, too."""
+
+    @staticmethod
+    def forward(ctx: Any, coef: Tensor) -> Tensor:
+        ctx.save_for_backward(coef)
+        return coef.view_as(coef)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return grad
+        mean, scale, _, rstd, count = ctx.saved_tensors[0].unbind()
+        gmean, gscale, gshift = grad[:3].unbind()
+        b = -scale * rstd.square() * gscale / count
+        sums = torch.zeros(2, *gscale.shape, dtype=grad.dtype, device=grad.device)
+        sums[0, 0], sums[1, 0] = (rstd * gscale).sum(0), gshift.sum(0)
+        return torch.stack([torch.zeros_like(b), b, gmean / count - b * mean, *sums])
+
+
 def _save_conv_bn(ctx: Any, inputs: Any, output: Any) -> None:
-    x, x_coef, weight, bias, gamma, beta, *ctx.options = inputs
-    y, _, stats = output
-    ctx.save_for_backward(x, x_coef, weight, bias, gamma, beta, y, stats)
-    ctx.mark_non_differentiable(stats)
+    x, x_coef, weight, bias, gamma, beta, *ctx.options = inputs[:13]
+    y, coef = output
+    ctx.save_for_backward(x, x_coef, weight, inputs[13], bias, gamma, beta, y, coef)
 
 
-def _conv_bn_gradient(ctx: Any, gy: Tensor, gcoef: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    x, x_coef, weight, bias, gamma, beta, y, stats = ctx.saved_tensors
-    up, stride, groups, eps, x_activation, x_slope, sync = ctx.options
+def _conv_bn_gradient(ctx: Any, gy: Tensor, gcoef: Tensor) -> tuple[Tensor | None, ...]:
+    x, x_coef, weight, working, bias, gamma, beta, y, _ = ctx.saved_tensors
+    up, stride, groups, _, x_activation, x_slope, sync = ctx.options
     needs = ctx.needs_input_grad
     if torch.is_grad_enabled():
         inputs = (x, x_coef, weight, bias, gamma, beta, *ctx.options)
-        return tuple(by_reference(reference.conv_bn, inputs, needs, (gy, gcoef)))
-    gx, gx_coef, gw, gbias, ggamma, gbeta = ops.conv_bn_backward(
-        gy, gcoef, x, x_coef, weight, bias, gamma, y, stats, up, stride, groups, eps,
-        x_activation, x_slope, sync, [needs[0] or needs[1], needs[2], needs[3]],
+        found = by_reference(reference.conv_bn, inputs, needs[: len(inputs)], (gy, gcoef))
+        return only(needs, *found)
+    gx, gx_coef, gw, gbias = ops.conv_bn_backward(
+        gy, gcoef, x, x_coef, weight, working, bias, y, up, stride, groups, x_activation, x_slope,
+        sync, [needs[0] or needs[1], needs[2], needs[3]],
     )  # fmt: skip
-    if beta is not None:
-        gbeta = gbeta.to(beta.dtype)
+    # Summed with the coefficients' gradient already (jit.norm.sum_partials).
+    ggamma = None if gamma is None else gcoef[3, 0].to(gamma.dtype)
+    gbeta = None if beta is None else gcoef[4, 0].to(beta.dtype)
     return only(needs, gx, gx_coef, gw, gbias, ggamma, gbeta)
 
 
 def _save_conv_act(ctx: Any, inputs: Any, output: Any) -> None:
-    x, x_coef, weight, bias, *ctx.options = inputs
+    x, x_coef, weight, bias, *ctx.options = inputs[:10]
     # Without an activation the output is not needed, and may be changed in place by its taker.
     linear = ctx.options[-2] == "none"
-    ctx.save_for_backward(x, x_coef, weight, bias, None if linear else output)
+    ctx.save_for_backward(x, x_coef, weight, inputs[10], bias, None if linear else output)
 
 
 def _conv_act_gradient(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    x, x_coef, weight, bias, out = ctx.saved_tensors
+    x, x_coef, weight, working, bias, out = ctx.saved_tensors
     needs = ctx.needs_input_grad
     if torch.is_grad_enabled():
         inputs = (x, x_coef, weight, bias, *ctx.options)
-        return tuple(by_reference(reference.conv_and_act, inputs, needs, (g,)))
+        found = by_reference(reference.conv_and_act, inputs, needs[: len(inputs)], (g,))
+        return only(needs, *found)
     need = [needs[0] or needs[1], needs[2], needs[3]]
     out = g.to(x.dtype) if out is None else out
-    grads = ops.conv_act_backward(g, out, x, x_coef, weight, bias, *ctx.options, need)
+    grads = ops.conv_act_backward(g, out, x, x_coef, weight, working, bias, *ctx.options, need)
     return only(needs, *grads)
 
 
@@ -242,12 +277,14 @@ def _activate_gradient(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     return only(needs, *ops.activate_backward(g, y, coef, *ctx.options))
 
 
-def only(needs: Sequence[bool], *grads: Tensor) -> tuple[Tensor | None, ...]:
+def only(needs: Sequence[bool], *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """The gradients that were asked for, None for the rest and for what is no tensor."""
     asked = [grad if need else None for need, grad in zip(needs, grads, strict=False)]
     return *asked, *[None] * (len(needs) - len(grads))
 
 
-conv_bn.register_autograd(_conv_bn_gradient, setup_context=_save_conv_bn)
+# register_autograd refuses an operator that changes arguments, whoever needs their gradients; these
+# are buffers, which have none. opcheck, compiling and training in test_functional.py hold it.
+conv_bn._setup_context_fn, conv_bn._backward_fn = _save_conv_bn, _conv_bn_gradient
 conv_act.register_autograd(_conv_act_gradient, setup_context=_save_conv_act)
 activate.register_autograd(_activate_gradient, setup_context=_save_activate)

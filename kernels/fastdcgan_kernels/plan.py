@@ -7,6 +7,16 @@ A choice is one of
     reference     plain PyTorch
 None of the defaults below was timed on a GPU: they are predictions. tuner.py measures on the
 user's device, and what it stored is taken before any default.
+
+By bytes and launches alone a prologue is better everywhere (benchmarks/cost_model.py: a step of 128
+images moves 1.3 GB in 86 launches, and 1.8 GB in 119 materialised). That counts no instructions. A
+prologue transforms each value once for every tap and column tile that reads it: by docs/inspect.md a
+sm_90 program with one has some 100 instructions for each matrix instruction in its loop and some 30
+without. A multiprocessor starts 4 warps' instructions a cycle and multiplies 2048 pairs of bf16, so
+8 warps with a 128x64x64 step need 97 * 4 * 8 / 4 = 780 cycles for 256 of products with a prologue,
+and with a 128x128x64 step 134 * 8 / 4 = 270 for 512 without. For D's third layer at batch 128 that
+is about 40 us more, and the pass over its input that it saves takes about 11. So the default is
+materialised, and where memory is slow beside arithmetic the tuner will say otherwise.
 """
 
 from __future__ import annotations
@@ -320,9 +330,10 @@ def _heuristic(task: Task, target: Target) -> Tile:
     g, op = task.geometry, task.op.removeprefix("image_")
     image = task.op.startswith("image_")
     size = task.dtype.itemsize
-    pixels = g.N // task.groups * g.P * g.Q
-    if op == "weight_gradient":
-        m, n, k, copies = g.CS, (64 if image else g.CL), pixels, (1 if image else 16)
+    pixels, groups = g.N // task.groups * g.P * g.Q, task.groups
+    if op == "weight_gradient":  # the groups are one sum
+        m, n, k, copies = g.CS, (64 if image else g.CL), groups * pixels, (1 if image else 16)
+        groups = 1
     elif op == "down":
         m, n, k, copies = pixels, g.CS, (64 if image else 16 * g.CL), 1
     else:
@@ -341,14 +352,15 @@ def _heuristic(task: Task, target: Target) -> Tile:
         columns = min(columns, 64)  # operands in registers: more would spill
 
     def programs(rows: int, columns: int) -> int:
-        return cdiv(m, rows) * cdiv(n, columns) * copies * task.groups
+        return cdiv(m, rows) * cdiv(n, columns) * copies * groups
 
     while programs(rows, columns) < target.multiprocessors and max(rows, columns) > 64:
         rows, columns = (rows // 2, columns) if rows >= columns else (rows, columns // 2)
     steps = cdiv(k, depth)
     split = 1
     if not (image and op != "weight_gradient"):
-        while split < 32 and programs(rows, columns) * split < target.multiprocessors:
+        # A sum in parts is written, read and added once more: not for the last quarter.
+        while split < 32 and programs(rows, columns) * split < target.multiprocessors * 3 // 4:
             if steps // (2 * split) < 4:
                 break
             split *= 2

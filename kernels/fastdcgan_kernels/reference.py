@@ -145,7 +145,7 @@ def _normalise(
         y = F.batch_norm(y, running_mean, running_var, gamma, beta, batch, float(momentum), eps)
         return _finish(y, activation, slope)
     if not sync:
-        check_values_per_channel(y)
+        check_values_per_channel(y.shape)
     stats = statistics(y, sync=sync)
     if training and running_mean is not None and running_var is not None:
         update_running(running_mean, running_var, stats, momentum)
@@ -167,11 +167,12 @@ def check_activation(activation: str) -> None:
         )
 
 
-def check_values_per_channel(y: Tensor, groups: int = 1) -> None:
-    """Refuse batch statistics of a single value, in nn.BatchNorm2d's words."""
-    if y.shape[0] * y.shape[2] * y.shape[3] == groups:
+def check_values_per_channel(shape: torch.Size, groups: int = 1) -> None:
+    """Refuse batch statistics of a single value, in nn.BatchNorm2d's words; `shape`: that of the
+    norm's input."""
+    if shape[0] * shape[2] * shape[3] == groups:
         raise ValueError(
-            f"Expected more than 1 value per channel when training, got input size {y.shape}"
+            f"Expected more than 1 value per channel when training, got input size {shape}"
         )
 
 
@@ -212,18 +213,19 @@ def process_group(name: str) -> dist.ProcessGroup:
 
 
 def coefficients(stats: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Tensor:
-    """[3, groups, C] (mean, scale, shift) with scale = gamma / sqrt(var + eps), shift = beta."""
-    mean, var, _ = stats
-    scale = (var + eps).rsqrt()
+    """[5, groups, C] (mean, scale, shift, rstd, count) with scale = gamma * rstd, shift = beta and
+    rstd = 1 / sqrt(var + eps); the last two are for the kernels' way back, and have no gradient."""
+    mean, var, count = stats
+    rstd = scale = (var + eps).rsqrt()
     if gamma is not None:
         scale = scale * gamma
     shift = torch.zeros_like(mean) if beta is None else beta.to(mean.dtype).expand_as(mean)
-    return torch.stack([mean, scale, shift])
+    return torch.stack([mean, scale, shift, rstd.detach(), count.detach()])
 
 
 def activate(y: Tensor, coef: Tensor, activation: str, slope: float) -> Tensor:
     """act(scale * (y - mean) + shift), in the dtype of y."""
-    mean, scale, shift = coef[:, :, None, :, None, None]
+    mean, scale, shift = coef[:3, :, None, :, None, None]
     z = scale * (y.unflatten(0, (coef.shape[1], -1)) - mean) + shift
     return act(z, activation, slope).flatten(0, 1).to(y.dtype)
 
@@ -267,11 +269,11 @@ def conv_bn(
     x: Tensor, x_coef: Tensor | None, weight: Tensor, bias: Tensor | None, gamma: Tensor | None,
     beta: Tensor | None, up: bool, stride: int, groups: int, eps: float, x_activation: str,
     x_slope: float, sync: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Twin of the operator fastdcgan::conv_bn: (y, coef, stats)."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Twin of the operator fastdcgan::conv_bn, the running buffers apart: (y, coef)."""
     y = conv_and_act(x, x_coef, weight, bias, up, stride, x_activation, x_slope, "none", 0.0)
     stats = statistics(y, groups, sync)
-    return y, coefficients(stats, gamma, beta, eps), stats.detach()
+    return y, coefficients(stats, gamma, beta, eps)
 
 
 def conv_and_act(
@@ -285,3 +287,19 @@ def conv_and_act(
     bias = None if bias is None else bias.to(x.dtype)
     y = convolve(x, weight.to(x.dtype), bias, stride, 1 if stride == 2 else 0)
     return act(y, activation, slope)
+
+
+def bce(
+    logits: Tensor, targets: Tensor, share: float = 1.0, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Twin of `step.bce`; in float64 for float64 logits."""
+    wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+    wide = wide.unflatten(0, (targets.shape[0], -1))
+    wanted = targets.to(wide.dtype)[:, None].expand_as(wide)
+    losses = F.binary_cross_entropy_with_logits(wide, wanted, reduction="none").mean(1)
+    probabilities = wide.sigmoid()
+    row = torch.cat([losses.sum()[None], probabilities.mean(1)]) * share
+    gradient = (probabilities - wanted) * (share / wide.shape[1])
+    if scale is not None:
+        gradient = gradient * scale
+    return row, gradient.to(logits.dtype).view_as(logits)

@@ -111,7 +111,7 @@ def act_backward(grad, o, activation):
 
 def planes(coef, n):
     """mean, scale and shift as [N, C, 1, 1]: each image has those of its group."""
-    each = coef.repeat_interleave(n // coef.shape[1], dim=1)
+    each = coef[:3].repeat_interleave(n // coef.shape[1], dim=1)
     return each[..., None, None].unbind(0)
 
 

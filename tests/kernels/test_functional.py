@@ -270,7 +270,7 @@ def test_second_gradients_of_the_reference_pieces():
     )
 
     def pieces(x, coef, weight, gamma, beta):
-        y, c, _ = reference.conv_bn(
+        y, c = reference.conv_bn(
             x, coef, weight, None, gamma, beta, False, 2, 1, 1e-3, "tanh", 0.0, ""
         )
         return reference.activate(y, c, "tanh", 0.0)

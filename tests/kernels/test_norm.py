@@ -93,18 +93,43 @@ def test_variance_of_values_far_from_zero():
     torch.testing.assert_close(normal.double(), expected, rtol=0, atol=1e-3)
 
 
-def test_the_buffer_gets_the_unbiased_variance_and_the_norm_the_biased_one():
-    """Two groups of 4 values each, where 4 / 3 is far from 1; the buffers see them in turn."""
-    y = Draw(torch.float32).normal(2, 3, 2, 2)
-    coef, stats = norm.finalize_statistics(norm.statistics(y, 2), None, None, EPS)
+@pytest.mark.parametrize("momentum", [0.3, None])
+def test_the_buffer_gets_the_unbiased_variance_and_the_norm_the_biased_one(momentum):
+    """Two groups of 4 values each, where 4 / 3 is far from 1; the buffers see them in turn, also by
+    a cumulative average, whose momentum is another for each; in the kernel and in its twin."""
+    y = Draw(torch.float32).normal(2, 20, 2, 2)
+    module = torch.nn.BatchNorm2d(20, momentum=momentum).double()
+    own, twin = ([torch.zeros(20), torch.ones(20)] for _ in range(2))
+    share = torch.tensor([1.0, 1 / 2]) if momentum is None else momentum
+    batches = torch.tensor(5)
+    running = norm.Running(*own, share, batches)
+    coef, stats = norm.finalize_statistics(norm.statistics(y, 2), None, None, EPS, running=running)
     wide = columns(y, 2)
     close(coef[1], (wide.var(1, correction=0) + EPS).rsqrt())
-    own, module = [torch.zeros(3), torch.ones(3)], torch.nn.BatchNorm2d(3, momentum=0.3).double()
-    reference.update_running(*own, stats, 0.3)
-    for image in y.double():
+    assert torch.equal(coef[3], coef[1])
+    assert (coef[4] == 4).all()
+    for at, image in enumerate(y.double()):
         module(image[None])
-    torch.testing.assert_close(own[0].double(), module.running_mean)
-    torch.testing.assert_close(own[1].double(), module.running_var)
+        one = share if momentum else share[at]
+        reference.update_running(*twin, stats[:, at : at + 1], one)
+    for buffers in (own, twin):
+        close(buffers[0], module.running_mean)
+        close(buffers[1], module.running_var)
+    assert batches.item() == 7
+
+
+def test_running_buffers_in_half_precision_and_with_gaps():
+    y = Draw(torch.float32).normal(3, 20, 4, 4, offset=1.0)
+    module = torch.nn.BatchNorm2d(20).double()
+    module(y.double())
+    for make in (lambda t: t.bfloat16(), lambda t: t.repeat_interleave(2)[::2]):
+        mean, var = make(torch.zeros(20)), make(torch.ones(20))
+        norm.finalize_statistics(
+            norm.statistics(y), None, None, EPS, running=norm.Running(mean, var, 0.1)
+        )
+        tolerance = 2**-8 if mean.dtype == torch.bfloat16 else 1e-6
+        torch.testing.assert_close(mean.double(), module.running_mean, rtol=tolerance, atol=1e-6)
+        torch.testing.assert_close(var.double(), module.running_var, rtol=tolerance, atol=0)
 
 
 @GROUPS
@@ -165,10 +190,10 @@ def test_gradient_through_the_batch_statistics(affine, groups):
     draw = Draw(torch.float32)
     y, g = draw.normal(*SHAPE, offset=2.0), draw.normal(*SHAPE)
     gamma, beta = (draw.normal(70), draw.normal(70)) if affine else (None, None)
-    coef, stats = norm.finalize_statistics(norm.statistics(y, groups), gamma, beta, EPS)
+    coef, _ = norm.finalize_statistics(norm.statistics(y, groups), gamma, beta, EPS)
     gy, partials = norm.activation_gradient(g, y, coef, "tanh", 0.0, groups)
     gcoef = norm.finalize_gradient(partials, coef)
-    dcoef, dgamma, dbeta = norm.norm_gradient(gcoef, stats, gamma, EPS)
+    dcoef, dgamma, dbeta = norm.norm_gradient(gcoef)
     dy = norm.pointwise(exact.Operand(gy, "normgrad", y, dcoef), groups)
 
     leaves = [t.double().requires_grad_() for t in (y, gamma, beta) if t is not None]
@@ -209,7 +234,7 @@ def test_the_same_bits_twice():
         y, g = draw.normal(*SHAPE), draw.normal(*SHAPE)
         coef, stats = norm.finalize_statistics(norm.statistics(y, 2), None, None, EPS)
         gy, partials = norm.activation_gradient(g, y, coef, "tanh", 0.0, 2)
-        gradients = norm.norm_gradient(norm.finalize_gradient(partials, coef), stats, None, EPS)
+        gradients = norm.norm_gradient(norm.finalize_gradient(partials, coef))
         found.append([coef, stats, gy, *gradients])
     for first, second in zip(*found, strict=True):
         assert torch.equal(first, second)

@@ -16,16 +16,17 @@ from fastdcgan_kernels.ops import ops
 
 def takes(geometry: Geometry, up: bool, norm: bool) -> bool:
     """Whether a block of this layer gains by running here: a rule by shapes, so that a run gives
-    the same bits again; and there is a library. With a norm, channels come 16 at a time."""
+    the same bits again. With a norm, channels come 16 at a time."""
     channels = geometry.CL if up else geometry.CS
     if norm and channels % CHUNK:
         return False
     gains = has_winograd(geometry) or has_image_up(geometry) or geometry.stride == 1
-    return (norm or gains) and _is_there()
+    return norm or gains
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _is_there() -> bool:
+def is_there() -> bool:
+    """Whether there is a library."""
     return library() is not None
 
 
@@ -45,7 +46,7 @@ def conv_bn_act(
     out, y, stats = ops.cpu_conv_norm(
         x, weight, bias, gamma, beta, up, stride, groups, eps, activation, slope
     )
-    reference.check_values_per_channel(y, groups)
+    reference.check_values_per_channel(y.shape, groups)
     if running_mean is not None and running_var is not None:
         reference.update_running(running_mean, running_var, stats, momentum)
     result: Tensor = out

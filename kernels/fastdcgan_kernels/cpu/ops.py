@@ -147,7 +147,7 @@ def _conv_norm_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
     up: bool, stride: int, groups: int, eps: float, activation: str, slope: float,
 ) -> Tensor:  # fmt: skip
-    y, coef, _ = reference.conv_bn(
+    y, coef = reference.conv_bn(
         x, None, weight, bias, gamma, beta, up, stride, groups, eps, "none", 0.0, ""
     )
     return reference.activate(y, coef, activation, slope)

@@ -251,7 +251,7 @@ def weight_gradient_descriptors(
     large,  # descriptor of the large side: Conv2d's input, ConvTranspose2d's output gradient
     large_aux,
     large_coef,  # [3, groups, CL] fp32
-    out,  # [CS, 4, 4, CL], or fp32 [groups * SPLIT, like that]
+    out,  # [CS, 4, 4, CL], or fp32 [SPLIT, like that]
     groups,
     images,  # N / groups
     small_slope,
@@ -277,8 +277,8 @@ def weight_gradient_descriptors(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid: (16 taps * tiles of CS * tiles of CL, groups * SPLIT); the second axis cuts the boxes
-    of each group into SPLIT ranges. BLOCK_K = BOX_N * BOX_P * BOX_Q; BOX_N divides images unless
+    """Grid: (16 taps * tiles of CS * tiles of CL, SPLIT); the second axis cuts the boxes of all
+    groups into SPLIT ranges. BLOCK_K = BOX_N * BOX_P * BOX_Q; BOX_N divides images unless
     there is one group: no box holds another group's pixels."""
     L_TILES: tl.constexpr = (CL + BLOCK_N - 1) // BLOCK_N
     P_TILES: tl.constexpr = P // BOX_P
@@ -289,9 +289,7 @@ def weight_gradient_descriptors(
     s_tile = pid // (L_TILES * 16)
     kh = tap // 4
     kw = tap % 4
-    part = tl.program_id(1)
-    group = part // SPLIT
-    split = part % SPLIT
+    split = tl.program_id(1)
 
     cs = s_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     cl = l_tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -299,52 +297,55 @@ def weight_gradient_descriptors(
     cl_mask = cl < CL
     row = tl.arange(0, BLOCK_K)
     boxes = tl.cdiv(images, BOX_N) * (P_TILES * Q_TILES)
-    share = tl.cdiv(boxes, SPLIT)
+    share = tl.cdiv(groups * boxes, SPLIT)
+    first = split * share
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for box in range(split * share, min(split * share + share, boxes)):
-        q0 = box % Q_TILES * BOX_Q
-        p0 = box // Q_TILES % P_TILES * BOX_P
-        own = box // (Q_TILES * P_TILES) * BOX_N
-        n0 = group * images + own
-        h = (p0 + row // BOX_Q % BOX_P) * STRIDE - PAD + kh
-        v = (q0 + row % BOX_Q) * STRIDE - PAD + kw
-        whole = own + row // (BOX_Q * BOX_P) < images
-        a = load_small(small, n0, p0, q0, s_tile * BLOCK_M, BLOCK_K, BLOCK_M)
-        aux = 0.0
-        if SMALL_PROLOGUE == "normgrad" or SMALL_PROLOGUE == "actgrad":
-            aux = load_small(small_aux, n0, p0, q0, s_tile * BLOCK_M, BLOCK_K, BLOCK_M)
-        a = apply(
-            a,
-            aux,
-            small_coef + group * CS,
-            groups * CS,
-            whole,
-            cs,
-            cs_mask,
-            small_slope,
-            SMALL_PROLOGUE,
-            SMALL_ACTIVATION,
-        )
-        c0 = l_tile * BLOCK_N
-        b = load_large(large, n0, p0, q0, kh, kw, c0, CL, STRIDE, BLOCK_K, BLOCK_N)
-        other = 0.0
-        if LARGE_PROLOGUE == "normgrad" or LARGE_PROLOGUE == "actgrad":
-            other = load_large(large_aux, n0, p0, q0, kh, kw, c0, CL, STRIDE, BLOCK_K, BLOCK_N)
-        b = apply(
-            b,
-            other,
-            large_coef + group * CL,
-            groups * CL,
-            whole & (h >= 0) & (h < H) & (v >= 0) & (v < W),
-            cl,
-            cl_mask,
-            large_slope,
-            LARGE_PROLOGUE,
-            LARGE_ACTIVATION,
-        )
-        acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
+    for group in range(groups):
+        start = group * boxes
+        for box in range(max(first, start) - start, min(first + share - start, boxes)):
+            q0 = box % Q_TILES * BOX_Q
+            p0 = box // Q_TILES % P_TILES * BOX_P
+            own = box // (Q_TILES * P_TILES) * BOX_N
+            n0 = group * images + own
+            h = (p0 + row // BOX_Q % BOX_P) * STRIDE - PAD + kh
+            v = (q0 + row % BOX_Q) * STRIDE - PAD + kw
+            whole = own + row // (BOX_Q * BOX_P) < images
+            a = load_small(small, n0, p0, q0, s_tile * BLOCK_M, BLOCK_K, BLOCK_M)
+            aux = 0.0
+            if SMALL_PROLOGUE == "normgrad" or SMALL_PROLOGUE == "actgrad":
+                aux = load_small(small_aux, n0, p0, q0, s_tile * BLOCK_M, BLOCK_K, BLOCK_M)
+            a = apply(
+                a,
+                aux,
+                small_coef + group * CS,
+                groups * CS,
+                whole,
+                cs,
+                cs_mask,
+                small_slope,
+                SMALL_PROLOGUE,
+                SMALL_ACTIVATION,
+            )
+            c0 = l_tile * BLOCK_N
+            b = load_large(large, n0, p0, q0, kh, kw, c0, CL, STRIDE, BLOCK_K, BLOCK_N)
+            other = 0.0
+            if LARGE_PROLOGUE == "normgrad" or LARGE_PROLOGUE == "actgrad":
+                other = load_large(large_aux, n0, p0, q0, kh, kw, c0, CL, STRIDE, BLOCK_K, BLOCK_N)
+            b = apply(
+                b,
+                other,
+                large_coef + group * CL,
+                groups * CL,
+                whole & (h >= 0) & (h < H) & (v >= 0) & (v < W),
+                cl,
+                cl_mask,
+                large_slope,
+                LARGE_PROLOGUE,
+                LARGE_ACTIVATION,
+            )
+            acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
 
     offsets = (cs * (16 * CL) + tap * CL).to(tl.int64)[:, None] + cl[None, :]
-    offsets += part.to(tl.int64) * (CS * 16 * CL)
+    offsets += split.to(tl.int64) * (CS * 16 * CL)
     tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=cs_mask[:, None] & cl_mask[None, :])

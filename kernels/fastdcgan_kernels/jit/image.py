@@ -284,7 +284,7 @@ def image_weight_gradient(
     large,  # [N, 2P, 2Q, CL]
     large_aux,
     large_coef,  # [3, groups, CL] fp32
-    out,  # [CS, 4, 4, CL], or fp32 [groups * SPLIT, like that]
+    out,  # [CS, 4, 4, CL], or fp32 [SPLIT, like that]
     groups,
     images,  # N / groups
     small_slope,
@@ -302,59 +302,61 @@ def image_weight_gradient(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid: (tiles of CS, groups * SPLIT); the second axis cuts the pixels of each group into SPLIT
-    ranges of whole blocks. All taps at once: the columns are 4 kernel rows of 16."""
+    """Grid: (tiles of CS, SPLIT); the second axis cuts the blocks of pixels, of which none has
+    those of two groups, into SPLIT ranges. All taps at once: the columns are 4 kernel rows of
+    16."""
     s_tile = tl.program_id(0)
-    part = tl.program_id(1)
-    group = part // SPLIT
-    split = part % SPLIT
+    split = tl.program_id(1)
     cs = s_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     cs_mask = cs < CS
     k = tl.arange(0, 64)
     taps, used = window_taps(k, CL)
     pixels = images * (P * Q)
     blocks = tl.cdiv(pixels, BLOCK_K)
-    share = tl.cdiv(blocks, SPLIT)
+    share = tl.cdiv(groups * blocks, SPLIT)
+    first = split * share
 
     acc = tl.zeros((BLOCK_M, 64), dtype=tl.float32)
-    for block in range(split * share, min(split * share + share, blocks)):
-        m = block * BLOCK_K + tl.arange(0, BLOCK_K)
-        m_mask = m < pixels
-        q = m % Q
-        p = (m // Q) % P
-        n = (group * images + m // (P * Q)).to(tl.int64)
-        a = load_operand(
-            small,
-            small_aux,
-            small_coef + group * CS,
-            groups * CS,
-            (((n * P + p) * Q + q) * CS)[:, None] + cs[None, :],
-            m_mask[:, None] & cs_mask[None, :],
-            cs[None, :],
-            cs_mask[None, :],
-            small_slope,
-            SMALL_PROLOGUE,
-            SMALL_ACTIVATION,
-        )
-        b = load_windows(
-            large,
-            large_aux,
-            large_coef + group * CL,
-            groups * CL,
-            n,
-            p,
-            q,
-            m_mask,
-            k,
-            large_slope,
-            P,
-            Q,
-            CL,
-            LARGE_PROLOGUE,
-            LARGE_ACTIVATION,
-        )
-        acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
+    for group in range(groups):
+        start = group * blocks
+        for block in range(max(first, start) - start, min(first + share - start, blocks)):
+            m = block * BLOCK_K + tl.arange(0, BLOCK_K)
+            m_mask = m < pixels
+            q = m % Q
+            p = (m // Q) % P
+            n = (group * images + m // (P * Q)).to(tl.int64)
+            a = load_operand(
+                small,
+                small_aux,
+                small_coef + group * CS,
+                groups * CS,
+                (((n * P + p) * Q + q) * CS)[:, None] + cs[None, :],
+                m_mask[:, None] & cs_mask[None, :],
+                cs[None, :],
+                cs_mask[None, :],
+                small_slope,
+                SMALL_PROLOGUE,
+                SMALL_ACTIVATION,
+            )
+            b = load_windows(
+                large,
+                large_aux,
+                large_coef + group * CL,
+                groups * CL,
+                n,
+                p,
+                q,
+                m_mask,
+                k,
+                large_slope,
+                P,
+                Q,
+                CL,
+                LARGE_PROLOGUE,
+                LARGE_ACTIVATION,
+            )
+            acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
 
     offsets = (cs * (16 * CL)).to(tl.int64)[:, None] + taps[None, :]
-    offsets += part.to(tl.int64) * (CS * 16 * CL)
+    offsets += split.to(tl.int64) * (CS * 16 * CL)
     tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=cs_mask[:, None] & used[None, :])

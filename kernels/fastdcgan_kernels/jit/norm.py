@@ -109,64 +109,94 @@ def merge_statistics(
     counts,  # [groups, tiles] fp32
     gamma,  # [C], any float; read where HAS_GAMMA
     beta,  # [C], any float; read where HAS_BETA
-    coef,  # [3, groups, C] fp32: mean, scale, shift
+    coef,  # [5, groups, C] fp32: mean, scale, shift, 1 / sqrt(var + eps), count
     stats,  # [3, groups, C] fp32: mean, biased variance, count
+    running_mean,  # [C], any float; moved in place where RUNNING
+    running_var,  # [C], any float
+    batches,  # [] int64: how many the buffers have seen; moved where BATCHES
+    momenta,  # [groups] fp32: the momentum of each group, where MOMENTA
     groups,
     tiles,
     eps,
+    momentum,  # that of all groups, unless MOMENTA
     C: tl.constexpr,
     HAS_GAMMA: tl.constexpr,
     HAS_BETA: tl.constexpr,
+    RUNNING: tl.constexpr,
+    BATCHES: tl.constexpr,
+    MOMENTA: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Chan's formula over the tiles, BLOCK_T of them at a time and always in the same order. Grid:
-    (channel tiles, groups)."""
+    """Chan's formula over the tiles, BLOCK_T of them at a time and always in the same order; the
+    running buffers see the groups one after the other. Grid: (channel tiles,)."""
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     channel_mask = channel < C
-    group = tl.program_id(1)
     plane = groups * tiles * C
-    n = 0.0
-    mean = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    m2 = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    for first in range(0, tiles, BLOCK_T):
-        tile = first + tl.arange(0, BLOCK_T)
-        mask = (tile < tiles)[:, None] & channel_mask[None, :]
-        offsets = ((group * tiles + tile) * C)[:, None] + channel[None, :]
-        count = tl.load(counts + group * tiles + tile, mask=tile < tiles, other=0.0)
-        means = tl.load(partials + offsets, mask=mask, other=0.0)
-        m2s = tl.load(partials + plane + offsets, mask=mask, other=0.0)
-        # The block by itself, its means taken from that of its first tile ...
-        origin = tl.load(
-            partials + (group * tiles + first) * C + channel, mask=channel_mask, other=0.0
-        )
-        block_n = tl.sum(count, axis=0)
-        block_mean = tl.sum(count[:, None] * (means - origin[None, :]), axis=0)
-        block_mean = origin + block_mean / tl.maximum(block_n, 1.0)
-        apart = means - block_mean[None, :]
-        block_m2 = tl.sum(m2s + count[:, None] * apart * apart, axis=0)
-        # ... and then into what was before it.
-        total = n + block_n
-        share = block_n / tl.maximum(total, 1.0)
-        delta = block_mean - mean
-        mean += delta * share
-        m2 += block_m2 + delta * delta * n * share
-        n = total
-    var = m2 / tl.maximum(n, 1.0)
-    # By division: an approximate rsqrt would not be float32's last digits.
-    scale = 1.0 / tl.sqrt_rn(var + eps)
-    if HAS_GAMMA:
-        scale *= tl.load(gamma + channel, mask=channel_mask, other=0.0).to(tl.float32)
-    shift = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    if HAS_BETA:
-        shift = tl.load(beta + channel, mask=channel_mask, other=0.0).to(tl.float32)
-    row = group * C + channel
-    tl.store(coef + row, mean, mask=channel_mask)
-    tl.store(coef + groups * C + row, scale, mask=channel_mask)
-    tl.store(coef + 2 * groups * C + row, shift, mask=channel_mask)
-    tl.store(stats + row, mean, mask=channel_mask)
-    tl.store(stats + groups * C + row, var, mask=channel_mask)
-    tl.store(stats + 2 * groups * C + row, var * 0.0 + n, mask=channel_mask)
+    own_mean = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    own_var = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    if RUNNING:
+        own_mean = tl.load(running_mean + channel, mask=channel_mask, other=0.0).to(tl.float32)
+        own_var = tl.load(running_var + channel, mask=channel_mask, other=0.0).to(tl.float32)
+    for group in range(groups):
+        n = 0.0
+        mean = tl.zeros((BLOCK_C,), dtype=tl.float32)
+        m2 = tl.zeros((BLOCK_C,), dtype=tl.float32)
+        for first in range(0, tiles, BLOCK_T):
+            tile = first + tl.arange(0, BLOCK_T)
+            mask = (tile < tiles)[:, None] & channel_mask[None, :]
+            offsets = ((group * tiles + tile) * C)[:, None] + channel[None, :]
+            count = tl.load(counts + group * tiles + tile, mask=tile < tiles, other=0.0)
+            means = tl.load(partials + offsets, mask=mask, other=0.0)
+            m2s = tl.load(partials + plane + offsets, mask=mask, other=0.0)
+            # The block by itself, its means taken from that of its first tile ...
+            origin = tl.load(
+                partials + (group * tiles + first) * C + channel, mask=channel_mask, other=0.0
+            )
+            block_n = tl.sum(count, axis=0)
+            block_mean = tl.sum(count[:, None] * (means - origin[None, :]), axis=0)
+            block_mean = origin + block_mean / tl.maximum(block_n, 1.0)
+            apart = means - block_mean[None, :]
+            block_m2 = tl.sum(m2s + count[:, None] * apart * apart, axis=0)
+            # ... and then into what was before it.
+            total = n + block_n
+            share = block_n / tl.maximum(total, 1.0)
+            delta = block_mean - mean
+            mean += delta * share
+            m2 += block_m2 + delta * delta * n * share
+            n = total
+        var = m2 / tl.maximum(n, 1.0)
+        # By division: an approximate rsqrt would not be float32's last digits.
+        rstd = 1.0 / tl.sqrt_rn(var + eps)
+        scale = rstd
+        if HAS_GAMMA:
+            scale *= tl.load(gamma + channel, mask=channel_mask, other=0.0).to(tl.float32)
+        shift = tl.zeros((BLOCK_C,), dtype=tl.float32)
+        if HAS_BETA:
+            shift = tl.load(beta + channel, mask=channel_mask, other=0.0).to(tl.float32)
+        row = group * C + channel
+        count_row = var * 0.0 + n
+        tl.store(coef + row, mean, mask=channel_mask)
+        tl.store(coef + groups * C + row, scale, mask=channel_mask)
+        tl.store(coef + 2 * groups * C + row, shift, mask=channel_mask)
+        tl.store(coef + 3 * groups * C + row, rstd, mask=channel_mask)
+        tl.store(coef + 4 * groups * C + row, count_row, mask=channel_mask)
+        tl.store(stats + row, mean, mask=channel_mask)
+        tl.store(stats + groups * C + row, var, mask=channel_mask)
+        tl.store(stats + 2 * groups * C + row, count_row, mask=channel_mask)
+        if RUNNING:
+            share_new = momentum
+            if MOMENTA:
+                share_new = tl.load(momenta + group)
+            own_mean = own_mean * (1.0 - share_new) + mean * share_new
+            own_var = own_var * (1.0 - share_new) + var * (n / (n - 1.0)) * share_new
+    if RUNNING:
+        to = running_mean.dtype.element_ty
+        tl.store(running_mean + channel, own_mean.to(to), mask=channel_mask)
+        to_var = running_var.dtype.element_ty
+        tl.store(running_var + channel, own_var.to(to_var), mask=channel_mask)
+    if BATCHES and tl.program_id(0) == 0:
+        tl.store(batches, tl.load(batches) + groups)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -273,83 +303,64 @@ def activation_gradient(
 @triton.jit(do_not_specialize=["tiles"])
 def sum_partials(
     partials,  # [2, groups, tiles, C] fp32
-    coef,  # [3, groups, C] fp32: mean, scale, shift; read unless COLUMNS
-    out,  # [3, groups, C] fp32: gradients of mean, scale, shift; [groups, C] where COLUMNS
+    coef,  # [5, groups, C] fp32 as `merge_statistics` makes it, or its first 3; not if COLUMNS
+    out,  # like coef; [groups, C] where COLUMNS
     groups,
     tiles,
     C: tl.constexpr,
     COLUMNS: tl.constexpr,
+    NORM: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Sums over the tiles, always in the same order: of plane 0 alone where COLUMNS, else S1 = sum
-    dz and S2 = sum dz * (y - mean), the gradients of shift and scale; that of mean is
-    -scale * S1. Grid: (channel tiles, groups)."""
-    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    channel_mask = channel < C
-    group = tl.program_id(1)
-    s1 = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    s2 = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    for first in range(0, tiles, BLOCK_T):
-        tile = first + tl.arange(0, BLOCK_T)
-        mask = (tile < tiles)[:, None] & channel_mask[None, :]
-        offsets = ((group * tiles + tile) * C)[:, None] + channel[None, :]
-        s1 += tl.sum(tl.load(partials + offsets, mask=mask, other=0.0), axis=0)
-        if not COLUMNS:
-            second = partials + groups * tiles * C + offsets
-            s2 += tl.sum(tl.load(second, mask=mask, other=0.0), axis=0)
-    row = group * C + channel
-    if COLUMNS:
-        tl.store(out + row, s1, mask=channel_mask)
-    else:
-        scale = tl.load(coef + groups * C + row, mask=channel_mask, other=0.0)
-        tl.store(out + row, -scale * s1, mask=channel_mask)
-        tl.store(out + groups * C + row, s2, mask=channel_mask)
-        tl.store(out + 2 * groups * C + row, s1, mask=channel_mask)
+    dz and S2 = sum dz * (y - mean), the gradients of shift and scale; that of mean is -scale * S1.
 
+    NORM: coef has all its planes, and S1 and S2 go the way on through mean and variance, too. With
+    B = -scale * rstd^2 * S2 / count and C = -scale * S1 / count - B * mean the planes of `out` are
+    0, B, C of dy = gy + B * (y - 0) + C, and, in the first group, the sums over all groups of
+    dgamma = rstd * S2 and dbeta = S1. They add up where several take the same y.
 
-@triton.jit
-def norm_gradient(
-    gcoef,  # [3, groups, C] fp32: gradients of mean, scale and shift, of this process
-    total,  # [3, groups, C] fp32: the same over all processes; read where SYNC
-    stats,  # [3, groups, C] fp32: mean, biased variance, count
-    gamma,  # [C]; read where HAS_GAMMA
-    dcoef,  # [3, groups, C] fp32: mean, B, C of dy = gy + B * (y - mean) + C
-    dgamma,  # [C] fp32
-    dbeta,  # [C] fp32
-    groups,
-    eps,
-    C: tl.constexpr,
-    HAS_GAMMA: tl.constexpr,
-    SYNC: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """The way back through mean and variance: B = -gamma * rstd^3 * dscale / M, C = dmean / M.
     Grid: (channel tiles,)."""
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = channel < C
+    channel_mask = channel < C
+    dgamma = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    dbeta = tl.zeros((BLOCK_C,), dtype=tl.float32)
     plane = groups * C
-    weight = tl.zeros((BLOCK_C,), dtype=tl.float32) + 1.0
-    if HAS_GAMMA:
-        weight = tl.load(gamma + channel, mask=mask, other=0.0).to(tl.float32)
-    sum_gamma = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    sum_beta = tl.zeros((BLOCK_C,), dtype=tl.float32)
     for group in range(groups):
+        s1 = tl.zeros((BLOCK_C,), dtype=tl.float32)
+        s2 = tl.zeros((BLOCK_C,), dtype=tl.float32)
+        for first in range(0, tiles, BLOCK_T):
+            tile = first + tl.arange(0, BLOCK_T)
+            mask = (tile < tiles)[:, None] & channel_mask[None, :]
+            offsets = ((group * tiles + tile) * C)[:, None] + channel[None, :]
+            s1 += tl.sum(tl.load(partials + offsets, mask=mask, other=0.0), axis=0)
+            if not COLUMNS:
+                second = partials + groups * tiles * C + offsets
+                s2 += tl.sum(tl.load(second, mask=mask, other=0.0), axis=0)
         row = group * C + channel
-        mean = tl.load(stats + row, mask=mask, other=0.0)
-        var = tl.load(stats + plane + row, mask=mask, other=0.0)
-        count = tl.load(stats + 2 * plane + row, mask=mask, other=1.0)
-        rstd = 1.0 / tl.sqrt_rn(var + eps)
-        gscale = tl.load(gcoef + plane + row, mask=mask, other=0.0)
-        sum_gamma += rstd * gscale
-        sum_beta += tl.load(gcoef + 2 * plane + row, mask=mask, other=0.0)
-        source = gcoef
-        if SYNC:
-            source = total
-        gmean = tl.load(source + row, mask=mask, other=0.0)
-        gscale = tl.load(source + plane + row, mask=mask, other=0.0)
-        tl.store(dcoef + row, mean, mask=mask)
-        tl.store(dcoef + plane + row, -weight * rstd * rstd * rstd * gscale / count, mask=mask)
-        tl.store(dcoef + 2 * plane + row, gmean / count, mask=mask)
-    tl.store(dgamma + channel, sum_gamma, mask=mask)
-    tl.store(dbeta + channel, sum_beta, mask=mask)
+        if COLUMNS:
+            tl.store(out + row, s1, mask=channel_mask)
+        else:
+            scale = tl.load(coef + plane + row, mask=channel_mask, other=0.0)
+            if NORM:
+                mean = tl.load(coef + row, mask=channel_mask, other=0.0)
+                rstd = tl.load(coef + 3 * plane + row, mask=channel_mask, other=0.0)
+                count = tl.load(coef + 4 * plane + row, mask=channel_mask, other=1.0)
+                b = -scale * rstd * rstd * s2 / count
+                zero = tl.zeros((BLOCK_C,), dtype=tl.float32)
+                tl.store(out + row, zero, mask=channel_mask)
+                tl.store(out + plane + row, b, mask=channel_mask)
+                tl.store(out + 2 * plane + row, -scale * s1 / count - b * mean, mask=channel_mask)
+                if group > 0:
+                    tl.store(out + 3 * plane + row, zero, mask=channel_mask)
+                    tl.store(out + 4 * plane + row, zero, mask=channel_mask)
+                dgamma += rstd * s2
+                dbeta += s1
+            else:
+                tl.store(out + row, -scale * s1, mask=channel_mask)
+                tl.store(out + plane + row, s2, mask=channel_mask)
+                tl.store(out + 2 * plane + row, s1, mask=channel_mask)
+    if NORM:
+        tl.store(out + 3 * plane + channel, dgamma, mask=channel_mask)
+        tl.store(out + 4 * plane + channel, dbeta, mask=channel_mask)

@@ -15,7 +15,7 @@ def weight_gradient_pointers(
     large,  # [N, H, W, CL]: Conv2d's input, ConvTranspose2d's output gradient
     large_aux,
     large_coef,  # [3, groups, CL] fp32
-    out,  # [CS, 4, 4, CL], or fp32 [groups * SPLIT, like that]
+    out,  # [CS, 4, 4, CL], or fp32 [SPLIT, like that]
     groups,
     images,  # N / groups
     small_slope,
@@ -38,8 +38,8 @@ def weight_gradient_pointers(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid: (16 taps * tiles of CS * tiles of CL, groups * SPLIT); the second axis cuts the pixels
-    of each group into SPLIT ranges of whole blocks."""
+    """Grid: (16 taps * tiles of CS * tiles of CL, SPLIT); the second axis cuts the blocks of
+    pixels, of which none has those of two groups, into SPLIT ranges."""
     L_TILES: tl.constexpr = (CL + BLOCK_N - 1) // BLOCK_N
     pid = tl.program_id(0)
     l_tile = pid % L_TILES
@@ -47,9 +47,7 @@ def weight_gradient_pointers(
     s_tile = pid // (L_TILES * 16)
     kh = tap // 4
     kw = tap % 4
-    part = tl.program_id(1)
-    group = part // SPLIT
-    split = part % SPLIT
+    split = tl.program_id(1)
 
     cs = s_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     cl = l_tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -57,46 +55,49 @@ def weight_gradient_pointers(
     cl_mask = cl < CL
     pixels = images * (P * Q)
     blocks = tl.cdiv(pixels, BLOCK_K)
-    share = tl.cdiv(blocks, SPLIT)
+    share = tl.cdiv(groups * blocks, SPLIT)
+    first = split * share
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for block in range(split * share, min(split * share + share, blocks)):
-        m = block * BLOCK_K + tl.arange(0, BLOCK_K)
-        m_mask = m < pixels
-        q = m % Q
-        p = (m // Q) % P
-        n = (group * images + m // (P * Q)).to(tl.int64)
-        h = p * STRIDE - PAD + kh
-        v = q * STRIDE - PAD + kw
-        inside = m_mask & (h >= 0) & (h < H) & (v >= 0) & (v < W)
-        a = load_operand(
-            small,
-            small_aux,
-            small_coef + group * CS,
-            groups * CS,
-            (((n * P + p) * Q + q) * CS)[:, None] + cs[None, :],
-            m_mask[:, None] & cs_mask[None, :],
-            cs[None, :],
-            cs_mask[None, :],
-            small_slope,
-            SMALL_PROLOGUE,
-            SMALL_ACTIVATION,
-        )
-        b = load_operand(
-            large,
-            large_aux,
-            large_coef + group * CL,
-            groups * CL,
-            (((n * H + h) * W + v) * CL)[:, None] + cl[None, :],
-            inside[:, None] & cl_mask[None, :],
-            cl[None, :],
-            cl_mask[None, :],
-            large_slope,
-            LARGE_PROLOGUE,
-            LARGE_ACTIVATION,
-        )
-        acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
+    for group in range(groups):
+        start = group * blocks
+        for block in range(max(first, start) - start, min(first + share - start, blocks)):
+            m = block * BLOCK_K + tl.arange(0, BLOCK_K)
+            m_mask = m < pixels
+            q = m % Q
+            p = (m // Q) % P
+            n = (group * images + m // (P * Q)).to(tl.int64)
+            h = p * STRIDE - PAD + kh
+            v = q * STRIDE - PAD + kw
+            inside = m_mask & (h >= 0) & (h < H) & (v >= 0) & (v < W)
+            a = load_operand(
+                small,
+                small_aux,
+                small_coef + group * CS,
+                groups * CS,
+                (((n * P + p) * Q + q) * CS)[:, None] + cs[None, :],
+                m_mask[:, None] & cs_mask[None, :],
+                cs[None, :],
+                cs_mask[None, :],
+                small_slope,
+                SMALL_PROLOGUE,
+                SMALL_ACTIVATION,
+            )
+            b = load_operand(
+                large,
+                large_aux,
+                large_coef + group * CL,
+                groups * CL,
+                (((n * H + h) * W + v) * CL)[:, None] + cl[None, :],
+                inside[:, None] & cl_mask[None, :],
+                cl[None, :],
+                cl_mask[None, :],
+                large_slope,
+                LARGE_PROLOGUE,
+                LARGE_ACTIVATION,
+            )
+            acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
 
     offsets = (cs * (16 * CL) + tap * CL).to(tl.int64)[:, None] + cl[None, :]
-    offsets += part.to(tl.int64) * (CS * 16 * CL)
+    offsets += split.to(tl.int64) * (CS * 16 * CL)
     tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=cs_mask[:, None] & cl_mask[None, :])

@@ -1,0 +1,406 @@
+"""What one whole training step costs, counted from what it really launches, and the time that this
+predicts on a GPU: `python -m benchmarks.cost_model`. Nothing here is measured, and no GPU is used.
+
+The steps are ours in each of the implementations that a plan can choose, and the PyTorch example's
+loop in float32 and under AMP. How launches and operations are counted is in counting.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from benchmarks.counting import Work
+
+COMMAND = "python -m benchmarks.cost_model"
+DTYPES = ("bf16", "fp16", "fp32")
+MEGA, GIGA = 1e6, 1e9
+
+# Seconds that a launch adds. ASSUMED, not measured: a kernel in a replayed CUDA graph starts about
+# a microsecond after the one before it; eager PyTorch takes about five on the host to dispatch an
+# operation, while the device works on earlier ones.
+REPLAYED, DISPATCHED = 1e-6, 5e-6
+
+
+@dataclass(frozen=True)
+class Device:
+    """Peaks of a GPU. flops16, flops32: of dense matrix products with float32 sums, of 16-bit
+    floats and of float32 in TF32, as convolutions are by default; bytes: of memory, a second."""
+
+    name: str
+    target: str
+    multiprocessors: int
+    flops16: float
+    flops32: float
+    bytes: float
+    source: str
+
+
+DEVICES = {
+    "h100": Device("H100 SXM", "sm_90", 132, 798e12, 494.7e12, 3.0e12,
+                   "16 bit and memory: as measured on one; TF32: NVIDIA H100 data sheet"),
+    "h200": Device("H200", "sm_90", 132, 989.4e12, 494.7e12, 4.8e12, "NVIDIA H200 data sheet"),
+    "b200": Device("B200", "sm_100", 148, 2250e12, 1125e12, 7.7e12, "NVIDIA HGX B200 data sheet"),
+    "a100": Device("A100 SXM 80 GB", "sm_80", 108, 312e12, 156e12, 2.039e12,
+                   "NVIDIA A100 data sheet"),
+    "l4": Device("L4", "sm_89", 58, 121e12, 60e12, 0.3e12, "NVIDIA L4 data sheet"),
+    "rtx4090": Device("RTX 4090", "sm_89", 128, 165.2e12, 82.6e12, 1.008e12,
+                      "NVIDIA Ada GPU architecture whitepaper"),
+    "mi300x": Device("MI300X", "gfx942", 304, 1307.4e12, 653.7e12, 5.3e12,
+                     "AMD Instinct MI300X data sheet"),
+}  # fmt: skip
+
+OURS = {
+    "default": "ours, the plan's own choices",
+    "prologue": "ours, prologue",
+    "materialised": "ours, materialised",
+    "vendor": "ours, vendor convolutions",
+    "reference": "ours, reference",
+}
+EAGER = {"eager-amp": "PyTorch example, eager, AMP", "eager": "PyTorch example, eager, fp32"}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One step, added up. `replayed`: as one CUDA graph; else launched one by one."""
+
+    name: str
+    work: list[Work]
+    batch: int
+    replayed: bool
+
+    @property
+    def launches(self) -> int:
+        """Kernel launches of a step."""
+        return sum(w.launches for w in self.work)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes read and written in a step."""
+        return sum(w.bytes for w in self.work)
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of a step as the kernels make them, padding included."""
+        return sum(w.flops for w in self.work)
+
+    @property
+    def useful(self) -> int:
+        """FLOPs of a step's convolutions themselves."""
+        return sum(w.useful for w in self.work)
+
+    def roofline(self, device: Device, dtype: str) -> float:
+        """Seconds: for each launch the longer of its products and its bytes at the peaks, added."""
+        peak = device.flops32 if dtype == "fp32" else device.flops16
+        return sum(max(w.flops / peak, w.bytes / device.bytes) for w in self.work)
+
+    def predicted(self, device: Device, dtype: str) -> float:
+        """Seconds: the roofline and, replayed, REPLAYED for each launch; eagerly, what the host
+        takes for all of them where that is longer."""
+        device_time = self.roofline(device, dtype)
+        if self.replayed:
+            return device_time + self.launches * REPLAYED
+        return max(device_time, self.launches * DISPATCHED)
+
+
+# --- The steps ------------------------------------------------------------------------------------
+
+
+def torch_dtype(dtype: str) -> torch.dtype:
+    """bf16, fp16 or fp32."""
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+
+
+def our_step(how: str, device: Device, batch: int, size: int, dtype: str) -> list[Work]:
+    """A whole step of ours: data, noise, both updates, average; with the plan's own choices where
+    `how` is "default"."""
+    from contextlib import ExitStack
+
+    import torch
+
+    from benchmarks.counting import counting
+    from fastdcgan.training import TrainConfig
+    from fastdcgan.training.plan import Engine
+    from fastdcgan.training.readings import Readings
+    from fastdcgan.training.state import TrainState
+    from fastdcgan.training.whole_step import WholeStep
+
+    meta, compute = torch.device("meta"), torch_dtype(dtype)
+    config = TrainConfig(channels=3, batch_size=batch, image_size=size, impl="triton")
+    state = TrainState(config, meta)
+    for optimiser in (state.optD, state.optG):
+        for group in optimiser.param_groups:  # what it is on a GPU, and refuses to be here
+            group.update(fused=True, foreach=False)
+        _adam_state(optimiser, steps="meta")
+    # Nor has it an autocast: what that does to the input of a fused net is done by hand.
+    state.netG.register_forward_pre_hook(lambda net, z: z[0].to(compute))
+    autocast = None if dtype == "fp32" else compute
+    step = WholeStep(
+        state,
+        _feed(batch, size, meta, compute),
+        engine=Engine(meta, autocast, compile=False, impl="triton", cuda_graph="off", notes=()),
+        readings=Readings(8, meta),
+    )
+    with ExitStack() as stack:
+        stack.enter_context(_on(device, how))
+        step()  # what is made once is there
+        work = stack.enter_context(counting())
+        step()
+    return work
+
+
+@contextmanager
+def _on(device: Device, how: str) -> Iterator[None]:
+    """Inside, tensors on the meta device are taken to be on this one, and blocks run like that."""
+    from contextlib import nullcontext
+    from dataclasses import replace
+
+    from fastdcgan_kernels import plan
+
+    target = replace(plan.TARGETS[device.target], multiprocessors=device.multiprocessors)
+    choice: Any = nullcontext() if how == "default" else plan.override(how)  # type: ignore[arg-type]
+    with plan.assume(target), choice:
+        yield
+
+
+def _adam_state(optimiser: torch.optim.Adam, *, steps: str) -> None:
+    """That of a step that is not the first; `steps`: where Adam counts, which is the host unless it
+    is fused."""
+    import torch
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    for group in optimiser.param_groups:
+        for p in group["params"]:
+            moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+            with unset_fake_temporarily():
+                optimiser.state[p] = {"step": torch.ones((), device=steps), **moments}
+
+
+def _feed(batch: int, size: int, device: torch.device, dtype: torch.dtype) -> Any:
+    """Images as the built-in data's: random crops of larger windows, flipped."""
+    import numpy as np
+
+    from fastdcgan.data import Order, Packed, make_feed
+    from fastdcgan.data.sources.blue_marble import MARGIN
+
+    n, window = 8 * batch, size + 2 * MARGIN
+    packed = Packed(
+        path=Path(), images=np.empty((n, window, window, 3), np.uint8), source="", location="",
+        name="", split="train", size=size, window=window, channels=3, rule="", n=n, epoch_images=n,
+        hflip=True, fingerprint="", sha256="", skipped=0,
+    )  # fmt: skip
+    order = Order(n, n, batch, 0)
+    return make_feed(packed, order=order, device=device, hflip=True, dtype=dtype, resident=True)
+
+
+def eager_step(amp: bool, batch: int, size: int) -> list[Work]:
+    """The PyTorch example's loop as a GPU's user runs it: eager, NCHW, Adam by lists of tensors
+    (PyTorch's default on a GPU); under AMP in bf16, with the loss on logits, which autocast asks
+    for.
+
+    It runs on fake tensors on the CPU, whose autocast has these operations in the same lists.
+    """
+    import torch
+    from torch import nn
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from benchmarks.counting import counting
+    from fastdcgan.models import Discriminator, Generator
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        netG, netD = Generator(size), Discriminator(size)
+        adam: Callable[..., Any] = torch.optim.Adam
+        optD, optG = (
+            adam(net.parameters(), lr=2e-4, betas=(0.5, 0.999), foreach=True)
+            for net in (netD, netG)
+        )
+        _adam_state(optD, steps="cpu")
+        _adam_state(optG, steps="cpu")
+        loader = torch.empty(batch, 3, size, size)
+        criterion = nn.BCEWithLogitsLoss() if amp else nn.BCELoss()
+
+        def autocast() -> Any:
+            return torch.autocast("cpu", torch.bfloat16, enabled=amp)
+
+        def loss_and_output(images: torch.Tensor, label: torch.Tensor) -> Any:
+            with autocast():
+                out = netD(images)
+                if not amp:
+                    out = out.sigmoid()
+            return criterion(out.float(), label), out
+
+        def step() -> None:
+            netD.zero_grad()
+            images = loader.clone()  # to the device
+            label = torch.full((batch,), 1.0)
+            loss_real, output = loss_and_output(images, label)
+            loss_real.backward()
+            output.mean().item()
+            noise = torch.randn(batch, 100, 1, 1)
+            with autocast():
+                fake = netG(noise)
+            label.fill_(0.0)
+            loss_fake, output = loss_and_output(fake.detach(), label)
+            loss_fake.backward()
+            output.mean().item()
+            (loss_real + loss_fake).item()
+            optD.step()
+            netG.zero_grad()
+            label.fill_(1.0)
+            loss, output = loss_and_output(fake, label)
+            loss.backward()
+            output.mean().item()
+            optG.step()
+            loss.item()
+
+        with counting() as work:
+            step()
+    return work
+
+
+def cost(name: str, *, device: Device, batch: int, size: int, dtype: str) -> Cost:
+    """The cost of one of `OURS` or `EAGER`."""
+    if name in OURS:
+        return Cost(OURS[name], our_step(name, device, batch, size, dtype), batch, True)
+    return Cost(EAGER[name], eager_step(name == "eager-amp", batch, size), batch, False)
+
+
+# --- The report -----------------------------------------------------------------------------------
+
+
+def summary(one: Cost, device: Device, dtype: str) -> dict[str, Any]:
+    """The figures of a row, and the launches by kernel."""
+    kernels: dict[str, dict[str, float]] = {}
+    for w in one.work:
+        kernel = kernels.setdefault(w.name, {"launches": 0, "bytes": 0, "flops": 0})
+        kernel["launches"] += w.launches
+        kernel["bytes"] += w.bytes
+        kernel["flops"] += w.flops
+    seconds = one.predicted(device, dtype)
+    return {
+        "step": one.name,
+        "launches": one.launches,
+        "bytes": one.bytes,
+        "flops": one.flops,
+        "useful_flops": one.useful,
+        "roofline_seconds": one.roofline(device, dtype),
+        "predicted_seconds": seconds,
+        "predicted_images_per_second": one.batch / seconds,
+        "kernels": kernels,
+    }
+
+
+def document(rows: list[dict[str, Any]], device: Device, given: argparse.Namespace) -> str:
+    """The report in Markdown."""
+    eager = next((row for row in rows if row["step"] == EAGER["eager-amp"]), None)
+    lines = [
+        f"# What a training step costs: batch {given.batch}, {given.image_size} pixels, "
+        f"{given.dtype}",
+        "",
+        "Counted from the launches that the engine makes and the operations that eager PyTorch "
+        "dispatches, on tensors without data. **Nothing here was measured on a GPU: every time is "
+        "a prediction.**",
+        "",
+        f"Made by `{given.command}`.",
+        "",
+        f"Predicted for {device.name}: {device.flops16 / 1e12:g} TFLOP/s in 16 bit, "
+        f"{device.flops32 / 1e12:g} in TF32, {device.bytes / 1e12:g} TB/s ({device.source}).",
+        "",
+        "| step | launches | GB moved | of eager AMP | MFLOP an image: made | useful | roofline, "
+        "predicted ms | step, predicted ms | images/s, predicted |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        share = f"1/{eager['bytes'] / row['bytes']:.2f}" if eager else "-"
+        cells = (
+            row["step"], row["launches"], f"{row['bytes'] / GIGA:.3f}", share,
+            f"{row['flops'] / given.batch / MEGA:.1f}",
+            f"{row['useful_flops'] / given.batch / MEGA:.1f}",
+            f"{row['roofline_seconds'] * 1e3:.3f}", f"{row['predicted_seconds'] * 1e3:.3f}",
+            f"{row['predicted_images_per_second']:,.0f}",
+        )  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += [
+        "",
+        "- A step is everything between two batches: indexing, cropping, flipping, noise, both "
+        "updates with Adam, the moving average, the readings. Eager PyTorch is the loop of its "
+        "example, whose images come from the host.",
+        "- Bytes: what each launch reads and writes, every tensor once; nothing is taken to stay "
+        "in a cache from one launch to the next. What libraries move inside an operation (cuDNN's "
+        "changes of layout) is not counted.",
+        "- FLOPs: of convolutions alone. Made: with the padding of tiles; useful: without.",
+        "- Roofline: for each launch the longer of FLOPs and bytes at the device's peaks, added "
+        f"up. Step: and {REPLAYED * 1e6:g} us a launch for ours, which is replayed as one CUDA "
+        f"graph; for eager PyTorch at least {DISPATCHED * 1e6:g} us a launch on the host. Both are "
+        "assumed. No kernel runs at its roofline: these are bounds to tune towards. What a "
+        "prologue adds to a product's instructions is not in them.",
+        "- Of the losses nothing is compiled here: launches are those of the engine without "
+        "`--compile`.",
+    ]
+    for row in rows:
+        lines += ["", f"## {row['step']}", "", "| kernel or operation | launches | MB moved |",
+                  "|---|---|---|"]  # fmt: skip
+        by_bytes = sorted(row["kernels"].items(), key=lambda item: -item[1]["bytes"])
+        lines += [f"| {n} | {k['launches']} | {k['bytes'] / MEGA:.1f} |" for n, k in by_bytes]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog=COMMAND,
+        description="Count launches, bytes and FLOPs of one whole training step, ours and eager "
+        "PyTorch's, and predict its time on a GPU. Needs no GPU; measures nothing.",
+        epilog=f"Example: {COMMAND} --batch 256 --device a100 --json",
+    )
+    parser.add_argument("--batch", type=int, default=128, help="images; default 128")
+    parser.add_argument("--image-size", type=int, default=64, help="32, 64, 128 or 256; default 64")
+    parser.add_argument("--device", default="h100", help=f"default h100; {', '.join(DEVICES)}")
+    parser.add_argument("--dtype", default="bf16", choices=DTYPES, help="of ours; default bf16")
+    parser.add_argument("--json", action="store_true", help="objects, not Markdown")
+    parser.add_argument("--markdown", metavar="FILE", help="write it there, not to the screen")
+    given = parser.parse_args(arguments)
+    if given.device not in DEVICES:
+        parser.error(f"--device {given.device} was given; give one of {', '.join(DEVICES)}")
+    if given.image_size not in (32, 64, 128, 256):
+        parser.error(f"--image-size {given.image_size} was given; give 32, 64, 128 or 256")
+    if given.batch < 2:
+        parser.error(f"--batch {given.batch} was given; BatchNorm wants 2 images or more")
+    given.command = " ".join([COMMAND, *(sys.argv[1:] if arguments is None else arguments)])
+    device = DEVICES[given.device]
+    rows = [
+        summary(
+            cost(name, device=device, batch=given.batch, size=given.image_size, dtype=given.dtype),
+            device,
+            "fp32" if name == "eager" else given.dtype,
+        )
+        for name in (*OURS, *EAGER)
+    ]
+    text = document(rows, device, given)
+    if given.json:
+        text = json.dumps({"device": device.name, "prediction": True, "steps": rows}, indent=1)
+    if not given.markdown:
+        print(text)
+        return 0
+    from fastdcgan.data.picture import atomic_write
+
+    try:
+        atomic_write(given.markdown, lambda file: file.write(text.encode()))
+    except OSError as error:
+        parser.error(f"--markdown {given.markdown} cannot be written: {error.strerror}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,344 @@
+"""What a piece of a program asks of a GPU, counted while it runs on tensors without data: kernel
+launches, bytes, FLOPs. Not here: which piece (cost_model.py), and any measure of time.
+
+Two kinds of work are seen. Triton launches are recorded with all their arguments
+(`fastdcgan_kernels.launch.recording`); PyTorch's operations are seen as they are dispatched.
+
+Bytes: every tensor that a launch reads counts once, every one that it writes counts once; a gather
+counts what it takes. So these are the bytes that must move if nothing stays in a cache from one
+launch to the next. An operation of PyTorch is one launch, but that BatchNorm in training is two
+(statistics, then values; on the way back sums, then values: ATen/native/cuda/Normalization.cu), a
+convolution's gradients are one each, and lists of tensors are cut as ATen cuts them. What libraries
+add inside an operation, such as cuDNN's changes of layout, is not seen, and not counted.
+
+FLOPs: products and sums of convolutions, two a multiplication, and nothing else; `flops` are those
+made, padding of tiles included, `useful` those of the convolution itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from fastdcgan_kernels import ops
+from fastdcgan_kernels.launch import Launch, recording
+
+# PyTorch's multi-tensor launches (ATen/native/cuda/MultiTensorApply.cuh): elements of a chunk,
+# chunks of a launch, and tensors of a launch by the number of lists.
+CHUNK, CHUNKS = 65_536, 320
+TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
+
+# Operations that read nothing of the tensor they write over.
+OVERWRITING = ("copy_", "fill_", "zero_", "normal_", "uniform_", "random_")
+GATHERING = ("index", "index_select")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one launch, or several of one operation, ask for."""
+
+    name: str
+    launches: int
+    read: int
+    written: int
+    flops: int = 0
+    useful: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """Read and written."""
+        return self.read + self.written
+
+
+@contextmanager
+def counting() -> Iterator[list[Work]]:
+    """What is launched and dispatched inside, in its order. On the meta device our operators run
+    their launches in the recorder; operations on fake tensors are seen as on any device."""
+    work: list[Work] = []
+    with recording() as launches, _Operations(work, launches):
+        yield work
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self, work: list[Work], launches: list[Launch]) -> None:
+        super().__init__()
+        self._work, self._launches = work, launches
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "fastdcgan":  # its body, where a fake would do for the shapes
+            with self:
+                result = getattr(ops, func._opname)._init_fn(*args, **kwargs)
+            self._take_launches()
+            return result
+        if func.namespace == "aten" and _is_composite(func):
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        self._take_launches()
+        if func._opname == "_local_scalar_dense":  # .item(): the device is waited for
+            if _tensors(args):
+                self._work.append(Work("copy to the host", 1, args[0].itemsize, 0))
+            return 1.0
+        if func._opname == "_fused_adam_":  # has no kernel for tensors without data
+            self._work.append(_multi_tensor(func, args[:4]))
+            torch.autograd.graph.increment_version(args[0])
+            return None
+        result = func(*args, **kwargs)
+        self._work += _work_of(func, args, kwargs, result)
+        return result
+
+    def __exit__(self, *error: Any) -> None:
+        self._take_launches()
+        super().__exit__(*error)
+
+    def _take_launches(self) -> None:
+        """Launches as numbers: who keeps a gradient keeps autograd from giving it away, and it
+        would be copied."""
+        self._work += [work_of_launch(launch) for launch in self._launches]
+        self._launches.clear()
+
+
+def _is_composite(func: Any) -> bool:
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    return bool(func.has_kernel_for_dispatch_key(key))
+
+
+# --- PyTorch's operations -------------------------------------------------------------------------
+
+
+def size(tensor: Tensor) -> int:
+    """Bytes of the elements; those of an expanded tensor once."""
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return math.prod(n for n, stride in sizes if stride or not n) * tensor.itemsize
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Those without data, each once: tensors with data are the host's and cost a device nothing."""
+    found: dict[Any, Tensor] = {}
+    for t in tree_leaves(value):
+        if isinstance(t, FakeTensor) or (isinstance(t, Tensor) and t.is_meta):
+            found.setdefault((_memory(t), t.storage_offset(), t.shape, t.stride()), t)
+    return list(found.values())
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _work_of(func: Any, args: Any, kwargs: Any, result: Any) -> list[Work]:
+    """One launch for every operation, but none for a view or an allocation."""
+    name = func._opname
+    if func.namespace != "aten" or func.is_view or "empty" in name or name == "detach":
+        return []
+    if name.startswith("_foreach_"):
+        return [_multi_tensor(func, [arg for arg in args if isinstance(arg, (list, tuple))])]
+    if name == "convolution_backward":
+        return _convolution_backward(args, result)
+    changed = _tensors([args[at] for at in _written_arguments(func) if at < len(args)])
+    old = {_memory(t) for t in _tensors((args, kwargs))}
+    new = [t for t in _tensors(result) if _memory(t) not in old]
+    if not changed and not new:
+        return []  # a question, or a tensor that was as wanted
+    read = [t for t in _tensors((args, kwargs)) if not _is_one_of(t, changed)]
+    if not name.startswith(OVERWRITING):
+        read += changed
+    taken, launches = sum(map(size, read)), 1
+    if "batch_norm" in name and any(arg is True for arg in args):  # in training
+        two = args[:2] if "backward" in name else args[:1]
+        taken, launches = taken + sum(map(size, two)), 2
+    if name in GATHERING:
+        taken += size(result) - size(args[0])
+    flops = 0
+    if func._overloadpacket in flop_registry:
+        flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
+    return [Work(name, launches, taken, sum(map(size, [*changed, *new])), flops, flops)]
+
+
+def _is_one_of(tensor: Tensor, others: list[Tensor]) -> bool:
+    return any(tensor is other for other in others)
+
+
+def _written_arguments(func: Any) -> list[int]:
+    return [
+        at
+        for at, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+
+
+def _convolution_backward(args: Any, result: Any) -> list[Work]:
+    """Each gradient is a launch of its own."""
+    dy, x, weight = args[:3]
+    count = flop_registry[torch.ops.aten.convolution_backward]
+    found = []
+    for at, other in ((0, weight), (1, x)):
+        if args[-1][at]:
+            mask = [at == 0, at == 1, False]
+            flops = count(*args[:-1], mask, out_val=result)
+            found.append(
+                Work(
+                    ("convolution, input gradient", "convolution, weight gradient")[at], 1,
+                    size(dy) + size(other), size(result[at]), flops, flops,
+                )
+            )  # fmt: skip
+    if args[-1][2]:
+        found.append(Work("convolution, bias gradient", 1, size(dy), size(result[2])))
+    return found
+
+
+def _multi_tensor(func: Any, lists: Iterable[Any]) -> Work:
+    """An operation on lists of tensors: as many launches as PyTorch cuts its chunks into."""
+    lists = [[t for t in one if isinstance(t, Tensor)] for one in lists]
+    lists = [one for one in lists if _tensors(one)]
+    name = func._opname
+    if not lists:
+        return Work(name, 0, 0, 0)
+    writes = set(_written_arguments(func))
+    total = [sum(map(size, one)) for one in lists]
+    written = sum(n for at, n in enumerate(total) if at in writes)
+    read = sum(n for at, n in enumerate(total) if at not in writes or name != "_foreach_copy_")
+    if name == "_fused_adam_":
+        written -= total[1]  # declared as written, for gradients that are scaled
+    elif not writes:
+        written = total[0]
+    launches = multi_tensor_launches([t.numel() for t in lists[0]], len(lists))
+    return Work(name, launches, read, written)
+
+
+def multi_tensor_launches(elements: Iterable[int], lists: int) -> int:
+    """Launches for tensors of so many elements, in so many lists."""
+    launches = tensors = chunks = 0
+    for n in elements:
+        tensors += 1
+        for at in range(-(-n // CHUNK)):
+            chunks += 1
+            last = at == -(-n // CHUNK) - 1
+            if chunks == CHUNKS or (last and tensors == TENSORS[lists]):
+                launches, chunks, tensors = launches + 1, 0, 0 if last else 1
+    return launches + (chunks > 0)
+
+
+# --- Our launches ---------------------------------------------------------------------------------
+
+
+def work_of_launch(launch: Launch) -> Work:
+    """By what the kernel of that name does with its arguments (`fastdcgan_kernels/jit`)."""
+    name, given = launch.kernel.fn.__name__, launch.arguments
+    if name == "average":  # its tensors are known to its table alone; their last blocks as full
+        values = 4 * launch.grid[0] * given["BLOCK"]
+        return Work(name, 1, 2 * values + _size(given["table"]), values)
+    reads, writes = traffic(name, given)
+    flops, useful = _flops(name, launch.grid, given)
+    taken = sum(_size(given[r]) for r in reads)
+    if name == "crop":  # of uint8 images, as many values as it writes
+        taken += given["out"].numel()
+    return Work(
+        name, 1, taken, sum(_size(given[w]) for w in writes),
+        flops, useful,
+    )  # fmt: skip
+
+
+def _size(value: Any) -> int:
+    """Bytes of a tensor or of the tensor that a descriptor describes."""
+    return size(value if isinstance(value, Tensor) else value.base)
+
+
+def _operand(name: str, given: dict[str, Any], prologue: str) -> list[str]:
+    """What `load_operand` reads."""
+    reads = [name]
+    if prologue in ("normgrad", "actgrad"):
+        reads.append(f"{name}_aux")
+    if prologue in ("activate", "normgrad"):
+        reads.append(f"{name}_coef")
+    return reads
+
+
+def _epilogue(given: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """What `store_tile` reads and writes."""
+    reads, writes = [], ["out"]
+    if given["HAS_BIAS"]:
+        reads.append("bias")
+    if given["EPILOGUE"] == "gradient":
+        reads += ["out_aux", "out_coef"]
+        writes.append("partials")
+    if given["EPILOGUE"] == "statistics":
+        writes += ["partials", "counts"]
+    return reads, writes
+
+
+def traffic(name: str, given: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Names of the arguments that are read and of those that are written."""
+    if name in ("gather_pointers", "gather_descriptors", "image_down", "image_up"):
+        reads, writes = _epilogue(given)
+        return [*_operand("x", given, given["PROLOGUE"]), "w", *reads], writes
+    if "weight_gradient" in name:
+        small = _operand("small", given, given["SMALL_PROLOGUE"])
+        return [*small, *_operand("large", given, given["LARGE_PROLOGUE"])], ["out"]
+    if name == "reduce_splits":
+        reads, writes = _epilogue(given)
+        return ["parts", *reads], writes
+    if name == "apply_prologue":
+        reads = [read.removeprefix("value_") for read in
+                 _operand("value", given, given["PROLOGUE"])]  # fmt: skip
+        return reads, ["partials" if given["SUM"] else "out"]
+    if name == "partial_statistics":
+        return ["y"], ["partials", "counts"]
+    if name == "merge_statistics":
+        reads = [n for n in ("gamma", "beta") if given[f"HAS_{n.upper()}"]]
+        moved = [
+            *["running_mean", "running_var"] * given["RUNNING"],
+            *["batches"] * given["BATCHES"],
+        ]
+        reads += ["partials", "counts", *["momenta"] * given["MOMENTA"], *moved]
+        return reads, ["coef", "stats", *moved]
+    if name == "activation_gradient":
+        return ["g", "y", "coef"], ["out", "partials"]
+    if name == "sum_partials":
+        return ["partials"] if given["COLUMNS"] else ["partials", "coef"], ["out"]
+    if name == "bce_rows":
+        return ["logits", "targets", *["scale"] * given["SCALED"]], ["row", "gradient"]
+    if name == "crop":
+        moved = [*["top", "left"] * given["MOVED"], *["flipped"] * given["FLIPPED"]]
+        return ["rows", *moved], ["out"]
+    raise ValueError(f"a launch of {name}, of which nothing is known here: say what it reads")
+
+
+def _flops(name: str, grid: tuple[int, ...], given: dict[str, Any]) -> tuple[int, int]:
+    """(made, useful): two for each multiplication of `tl.dot`, and those of the convolution."""
+    if "PRECISION" not in given:  # no tl.dot
+        return 0, 0
+
+    def padded(n: int, block: int) -> int:
+        return -(-n // block) * block
+
+    images = given["groups"] * given["images"]
+    pixels = given["images"] * given["P"] * given["Q"]
+    depth = given["BLOCK_K"]
+    useful = 2 * images * given["P"] * given["Q"] * given["CS"] * given["CL"] * 16
+    if "weight_gradient" in name:
+        columns = given.get("BLOCK_N", 64)
+        made = grid[0] * given["BLOCK_M"] * columns * given["groups"] * padded(pixels, depth)
+        return 2 * made, useful
+    if name == "image_down":
+        k = padded(64, depth)
+    elif name == "image_up":
+        k = 9 * padded(given["CS"], depth)
+    elif given["UP"]:
+        k = (4 if given["STRIDE"] > 1 else 1) * padded(given["CS"], depth)
+    else:
+        k = 16 * padded(given["CL"], depth)
+    return 2 * grid[0] * grid[1] * given["BLOCK_M"] * given["BLOCK_N"] * k, useful
