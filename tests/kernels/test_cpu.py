@@ -78,6 +78,7 @@ def ours(small, large, weight):
     g = Geometry(n, p, q, cs, 2 * p, 2 * q, large.shape[1], 2, 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(convolution, "has_winograd", lambda geometry: True)
+        patch.setattr(convolution, "pays", lambda geometry: True)
         return (
             convolution.convolve(large, weight, g, up=False),
             convolution.convolve(small, weight, g, up=True),
@@ -98,6 +99,16 @@ def test_convolutions_of_any_sides_are_as_exact_as_float32(n, p, q, cs, cl, seed
         assert got.shape == expected.shape
         assert got.is_contiguous(memory_format=CL)
         assert error(got, expected) < 1e-7 + 8 * error(plain, expected)
+
+
+def test_small_batches_are_left_to_pytorch(called):
+    _, large, weight = sides(3, 8, 8, 32, 32)
+    for n, kernels in ((3, []), (4, ["down"])):
+        x = large[:n] if n == 3 else torch.cat([large, large[:1]])
+        g = Geometry(n, 8, 8, 32, 16, 16, 32, 2, 1)
+        y = convolution.convolve(x.contiguous(memory_format=CL), weight, g, up=False)
+        assert error(y, F.conv2d(x.double(), weight.double(), None, 2, 1)) < 3e-6
+        assert called == kernels
 
 
 @pytest.mark.parametrize("layer", [(16, 64, 128), (8, 128, 256), (4, 256, 512)])
@@ -126,8 +137,8 @@ def test_up_to_an_image(n, p, q, cs, cl, slope, biased):
 
 # (transposed, stride, x, weight): with kernels, and at the ends.
 LAYERS = {
-    "down": (False, 2, (4, 32, 12, 8), (64, 32, 4, 4)),
-    "up": (True, 2, (4, 64, 5, 4), (64, 32, 4, 4)),
+    "down": (False, 2, (12, 32, 12, 8), (64, 32, 4, 4)),
+    "up": (True, 2, (14, 64, 5, 4), (64, 32, 4, 4)),
     "odd": (False, 2, (4, 24, 6, 6), (16, 24, 4, 4)),
     "collapse": (False, 1, (24, 32, 4, 4), (16, 32, 4, 4)),
     "project": (True, 1, (4, 20, 1, 1), (20, 32, 4, 4)),
@@ -217,7 +228,7 @@ def test_gradient_of_a_gradient_is_plain_pytorchs(called):
         (g,) = torch.autograd.grad(run(x, *parameters).sin().sum(), x, create_graph=True)
         return torch.autograd.grad(g.square().sum(), parameters)
 
-    tensors = leaves((2, 32, 8, 8), (32, 32, 4, 4), (32,), (32,))
+    tensors = leaves((16, 32, 8, 8), (32, 32, 4, 4), (32,), (32,))
     found = penalty(block(), *tensors)
     assert "norm" in called
     for mine, theirs in zip(found, penalty(block(), *wide(tensors)), strict=True):
@@ -225,7 +236,7 @@ def test_gradient_of_a_gradient_is_plain_pytorchs(called):
 
 
 def test_only_gradients_that_are_needed_are_made(called):
-    x, weight, gamma, beta = leaves((2, 32, 8, 8), (32, 32, 4, 4), (32,), (32,))
+    x, weight, gamma, beta = leaves((16, 32, 8, 8), (32, 32, 4, 4), (32,), (32,))
     block()(x, weight.detach(), gamma.detach(), beta.detach()).sum().backward()
     assert called == ["down", "norm", "norm_gradient", "up"]
     called.clear()
@@ -234,14 +245,14 @@ def test_only_gradients_that_are_needed_are_made(called):
 
 
 def test_inputs_may_have_any_strides():
-    x, weight, gamma, beta = leaves((2, 32, 8, 8), (32, 32, 4, 4), (32,), (32,))
+    x, weight, gamma, beta = leaves((16, 32, 8, 8), (32, 32, 4, 4), (32,), (32,))
     straight = block()(x, weight, gamma, beta)
-    padded = torch.zeros(2, 40, 9, 16)[:, 3:35, 1:, ::2]
+    padded = torch.zeros(16, 40, 9, 16)[:, 3:35, 1:, ::2]
     padded.copy_(x.detach())
     crooked = block()(padded, weight.detach().permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
                       gamma.detach().repeat_interleave(2)[::2], beta)  # fmt: skip
     assert torch.equal(straight, crooked)
-    one = block()(torch.ones(1, 1, 1, 1).expand(2, 32, 8, 8), weight, gamma, beta)
+    one = block()(torch.ones(1, 1, 1, 1).expand(16, 32, 8, 8), weight, gamma, beta)
     assert torch.isfinite(one).all()
 
 
@@ -258,14 +269,14 @@ def test_elsewhere_blocks_are_plain_pytorch(channels, dtype, variable, called, m
     if variable:
         monkeypatch.setenv(*variable)
     x, weight, gamma = (
-        torch.ones(s, dtype=dtype) for s in ((2, 32, 8, 8), (channels, 32, 4, 4), (channels,))
+        torch.ones(s, dtype=dtype) for s in ((16, 32, 8, 8), (channels, 32, 4, 4), (channels,))
     )
-    assert block()(x, weight, gamma, gamma).shape == (2, channels, 4, 4)
+    assert block()(x, weight, gamma, gamma).shape == (16, channels, 4, 4)
     assert not called
 
 
 def test_autocast_is_plain_pytorch(called):
-    x, weight, gamma, beta = leaves((2, 32, 8, 8), (32, 32, 4, 4), (32,), (32,))
+    x, weight, gamma, beta = leaves((16, 32, 8, 8), (32, 32, 4, 4), (32,), (32,))
     with torch.autocast("cpu", torch.bfloat16):
         assert block()(x, weight, gamma, beta).dtype == torch.bfloat16
     assert not called
@@ -273,11 +284,11 @@ def test_autocast_is_plain_pytorch(called):
 
 def test_meta_tensors_have_shapes():
     tensors = [
-        t.detach().to("meta").requires_grad_() for t in leaves((2, 32, 8, 8), (32, 32, 4, 4))
+        t.detach().to("meta").requires_grad_() for t in leaves((16, 32, 8, 8), (32, 32, 4, 4))
     ]
     out = functional.conv_act(*tensors, stride=2, padding=1, activation="relu")
     out.sum().backward()
-    assert out.shape == (2, 32, 4, 4)
+    assert out.shape == (16, 32, 4, 4)
     assert tensors[1].grad.shape == (32, 32, 4, 4)
 
 
@@ -288,7 +299,7 @@ def test_one_value_a_channel_is_refused():
 
 
 def test_operators_pass_opcheck():
-    x, weight, gamma, beta = leaves((2, 32, 8, 8), (32, 32, 4, 4), (32,), (32,))
+    x, weight, gamma, beta = leaves((16, 32, 8, 8), (32, 32, 4, 4), (32,), (32,))
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     for activation in ("leaky_relu", "tanh"):
         torch.library.opcheck(
@@ -303,7 +314,7 @@ def test_operators_pass_opcheck():
 
 
 def test_compiles_whole(called):
-    tensors = leaves((2, 32, 8, 8), (32, 32, 4, 4), (32,), (32,))
+    tensors = leaves((16, 32, 8, 8), (32, 32, 4, 4), (32,), (32,))
     twins = [t.detach().clone().requires_grad_() for t in tensors]
     compiled = torch.compile(block(), fullgraph=True, backend="aot_eager")
     eager, got = block()(*tensors), compiled(*twins)
@@ -417,7 +428,7 @@ def test_without_a_compiler_one_warning_and_plain_pytorch(
 ):
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setenv("FASTDCGAN_CACHE", str(tmp_path))
-    tensors = leaves((2, 32, 8, 8), (32, 32, 4, 4), (32,), (32,))
+    tensors = leaves((16, 32, 8, 8), (32, 32, 4, 4), (32,), (32,))
     with pytest.warns(UserWarning, match=f"CPU kernels are off.*{compiler}.*plain PyTorch") as seen:
         outs = [block()(*tensors) for _ in range(2)]
     assert len(seen) == 1

@@ -18,15 +18,23 @@ from fastdcgan_kernels.geometry import Geometry, cdiv, empty
 
 # Channels come in panels of two vectors, of at most 16 floats; images take theirs 16 at a time.
 PANEL, CHUNK = 32, 16
+# Fewer small pixels in a batch, and PyTorch is as fast (docs/cpu.md).
+PIXELS = 256
 
 
 def has_winograd(geometry: Geometry) -> bool:
-    """Whether down, up and weight_gradient have kernels for this layer that are faster. Tiles are
-    2x2 small pixels, with 9 multiplications for 16: a side of 1 or 3 would waste what they save."""
+    """Whether the weight gradient has a kernel for this layer. Tiles are 2x2 small pixels or more:
+    a side of 1 or 3 would waste what they save."""
     g = geometry
     tiled = 4 * cdiv(g.P, 2) * cdiv(g.Q, 2)
     fits = g.stride == 2 and g.CS % PANEL == 0 and g.CL % PANEL == 0
     return fits and 3 * tiled <= 4 * g.P * g.Q
+
+
+def pays(geometry: Geometry) -> bool:
+    """Whether down and up have, too, and the pixels are worth the weights' transformation."""
+    g = geometry
+    return has_winograd(g) and g.N * g.P * g.Q >= PIXELS
 
 
 def has_image_up(geometry: Geometry) -> bool:
@@ -40,8 +48,8 @@ def convolve(
 ) -> Tensor:  # fmt: skip
     """leaky_relu(x up or down + bias, slope), channels_last; slope 0 is ReLU, 1 nothing."""
     g = geometry
-    if has_winograd(g) or (up and has_image_up(g)):
-        name = ("up" if has_winograd(g) else "image_up") if up else "down"
+    if pays(g) or (up and has_image_up(g)):
+        name = ("up" if pays(g) else "image_up") if up else "down"
         out = empty(g.N, g.CL, g.H, g.W, x) if up else empty(g.N, g.CS, g.P, g.Q, x)
         call(name, x, weight, bias, out, g.N, g.P, g.Q, g.CS, g.CL, slope)
         return out
