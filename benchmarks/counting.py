@@ -95,7 +95,6 @@ class _Operations(TorchDispatchMode):
             return 1.0
         if func._opname == "_fused_adam_":  # has no kernel for tensors without data
             self._work.append(_multi_tensor(func, args[:4]))
-            torch.autograd.graph.increment_version(args[0])
             return None
         result = func(*args, **kwargs)
         self._work += _work_of(func, args, kwargs, result)

@@ -122,7 +122,8 @@ class Step:
         return row
 
     def refresh(self) -> None:
-        """Takes notice of weights that something else than a step has changed."""
+        """Takes notice of weights that something else than a step has changed, a loaded checkpoint,
+        say. For a replay of this step by a graph it is to be called before."""
         for copies in self._copies:
             if not copies.fresh():
                 copies.refresh()
@@ -144,7 +145,6 @@ class Step:
                 loss_fake, d_fake = self._back(0, logits, (0,), share).split(1)
                 loss_d = loss_real + loss_fake
             self._update(0, state.optD, state.netD)
-            self.refresh()
 
             state.optG.zero_grad(set_to_none=True)
             # G's loss needs the gradient through D to its images, never that of D's weights.
@@ -155,7 +155,6 @@ class Step:
             finally:
                 state.netD.requires_grad_(True)
             self._update(1, state.optG, state.netG)
-            self.refresh()
         return torch.cat([loss_d, loss_g, d_real, d_fake, d_fake_g])
 
     def _simultaneous(self, images: Tensor, z: Tensor, share: float) -> Tensor:
@@ -236,3 +235,5 @@ class Step:
                 group["eps"] = self.state.config.adam_eps / correction**0.5
         self.state.scalers[scaler].step(optimiser)
         self.state.scalers[scaler].update()
+        for copies in self._copies[scaler : scaler + 1]:  # fused Adam moves no version count
+            copies.refresh()

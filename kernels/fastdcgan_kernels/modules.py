@@ -47,7 +47,8 @@ class WorkingCopies:
     and updates are the weights' as ever.
 
     Nothing notices by itself that a weight has changed: `refresh` after every update. What was
-    changed otherwise, by the loading of a checkpoint, say, is seen by `fresh`.
+    changed otherwise, by the loading of a checkpoint, say, is seen by `fresh`; fused optimisers
+    are not.
 
     Args:
         net: its weights may change in place, and stay where they are.

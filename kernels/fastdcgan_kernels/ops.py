@@ -172,7 +172,7 @@ def by_reference(
 ) -> list[Tensor | None]:
     """Gradients of the plain-PyTorch twin, with a graph of their own: what create_graph=True gets.
 
-    `inputs` are the operator's, coefficients second; `needs` says which want a gradient."""
+    `inputs` are the operator's, coefficients second if any; `needs`: which want a gradient."""
     inputs = list(inputs)
     if isinstance(inputs[1], Tensor) and inputs[1].dim() == 3 and inputs[1].shape[0] == 5:
         inputs[1] = _Coefficients.apply(inputs[1])

@@ -10,8 +10,8 @@ user's device, and what it stored is taken before any default.
 
 By bytes and launches alone a prologue is better everywhere (benchmarks/cost_model.py: a step of 128
 images moves 1.3 GB in 86 launches, and 1.8 GB in 119 materialised). That counts no instructions. A
-prologue transforms each value once for every tap and column tile that reads it: by docs/inspect.md a
-sm_90 program with one has some 100 instructions for each matrix instruction in its loop and some 30
+prologue transforms each value once for every tap and column tile that reads it: by docs/inspect.md
+a sm_90 program with one has some 100 instructions for each matrix instruction in its loop, some 30
 without. A multiprocessor starts 4 warps' instructions a cycle and multiplies 2048 pairs of bf16, so
 8 warps with a 128x64x64 step need 97 * 4 * 8 / 4 = 780 cycles for 256 of products with a prologue,
 and with a 128x128x64 step 134 * 8 / 4 = 270 for 512 without. For D's third layer at batch 128 that

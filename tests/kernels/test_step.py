@@ -182,3 +182,26 @@ def test_a_refresh_between_the_ways_is_an_error():
     copies.refresh()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_working_copies_in_a_compiled_net():
+    """As a graph without breaks, whose later calls read what was refreshed since."""
+    first, second = net(), net()
+    copies = WorkingCopies(second, torch.bfloat16)
+    copies.refresh()
+    compiled = torch.compile(second, backend="aot_eager", fullgraph=True)
+    x = Draw(torch.bfloat16).normal(2, 3, 8, 8)
+    for _ in range(3):
+        with plan.implementation("triton"):
+            first(x).float().square().mean().backward()
+            with copies:
+                compiled(x).float().square().mean().backward()
+        for mine, twin in zip(second.parameters(), first.parameters(), strict=True):
+            assert torch.equal(mine.grad, twin.grad)
+        with torch.no_grad():
+            for own in (first, second):
+                torch._foreach_sub_([*own.parameters()], [p.grad for p in own.parameters()])
+                own.zero_grad()
+        copies.refresh()
+    for mine, twin in zip(second.buffers(), first.buffers(), strict=True):
+        assert torch.equal(mine, twin)

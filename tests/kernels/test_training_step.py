@@ -1,0 +1,45 @@
+"""The step as devices with kernels make it (here in Triton's interpreter) against the same step in
+plain PyTorch: readings, weights, running statistics and average."""
+
+import pytest
+import torch
+
+from fastdcgan.training import TrainConfig
+from fastdcgan.training.state import TrainState
+from fastdcgan.training.step import Step
+
+CPU = torch.device("cpu")
+BATCH, STEPS = 2, 2
+
+
+def made(impl, autocast):
+    """Readings and tensors after a few steps; a loaded checkpoint in between is taken notice of."""
+    config = TrainConfig(
+        image_size=32, channels=3, nz=6, ngf=4, ndf=4, batch_size=BATCH, impl=impl, lr=1e-3
+    )
+    state = TrainState(config, CPU)
+    step = Step(state, batch_size=BATCH, autocast=autocast)
+    draw, rows = torch.Generator().manual_seed(1), []
+    fresh = {name: value.clone() for name, value in state.netD.state_dict().items()}
+    for at in range(STEPS):
+        if at:
+            state.load_state_dict(state.state_dict() | {"netD": fresh})
+        images, z = (torch.randn(BATCH, *s, generator=draw) for s in ((3, 32, 32), (6, 1, 1)))
+        rows.append(step(images.contiguous(memory_format=torch.channels_last), z, share=0.5))
+    assert len(step._copies) == (2 if impl == "triton" and autocast else 0)
+    for copies in step._copies:
+        assert all(map(torch.equal, copies._copies, (w.to(autocast) for w in copies._weights)))
+    return torch.stack(rows), state
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
+def test_steps_in_kernels_are_the_plain_steps(autocast):
+    ours, state = made("triton", autocast)
+    plain, twin = made("reference", autocast)
+    if autocast is not None:  # G's first loss is of the updated D; rounding parts the nets then
+        torch.testing.assert_close(ours[0], plain[0], rtol=0.03, atol=0.01)
+        return
+    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+    assert state.step == twin.step == STEPS
+    for mine, theirs in zip(state.tensors(), twin.tensors(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
