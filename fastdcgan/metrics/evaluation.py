@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from fastdcgan.data import open_source, prepare, save_image
-from fastdcgan.data.picture import Pixels
+from fastdcgan.data.picture import FORMATS, Pixels
 from fastdcgan.data.sources import Source
 from fastdcgan.errors import InputError
 from fastdcgan.hardware import pick_device
@@ -129,13 +129,26 @@ def evaluate(
             f"{packed.n:,} real images and {fakes.count or 'any number of'} fakes are too few: "
             f"give at least {2 * (NEAREST + 1)} and {NEAREST + 1}"
         )
+    own = open_source(real, split=split, cache=cache).channels
+    if progress and own != packed.channels:
+        _say(
+            f"{real} has images of {own} channels: compared as {packed.channels}, like the fakes "
+            f"(1 grey, 2 grey and alpha, 3 RGB, 4 RGBA)"
+        )
     if progress and n < asked:
         _say(
             f"n is {n:,}, not {asked:,}: there are {packed.n:,} real images, and the floor takes "
             "as many again as the score" + (f"; {fakes.count:,} fakes" if fakes.count else "")
         )
     if neighbours is not None:
-        save_image(neighbours, np.zeros((1, 1, 3), np.uint8))  # a name that cannot be is said now
+        _check_picture(neighbours)
+    probed = None
+    if probe is not None:
+        from fastdcgan.metrics.probe import load_discriminator
+        from fastdcgan.metrics.probe import probe as run_probe
+
+        netD = load_discriminator(Path(fake), device=place)
+        probed = run_probe(netD, probe, n=asked, seed=seed, cache=cache)
     sample: list[Pixels] = []
     with _bar(progress, f"features by {network.name}", 3 * n) as advance:
         found = compare(
@@ -145,14 +158,10 @@ def evaluate(
         sheet = neighbour_sheet(
             np.concatenate(sample)[:SAMPLES], found.fake[:SAMPLES], *found.real, packed
         )
-        save_image(neighbours, sheet)
-    probed = None
-    if probe is not None:
-        from fastdcgan.metrics.probe import load_discriminator
-        from fastdcgan.metrics.probe import probe as run_probe
-
-        netD = load_discriminator(Path(fake), device=place)
-        probed = run_probe(netD, probe, n=asked, seed=seed, cache=cache)
+        try:
+            save_image(neighbours, sheet)
+        except OSError as error:
+            raise InputError(f"cannot write {neighbours}: {error.strerror or error}") from None
     side = f"{fakes.size}x{fakes.size}x{fakes.channels}"
     facts = {
         "real": f"{packed.source} ({split}): {n:,} + {n:,} of {packed.n:,} images, {side}",
@@ -237,6 +246,14 @@ def _side(source: Source) -> int:
 
 
 # ---- what is kept, and what is shown -------------------------------------------------------------
+
+
+def _check_picture(path: Path) -> None:
+    """Says what cannot be written before minutes are spent on it."""
+    if path.suffix.lower() not in FORMATS:
+        raise InputError(f"cannot write {path}: end its name in {', '.join(FORMATS)}")
+    if not path.parent.is_dir():
+        raise InputError(f"cannot write {path}: there is no folder {path.parent}")
 
 
 def _kept(images: Iterable[Pixels], into: list[Pixels]) -> Iterator[Pixels]:

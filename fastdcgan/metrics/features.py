@@ -49,7 +49,7 @@ def extract(
         for start in range(0, len(chunk), size):
             pixels = torch.from_numpy(np.ascontiguousarray(chunk[start : start + size]))
             batch = to_rgb(pixels.to(device).permute(0, 3, 1, 2))
-            with torch.inference_mode():
+            with torch.no_grad():
                 features = network.module(batch)
             if not isinstance(features, Tensor) or features.shape[:-1] != (len(batch),):
                 raise InputError(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 SIDE = 128
-"""Pixels on a side of the network's input. It was trained at 224 and takes any size; at 128 an image
+"""Pixels on a side of the network's input. Trained at 224, it takes any size; at 128 an image
 costs a third, and those of 32 or 64 pixels are no sharper at 224."""
 
 # expansion, output channels, kernel, stride of the first, how many

@@ -14,6 +14,7 @@ from fastdcgan.metrics.features import centre, to_rgb
 SAMPLES = 16
 NEIGHBOURS = 6
 GAP = 8  # pixels between the samples' column and their neighbours
+SIDE = 64  # smaller images are enlarged to about that, each pixel to a square
 
 
 def neighbour_sheet(
@@ -36,11 +37,12 @@ def neighbour_sheet(
     apart = torch.cdist(features.double(), real.double())
     nearest = apart.topk(min(NEIGHBOURS, len(real)), largest=False).indices.numpy()
     found = centre(packed, rows[nearest.flatten()])
-    left = grid(_rgb(samples), columns=1)
-    right = grid(_rgb(found), columns=nearest.shape[1])
+    left = grid(_shown(samples), columns=1)
+    right = grid(_shown(found), columns=nearest.shape[1])
     return np.concatenate([left, np.full((len(left), GAP, 3), 255, np.uint8), right], axis=1)
 
 
-def _rgb(images: Pixels) -> Pixels:
+def _shown(images: Pixels) -> Pixels:
     tensor = to_rgb(torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2))
-    return tensor.permute(0, 2, 3, 1).numpy()
+    times = max(1, SIDE // tensor.shape[2])
+    return tensor.permute(0, 2, 3, 1).numpy().repeat(times, axis=1).repeat(times, axis=2)

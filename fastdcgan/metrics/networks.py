@@ -156,7 +156,7 @@ def _torchscript(path: Path, device: torch.device) -> FeatureNetwork:
 def _network(
     name: str, module: nn.Module, identity: str | None, device: torch.device
 ) -> FeatureNetwork:
-    module = module.eval().requires_grad_(False).to(device)
+    module = module.eval().to(device)
     if identity is not None and not isinstance(module, torch.jit.ScriptModule):
         module = module.to(memory_format=torch.channels_last)
     classifier = getattr(module, "classifier", None)

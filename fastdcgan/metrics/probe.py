@@ -149,7 +149,7 @@ def _features(net: Discriminator, packed: Packed, rows: np.ndarray[Any, Any]) ->
         for chunk in chunks(packed, rows, 64):
             layers.clear()
             x = torch.from_numpy(np.ascontiguousarray(chunk)).to(device).permute(0, 3, 1, 2)
-            with torch.inference_mode():
+            with torch.no_grad():
                 net(x.float() / 127.5 - 1)
             found.append(torch.cat(layers, 1).float().numpy())
     finally:
