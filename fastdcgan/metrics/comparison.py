@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdcgan.data import Packed, atomic_write
+from fastdcgan.data import Packed
 from fastdcgan.data.picture import Pixels
 from fastdcgan.errors import InputError
-from fastdcgan.metrics.features import Advance, entry_of, extract, nothing, real_features
+from fastdcgan.metrics.features import Advance, entry_of, extract, keep, nothing, real_features
 from fastdcgan.metrics.networks import FeatureNetwork
 from fastdcgan.metrics.scores import NEAREST, Scores, score
 
@@ -99,6 +99,5 @@ def _floor(
         return Scores(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):  # not there, or damaged
         floor = compute()
-        text = json.dumps(dataclasses.asdict(floor)).encode()
-        atomic_write(path, lambda file: file.write(text))
+        keep(path, json.dumps(dataclasses.asdict(floor)).encode())
         return floor

@@ -31,6 +31,9 @@ from fastdcgan.metrics.scores import NEAREST
 if TYPE_CHECKING:
     from fastdcgan.metrics.probe import Probe
 
+RUN_FILES = ("netG.safetensors", "netG_ema.safetensors", "checkpoints", "metrics.jsonl")
+"""A folder with any of them is a run and no folder of pictures, though it has pictures in it."""
+
 _TITLES = {
     "fid": "FID",
     "kid": "KID",
@@ -197,7 +200,7 @@ def _open_fakes(
     progress: bool,
 ) -> _Fakes:
     path = Path(spec)
-    is_run = any((path / part).exists() for part in ("netG.safetensors", "checkpoints"))
+    is_run = any((path / part).exists() for part in RUN_FILES)
     if is_run or path.suffix in (".safetensors", ".pt", ".pth"):
         net = load_generator(path, ema=ema, device=str(device))
         if image_size not in (None, net.size):

@@ -110,7 +110,9 @@ def real_features(
         computed = extract(chunks(packed, more), network, device, advance)
         features = torch.cat([features, computed]) if len(rows) else computed
         rows = np.concatenate([rows, more])
-        _write(entry, features, rows)
+        if entry is not None:
+            held = {"features": features, "rows": torch.from_numpy(rows)}
+            keep(entry, safetensors.torch.save(held))
     else:
         advance(count)
     return features[:count], rows[:count]
@@ -135,16 +137,18 @@ def _read(entry: Path | None) -> tuple[Tensor, np.ndarray[Any, Any]]:
     return torch.empty(0), np.empty(0, np.int64)
 
 
-def _write(entry: Path | None, features: Tensor, rows: np.ndarray[Any, Any]) -> None:
-    if entry is None:
-        return
-    stored = safetensors.torch.save({"features": features, "rows": torch.from_numpy(rows)})
+def keep(path: Path, data: bytes) -> None:
+    """Writes a file of the cache, whole or not at all.
+
+    Raises:
+        InputError: it cannot be written.
+    """
     try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(entry, lambda file: file.write(stored))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, lambda file: file.write(data))
     except OSError as error:
         raise InputError(
-            f"cannot write to the cache {entry.parent}: {error.strerror or error}; "
+            f"cannot write to the cache {path.parent}: {error.strerror or error}; "
             "make room there, or set FASTDCGAN_CACHE to another folder"
         ) from None
 

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.datasets import load_sample_image
 from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -35,6 +36,17 @@ def test_lite0_sees_what_is_there(lite0, photo):
     likely = lite0.classifier(features).softmax(1).topk(3)
     assert set(likely.indices[0].tolist()) == {442, 663, 698}
     assert likely.values.sum() > 0.8
+
+
+def test_lite0_sees_images_resized_and_scaled(lite0, photo):
+    """As PIL resizes each channel, bilinear and antialiased; then (x - 127) / 128."""
+    seen = []
+    hook = lite0.module._conv_stem.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    lite0.module(photo)
+    hook.remove()
+    planes = [Image.fromarray(plane.numpy().astype(np.float32)) for plane in photo[0]]
+    resized = [np.asarray(p.resize((128, 128), Image.Resampling.BILINEAR)) for p in planes]
+    np.testing.assert_allclose(seen[0][0].numpy(), (np.stack(resized) - 127) / 128, atol=1e-5)
 
 
 @pytest.mark.parametrize("side", [128, 57])
