@@ -18,12 +18,12 @@ def lite0():
 
 @pytest.fixture(scope="session")
 def tiles(private_cache):
-    """600 disjoint tiles of 64 pixels in random order, uint8 (600, 64, 64, 3)."""
+    """400 disjoint tiles of 64 pixels in random order, uint8 (400, 64, 64, 3)."""
     packed = prepare("blue-marble", size=64, progress=False)
-    return centre(packed, np.random.default_rng(5).permutation(packed.n)[:600])
+    return centre(packed, np.random.default_rng(5).permutation(packed.n)[:400])
 
 
 @pytest.fixture(scope="session")
 def features(tiles, lite0):
-    """Features of the tiles, (600, 1280)."""
+    """Features of the tiles, (400, 1280)."""
     return extract([tiles], lite0, CPU)
