@@ -20,7 +20,7 @@ from fastdcgan.data import open_source, prepare, save_image
 from fastdcgan.data.picture import FORMATS, Pixels
 from fastdcgan.data.sources import Source
 from fastdcgan.errors import InputError
-from fastdcgan.hardware import pick_device
+from fastdcgan.hardware import pick_device, use_allowed_threads
 from fastdcgan.latent.draw import draw, load_generator
 from fastdcgan.metrics.comparison import Comparison, compare
 from fastdcgan.metrics.features import Advance, chunks
@@ -120,6 +120,7 @@ def evaluate(
     """
     if n <= NEAREST:
         raise InputError(f"--n {n} was given; scores need at least {NEAREST + 1} images")
+    use_allowed_threads()
     place = pick_device(device)
     fakes = _open_fakes(fake, image_size, seed, statistics, ema, place, cache, progress)
     network = load_network(features, place)

@@ -170,7 +170,8 @@ def _state(path: Path, what: str) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of many types
         raise InputError(
-            f"{path} cannot be read as weights of {what} ({_first_line(error)})"
+            f"{path} cannot be read as weights of {what} ({type(error).__name__}): it is "
+            "damaged, or a file of another kind"
         ) from None
     if not isinstance(state, dict):
         raise InputError(f"{path} holds a {type(state).__name__}, not the weights of {what}")
