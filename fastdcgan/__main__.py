@@ -7,6 +7,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "train": ("fastdcgan.train", "train the DCGAN on your images"),
     "generate": ("fastdcgan.generate", "draw images from a trained generator"),
+    "evaluate": ("fastdcgan.evaluate", "score generated images beside real ones"),
     "doctor": ("fastdcgan.doctor", "say what this machine can do, and prove it"),
     "data": ("fastdcgan.data.__main__", "prepare and describe a source of images"),
 }
