@@ -1,0 +1,1 @@
+"""Empty: a package of this name that another project installs would else be found first."""
