@@ -389,7 +389,8 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     text = document(rows, device, given)
     if given.json:
-        text = json.dumps({"device": device.name, "prediction": True, "steps": rows}, indent=1)
+        about = {"device": device.name, "prediction": True, "batch": given.batch}
+        text = json.dumps({**about, "steps": rows}, indent=1)
     if not given.markdown:
         print(text)
         return 0

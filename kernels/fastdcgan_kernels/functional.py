@@ -340,7 +340,12 @@ def _block(
         return outs[0] if groups == 1 else torch.cat(outs)
     y, coef, x_activation, x_slope = x if isinstance(x, Deferred) else (x, None, "none", 0.0)
     if not sync:
-        reference.check_values_per_channel(_output_shape(y, weight, stride, up), groups)
+        try:
+            reference.check_values_per_channel(_output_shape(y, weight, stride, up), groups)
+        except ValueError:
+            if training and batches is not None:
+                batches.add_(groups)  # nn.BatchNorm2d counts before it refuses
+            raise
     momenta = momentum if isinstance(momentum, Tensor) else None
     y, coef = ops.conv_bn(
         y, coef, weight, bias, gamma, beta, up, stride, groups, eps, x_activation, x_slope, sync,

@@ -5,6 +5,7 @@ own, and are for devices that have kernels (`functional.runs_kernels`)."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +13,16 @@ from torch import Tensor
 from fastdcgan_kernels import reference
 from fastdcgan_kernels.functional import runs_kernels
 from fastdcgan_kernels.geometry import cdiv, empty
-from fastdcgan_kernels.jit import step as jit
 from fastdcgan_kernels.launch import Launch
 
 BLOCK = 1024
+
+
+def _kernel(name: str) -> Any:
+    """One of jit/step.py's. Triton is imported when the first is wanted: some devices lack it."""
+    from fastdcgan_kernels.jit import step
+
+    return getattr(step, name)
 
 
 def bce(
@@ -41,7 +48,7 @@ def bce(
     row = logits.new_empty(1 + groups, dtype=torch.float32)
     gradient = torch.empty_like(logits)
     Launch(
-        jit.bce_rows,
+        _kernel("bce_rows"),
         (1,),
         {
             "logits": logits, "targets": targets, "scale": row if scale is None else scale,
@@ -78,7 +85,7 @@ def crop(
     out = empty(b, channels, size, size, images, dtype)
     top, left = (rows, rows) if corner is None else (each.contiguous() for each in corner)
     Launch(
-        jit.crop,
+        _kernel("crop"),
         (cdiv(size * size * channels, BLOCK), b),
         {
             "images": images, "rows": rows, "top": top, "left": left,
@@ -120,7 +127,7 @@ class Average:
     def update(self, updates: Tensor, least: float) -> None:
         """One update; `updates` (), float32: how many there were."""
         Launch(
-            jit.average,
+            _kernel("average"),
             (len(self._table),),
             {"table": self._table, "updates": updates, "least": float(least), "BLOCK": BLOCK},
         ).run(self._table.device)

@@ -69,12 +69,16 @@ def mini(environment, tmp_path_factory):
     (folder / "conftest.py").write_text("from benchmarks.conftest import *\n")
     (folder / "test_mini.py").write_text(MINI)
     arguments = ["--benchmark-only", "--benchmark-autosave", "-p", "no:cacheprovider", "-ra"]
+    # Not as a part of this run: its workers and its coverage are told of in the environment.
+    alone = {k: v for k, v in environment.items() if not k.startswith(("PYTEST_", "COV"))}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "test_mini.py", *arguments],
         cwd=folder,
-        env=environment,
+        env=alone,
+        timeout=300,
         capture_output=True,
         text=True,
         check=False,
     )
+    assert done.stdout, done.stderr
     return done.stdout, folder / ".benchmarks"

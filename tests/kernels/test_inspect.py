@@ -21,8 +21,9 @@ LIMIT = {  # bytes of shared memory a block may have
     "sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376,
     "gfx942": 65_536, "gfx950": 163_840,
 }  # fmt: skip
-# Triton 3.6 does not use gfx950's copies into LDS, and gives some kernels 8 bytes of stack.
-OLD = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 8)
+# Before 3.9 Triton gives some kernels 8 bytes of stack, and two of gfx942's loops no loads of their
+# own; 3.6 does not use gfx950's copies into LDS either.
+OLD = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
 WITH_TMA = ("sm_90", "sm_100", "sm_120")
 
 
@@ -94,6 +95,8 @@ def no_main_loop_waits_for_its_loads(rows):
             ways = {"to LDS", "registers"}
         elif arch == "gfx950":
             ways = {"to LDS"}
+        if OLD and arch == "gfx942" and row["layer"].split(",")[0] in ("G1 backward", "D5 forward"):
+            continue
         assert loop["copies"] in ways, row
         assert loop["copy_instructions"] > 0, row
         seen.add((arch, row["kernel"]))

@@ -9,7 +9,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from fastdcgan.data.feeds import Order, make_feed
@@ -24,6 +24,7 @@ from fastdcgan.training.step import Step
 from fastdcgan.training.whole_step import WholeStep
 from fastdcgan_kernels import blocks, convolution
 from fastdcgan_kernels import plan as kernels
+from fastdcgan_kernels.launch import Launch
 
 CPU = torch.device("cpu")
 SMALL = {"image_size": 32, "channels": 3, "nz": 12, "ngf": 8, "ndf": 8, "batch_size": 6}
@@ -32,15 +33,27 @@ SMALL = {"image_size": 32, "channels": 3, "nz": 12, "ngf": 8, "ndf": 8, "batch_s
 class Tape(TorchDispatchMode):
     """Stands in for torch.cuda.CUDAGraph and torch.cuda.graph together."""
 
+    running = None
+
     def __init__(self):
         super().__init__()
         self.done, self.generators = [], []
+
+    def __enter__(self):
+        Tape.running = self
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        Tape.running = None
+        super().__exit__(*error)
 
     def register_generator_state(self, generator):
         self.generators.append(generator)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        Tape.running = None  # launches of an operator run again with it
         out = func(*args, **(kwargs or {}))
+        Tape.running = self
         self.done.append((func, args, kwargs or {}, out))
         return out
 
@@ -57,7 +70,15 @@ class Tape(TorchDispatchMode):
 def tape(monkeypatch):
     """torch.cuda's graph API on the CPU, as far as whole_step.py uses it."""
     stream = types.SimpleNamespace(wait_stream=lambda other: None)
-    made = []
+    made, run = [], Launch.run
+
+    def launched(launch, device):
+        with _disable_current_modes():  # what the interpreter does is no operation of the step's
+            run(launch, device)
+        if Tape.running is not None:
+            Tape.running.done.append((run, (launch, device), {}, None))
+
+    monkeypatch.setattr(Launch, "run", launched)
 
     def new():
         made.append(Tape())
@@ -78,17 +99,19 @@ def tape(monkeypatch):
     return made
 
 
-def build(graph="off", *, autocast=None, resident=True, images=15, said=None, compile=False):
-    config = TrainConfig(**SMALL)
+def build(graph="off", *, autocast=None, resident=True, said=None, images=15, scale=None, **more):
+    config = TrainConfig(**{**SMALL, **more})
     state = TrainState(config, CPU, scaling=autocast == torch.float16)
+    if scale is not None:
+        state.scalers = [torch.amp.GradScaler("cpu", init_scale=scale) for _ in range(2)]
     pixels = np.random.default_rng(3).integers(0, 256, (images, 36, 36, 3), dtype=np.uint8)
     feed = make_feed(
         types.SimpleNamespace(images=pixels, n=images, window=36, size=32),
-        order=Order(images, images, 6, 0), device=CPU, hflip=True, resident=resident,
-        dtype=autocast or torch.float32,
+        order=Order(images, images, config.batch_size, 0), device=CPU, hflip=True,
+        resident=resident, dtype=autocast or torch.float32,
     )  # fmt: skip
     readings = Readings(100, CPU)
-    engine = Engine(CPU, autocast, compile=compile, cuda_graph=graph)
+    engine = Engine(CPU, autocast, cuda_graph=graph)
     say = pytest.fail if said is None else said.append
     return WholeStep(state, feed, engine=engine, readings=readings, say=say)
 
@@ -141,6 +164,30 @@ def test_a_graph_and_eager_agree_step_for_step(tape, autocast, resident):
     assert graphed[1:] == eager[1:]
     for name, value in eager[0].items():
         assert torch.equal(value, graphed[0][name]), name
+
+
+def test_a_graph_of_kernels_and_eager_agree(tape, monkeypatch):
+    """In Triton's interpreter: the step's own launches, and weights that are cast once an update,
+    which a replay must find as the state is, whatever was loaded into it."""
+    monkeypatch.setenv("FASTDCGAN_IMPL", "triton")
+    monkeypatch.setattr(whole_step, "WARM_UPS", 1)  # they take seconds
+    tiny = {
+        "ngf": 4,
+        "ndf": 4,
+        "batch_size": 2,
+        "images": 5,
+        "autocast": torch.float16,
+        "scale": 64.0,
+    }
+    eager, rows, scales = trained(build(**tiny), 2)
+    whole = build("on", **tiny)
+    graphed, rows_too, scales_too = trained(whole, 2)
+    assert whole.graphed
+    assert any(isinstance(args[0], Launch) for _, args, _, _ in tape[0].done if args)
+    assert (rows, scales) == (rows_too, scales_too)
+    assert scales == [64.0, 64.0], "no update was skipped"
+    for name, value in eager.items():
+        assert torch.equal(value, graphed[name]), name
 
 
 def test_a_resumed_run_goes_on_as_a_graph(tape):

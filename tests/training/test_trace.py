@@ -1,0 +1,77 @@
+"""The whole step with fused blocks, traced on the meta device as an H100 would be asked for it: one
+list of launches, derived here from the nets' layers, and among them nothing that makes the host
+wait. So a CUDA graph can hold it."""
+
+import pytest
+
+from benchmarks import cost_model
+
+DATA = ["randint", "randint", "randint", "crop", "randn", "_to_copy"]  # mirror, corner, noise
+ADAM = ["_foreach_add_", "_fused_adam_", "_foreach_copy_"]  # count, update, weights in 16 bits
+AFTER = ["cat", "average", "_foreach_copy_", "add_"]  # readings; the average, its norms' counts
+READINGS = ["index_copy_", "add_", "remainder_"]
+
+# Norm and activation as passes of their own: the plan's default.
+MATERIALISED = {
+    "up": ["gather", "merge_statistics", "apply_prologue"],
+    "project": ["gather", "merge_statistics", "apply_prologue"],
+    "down": ["gather", "merge_statistics", "apply_prologue"],
+    "to input": ["activation_gradient", "sum_partials", "apply_prologue", "gather"],
+    "to both": ["activation_gradient", "sum_partials", "apply_prologue", "gather",
+                "weight_gradient"],
+    "to both, before it no norm": ["activation_gradient", "sum_partials", "apply_prologue",
+                                   "gather", "weight_gradient"],
+    "to weight": ["activation_gradient", "sum_partials", "apply_prologue", "weight_gradient"],
+    "last logit": ["gather"],
+    "last logit to both": ["gather", "weight_gradient"],
+    "image to weight": ["apply_prologue", "image_weight_gradient"],
+    "image to input": ["apply_prologue", "image_up"],
+    "picture to both": ["apply_prologue", "image_down", "image_weight_gradient"],
+}  # fmt: skip
+# All that is in the products' loads and stores. What a layer's sums are made of is stored by the
+# layer behind it, so they come after its gradient and before its own weight's.
+PROLOGUE = {
+    "up": ["gather", "merge_statistics"],
+    "project": ["gather", "merge_statistics"],
+    "down": ["gather", "merge_statistics"],
+    "to input": ["sum_partials", "gather"],
+    "to both": ["gather", "sum_partials", "weight_gradient"],
+    "to both, before it no norm": ["gather", "weight_gradient"],
+    "to weight": ["weight_gradient"],
+    "last logit": ["gather"],
+    "last logit to both": ["gather", "sum_partials", "weight_gradient"],
+    "image to weight": ["image_weight_gradient"],
+    "image to input": ["image_up"],
+    "picture to both": ["image_down", "sum_partials", "image_weight_gradient"],
+}
+
+
+def expected(of):
+    """The launches of one step, in order."""
+    g_forward = of["project"] + 3 * of["up"] + ["image_up"]
+    d_forward = ["image_down"] + 3 * of["down"] + of["last logit"]
+    d_to_both = (
+        of["last logit to both"]
+        + 2 * of["to both"]
+        + of["to both, before it no norm"]
+        + of["image to weight"]
+    )
+    d_to_images = of["last logit"] + 3 * of["to input"] + of["image to input"]
+    g_to_both = of["picture to both"] + 3 * of["to both"] + of["to weight"]
+    return [
+        *DATA, *g_forward,
+        "cat", *d_forward, "bce_rows", *d_to_both, *ADAM,
+        *d_forward, "bce_rows", *d_to_images, *g_to_both, *ADAM,
+        *AFTER, *READINGS,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("how", "of"), [("default", MATERIALISED), ("prologue", PROLOGUE)])
+def test_a_step_is_one_list_of_launches_without_a_sync(how, of):
+    work = cost_model.our_step(how, cost_model.DEVICES["h100"], 128, 64, "bf16")
+    assert all(w.launches == 1 for w in work)
+    names = [w.name for w in work]
+    assert "copy to the host" not in names
+    # By which loads, and into how many parts a sum is cut, is the tile's affair.
+    kinds = [name.removesuffix("_descriptors").removesuffix("_pointers") for name in names]
+    assert [kind for kind in kinds if kind != "reduce_splits"] == expected(of)
