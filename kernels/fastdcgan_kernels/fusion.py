@@ -160,8 +160,8 @@ def _for_each_group(module: nn.Module, x: Tensor) -> Tensor:
         one: Tensor = module(x)
         return one
     with stat_groups(1):
-        parts = x.unflatten(0, (groups, -1))  # each by itself: a module may write over its input
-        return torch.cat([module(parts[group]) for group in range(groups)])
+        # Of its own each: a module may write over its input.
+        return torch.cat([module(part.clone()) for part in x.chunk(groups)])
 
 
 def _flat(sequential: nn.Module) -> Iterator[nn.Module]:

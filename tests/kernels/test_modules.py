@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fastdcgan_kernels import ConvBlock, findings, fuse, unfuse
+from fastdcgan_kernels.modules import stat_groups
 
 
 @pytest.fixture(autouse=True)
@@ -194,3 +195,27 @@ def test_the_examples_nets_fused_in_one_line_and_trained_10_steps():
     twin = discriminator()
     twin.load_state_dict(ours.d.state_dict())
     assert [type(m) for m in unfuse(ours.d).modules()] == [type(m) for m in twin.modules()]
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_stat_groups_are_a_call_for_each_batch(momentum):
+    """Also through modules that are in no block, and that write over their input."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(
+        nn.Conv2d(3, 8, 4, 2, 1, bias=False), nn.LeakyReLU(0.2, True),
+        nn.Conv2d(8, 16, 4, 2, 1, bias=False), nn.BatchNorm2d(16, momentum=momentum),
+        nn.LeakyReLU(0.2, True),
+        nn.Conv2d(16, 8, 3), nn.BatchNorm2d(8, momentum=momentum), nn.ReLU(True),
+    ).double()  # fmt: skip
+    grouped = fuse(copy.deepcopy(plain))
+    x = torch.randn(6, 3, 16, 16, dtype=torch.float64)
+    with stat_groups(2):
+        got = grouped(x)
+    expected = torch.cat([plain(x[:3]), plain(x[3:])])
+    for out in (got, expected):
+        out.square().sum().backward()
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+    for mine, theirs in zip(grouped.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+    for mine, theirs in zip(grouped.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-9, atol=1e-9)
