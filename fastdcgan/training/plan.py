@@ -65,7 +65,7 @@ def choose_engine(config: TrainConfig, ranks: Ranks, device: torch.device) -> En
         notes.append("--compile: not together with --sync-bn (its sums cross processes); eager")
     why = _no_graph(config, ranks, device)
     if why and config.cuda_graph == "on":
-        raise InputError(f"--cuda-graph on was given; {why}")
+        raise InputError(f"--cuda-graph on was given; {why}: leave it out")
     if why and config.cuda_graph == "auto" and device.type == "cuda":
         notes.append(f"--cuda-graph: off, because {why}")
     graph = "off" if why else config.cuda_graph
