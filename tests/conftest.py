@@ -1,6 +1,7 @@
 """What all tests share: a cache of their own, one thread a process, Triton's interpreter, and a way
 to run commands."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -13,6 +14,9 @@ ROOT = Path(__file__).parent.parent
 
 # The tests run side by side; PyTorch's own threads would only get in each other's way.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# Triton's interpreter makes millions of short-lived objects, hardly any of them in a cycle.
+gc.set_threshold(200_000, 20, 100)
 
 
 def pytest_configure(config):
