@@ -40,6 +40,12 @@ class Comparison:
     fake: Tensor = dataclasses.field(repr=False)
     """Features (n, D) of the fakes."""
 
+    def numbers(self) -> dict[str, Any]:
+        """Each score, its floor as NAME_floor, n, features (the network's name) and nearest."""
+        floors = {f"{name}_floor": x for name, x in dataclasses.asdict(self.floor).items()}
+        held = {"n": self.n, "features": self.features, "nearest": NEAREST}
+        return {**dataclasses.asdict(self.scores), **floors, **held}
+
 
 def compare(
     packed: Packed,

@@ -56,10 +56,7 @@ class Report:
 
     def to_json(self) -> str:
         """One object: each score, its floor as NAME_floor, n, features, and `facts`."""
-        held = self.comparison
-        found: dict[str, Any] = dataclasses.asdict(held.scores)
-        found |= {f"{name}_floor": x for name, x in dataclasses.asdict(held.floor).items()}
-        found |= {"n": held.n, "features": held.features, "nearest": NEAREST, **self.facts}
+        found = {**self.comparison.numbers(), **self.facts}
         if self.probe is not None:
             found |= {f"probe_{name}": x for name, x in dataclasses.asdict(self.probe).items()}
         return json.dumps(found)

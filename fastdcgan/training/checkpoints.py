@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastdcgan.data.picture import atomic_write
 from fastdcgan.errors import InputError
@@ -104,6 +105,16 @@ def load(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not {"step", "config", "netG", "optG"} <= state.keys():
         raise InputError(f"{path} is no checkpoint of a run (bare weights start one: --init-g)")
     return state
+
+
+def save_weights(net: nn.Module, path: Path, *, step: int) -> None:
+    """Writes a net's parameters and buffers as safetensors; its metadata are its name, which is
+    the file's, and the step."""
+    from safetensors.torch import save
+
+    tensors = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
+    content = save(tensors, metadata={"fastdcgan": path.stem, "step": str(step)})
+    atomic_write(path, lambda file: file.write(content))
 
 
 def _first_line(error: Exception) -> str:

@@ -102,6 +102,21 @@ class TrainConfig:
     """How many of the last checkpoints to keep."""
     milestone_every: int | None = _option(None, free=True)
     """Keep for good the checkpoints of every so many steps (and write one there)."""
+    eval_every: int | None = _option(None, free=True)
+    """Steps between two evaluations of the generator against the training data (FID, KID and the
+    others of docs/metrics.md, extra `metrics`); the end has one, too. By default there are none."""
+    eval_n: int = _option(2000, free=True)
+    """Images of each set in an evaluation, at most half of the training data."""
+    eval_features: str = _option("lite0", free=True)
+    """Network of an evaluation: lite0, inception:FILE or a TorchScript file."""
+    best_by: Literal["kid", "fid"] = _option("kid", free=True)
+    """Which score says what generator is the best: it is kept beside the last, as
+    netG_best.safetensors and checkpoints/best.pt."""
+    patience: int | None = _option(None, free=True)
+    """End the run after so many evaluations without a better generator."""
+    max_minutes: float | None = _option(None, free=True)
+    """End the run after so many minutes, counted from this process's first step, evaluations and
+    all else included; --resume goes on."""
     tensorboard: bool = _option(True, free=True)
     """Write TensorBoard events."""
     workers: int | None = _option(None, example="workers", free=True)
@@ -115,10 +130,13 @@ class TrainConfig:
         """Raises InputError, naming the flag, where a value cannot be. `train` calls it first."""
         for name in ("batch_size", "epochs", "nz", "ngf", "ndf", "log_every", "keep"):
             _at_least_one(name, getattr(self, name))
-        for name in ("steps", "sample_every", "checkpoint_every", "milestone_every", "workers"):
+        for name in (
+            *("steps", "sample_every", "checkpoint_every", "milestone_every", "workers"),
+            *("eval_every", "patience"),
+        ):
             if getattr(self, name) is not None:
                 _at_least_one(name, getattr(self, name))
-        for name in ("lr", "lr_g", "lr_d", "adam_eps"):
+        for name in ("lr", "lr_g", "lr_d", "adam_eps", "max_minutes"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise InputError(f"{_flag(name)} {value} was given; it must be above 0")
@@ -127,6 +145,8 @@ class TrainConfig:
                 raise InputError(
                     f"{_flag(name)} {getattr(self, name)} was given; it must be in [0, 1)"
                 )
+        if self.patience is not None and self.eval_every is None:
+            raise InputError("--patience was given; it counts evaluations: give --eval-every, too")
         if self.channels is not None and self.channels not in (1, 2, 3, 4):
             raise InputError(f"--channels {self.channels} was given; it must be 1, 2, 3 or 4")
         if self.net == "tf28" and self.sync_bn:
@@ -192,6 +212,9 @@ class TrainResult:
     """The generator's loss, likewise."""
     interrupted: bool
     """Whether a signal ended the run before its last step."""
+    best: dict[str, Any] | None = None
+    """The row of evaluations.jsonl of the best generator; None where none was evaluated, and in
+    processes other than the first."""
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -1,13 +1,14 @@
 """What a run tells while it goes on: a progress bar or plain lines, metrics.jsonl, TensorBoard
-events, sample grids, and the plot at the end. Nothing here touches the training."""
+events, sample grids, evaluations, and the plot at the end. Nothing here touches the training."""
 
 import json
 import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -37,12 +38,16 @@ class Journal:
         self.total = total
         self.steps_per_epoch = steps_per_epoch
         (out / "samples").mkdir(exist_ok=True)
-        self._metrics = out / "metrics.jsonl"
-        if self._metrics.exists():
-            kept = [row for row in read_metrics(out) if row["step"] <= start]
-            text = "".join(json.dumps(row) + "\n" for row in kept)
-            atomic_write(self._metrics, lambda file: file.write(text.encode()))
-        self._file = self._metrics.open("a", encoding="utf-8")
+        self.seconds = 0.0
+        """Of training, before this process."""
+        for path in (out / "metrics.jsonl", out / "evaluations.jsonl"):
+            kept = [row for row in _read(path) if row["step"] <= start]
+            if path.exists():
+                text = "".join(json.dumps(row) + "\n" for row in kept).encode()
+                atomic_write(path, partial(_write, text))
+            if kept:
+                self.seconds = max(self.seconds, kept[-1].get("seconds", 0.0))
+        self._file = (out / "metrics.jsonl").open("a", encoding="utf-8")
         self._events: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -96,7 +101,7 @@ class Journal:
         self._file.flush()
         if self._events is not None:
             for name, value in row.items():
-                if name not in ("step", "epoch"):
+                if name not in ("step", "epoch", "seconds"):
                     self._events.add_scalar(name, value, row["step"])
         text = (
             f"Loss_D: {row['loss_d']:.4f} Loss_G: {row['loss_g']:.4f} D(x): {row['d_real']:.4f} "
@@ -119,6 +124,24 @@ class Journal:
             eta = f" ETA {int(left) // 60}:{int(left) % 60:02d}" if step > first_step else ""
             self.say(f"[{row['epoch']}/{epochs}][{within}/{self.steps_per_epoch}] {text}{eta}")
 
+    def evaluated(self, row: dict[str, Any], *, best: bool) -> None:
+        """One row of scores: to evaluations.jsonl, to TensorBoard, and to the terminal."""
+        with (self.out / "evaluations.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if self._events is not None:
+            for name in row:
+                if f"{name.removesuffix('_floor')}_floor" in row and row[name] is not None:
+                    self._events.add_scalar(f"quality/{name}", row[name], row["step"])
+        scores = (
+            f"{name.upper()}[{row['features']}] {row[name]:.4g} (floor {row[name + '_floor']:.3g})"
+            for name in ("fid", "kid")
+        )
+        self.say(
+            f"step {row['step']}: {', '.join(scores)}, coverage {row['coverage']:.3f}; "
+            f"n = {row['n']:,}, {row['evaluation_seconds']:.1f} s"
+            + ("; the best so far" if best else "")
+        )
+
     def grid(self, step: int, picture: npt.NDArray[np.uint8]) -> None:
         """A sheet of samples, (H, W, C): to samples/ and to TensorBoard."""
         save_image(self.out / "samples" / f"step-{step:08d}.png", picture)
@@ -129,8 +152,17 @@ class Journal:
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl, in order; a last line cut short by a kill is left out."""
-    rows = []
-    for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+    return _read(out / "metrics.jsonl")
+
+
+def read_evaluations(out: Path) -> list[dict[str, Any]]:
+    """The rows of evaluations.jsonl, likewise."""
+    return _read(out / "evaluations.jsonl")
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -139,7 +171,8 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
 
 
 def plot(out: Path) -> Path:
-    """Draws losses, probabilities and throughput over steps from metrics.jsonl into plot.png."""
+    """Draws losses, probabilities and throughput over steps from metrics.jsonl, and FID and KID
+    with their floors from evaluations.jsonl where there are any, into plot.png."""
     import matplotlib
 
     matplotlib.use("Agg", force=False)
@@ -147,22 +180,39 @@ def plot(out: Path) -> Path:
 
     rows = read_metrics(out)
     steps = [row["step"] for row in rows]
-    figure = Figure(figsize=(9, 9), layout="constrained")
+    evaluations = read_evaluations(out)
+    scores = [] if not evaluations else ["fid", "kid"]
+    figure = Figure(figsize=(9, 9 + 2.5 * len(scores)), layout="constrained")
     panels = {
         "loss": {"loss_d": "discriminator", "loss_g": "generator"},
         "probability of being real": {"d_real": "D(x)", "d_fake": "D(G(z))"},
         "images per second": {"images_per_second": "training, without samples and checkpoints"},
     }
-    for axis, (title, lines) in zip(
-        figure.subplots(3, 1, sharex=True), panels.items(), strict=True
-    ):
+    axes = list(figure.subplots(len(panels) + len(scores), 1, sharex=True))
+    for axis, (title, lines) in zip(axes, panels.items(), strict=False):
         for name, label in lines.items():
             axis.plot(steps, [row[name] for row in rows], label=label, linewidth=1.2)
         axis.set_ylabel(title)
         axis.grid(alpha=0.3)
         axis.set_ylim(bottom=0)
         axis.legend(loc="upper right")
-    axis.set_xlabel("step")
+    for axis, name in zip(axes[len(panels) :], scores, strict=True):
+        # Scores by other networks or of other numbers of images are no points of one line.
+        kind = [evaluations[-1][k] for k in ("features", "n")]
+        alike = [row for row in evaluations if [row["features"], row["n"]] == kind]
+        title = f"{name.upper()}[{kind[0]}]"
+        found = [row[name] for row in alike]
+        axis.plot([row["step"] for row in alike], found, "o-", label="generator", markersize=4)
+        floor = alike[-1][f"{name}_floor"]
+        axis.axhline(floor, color="black", linestyle="--", linewidth=1, label="floor: real images")
+        axis.set_ylabel(f"{title}, n = {kind[1]:,}")
+        axis.grid(alpha=0.3)
+        axis.legend(loc="upper right")
+    axes[-1].set_xlabel("step")
     path = out / "plot.png"
     atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=110))
     return path
+
+
+def _write(content: bytes, file: BinaryIO) -> None:
+    file.write(content)

@@ -19,7 +19,7 @@ from fastdcgan.data import Order, Packed, grid, inspect_source, make_feed, prepa
 from fastdcgan.data.picture import atomic_write
 from fastdcgan.errors import InputError, RunError
 from fastdcgan.hardware import pick_device, use_allowed_threads
-from fastdcgan.training import checkpoints, distributed, folders, journal, plan
+from fastdcgan.training import checkpoints, distributed, folders, journal, plan, quality
 from fastdcgan.training.config import TrainConfig, TrainResult
 from fastdcgan.training.distributed import Ranks
 from fastdcgan.training.interrupts import Interrupts
@@ -38,13 +38,20 @@ WON_LOSS, WON_STEPS = 0.01, 100
 """A discriminator whose loss stays below this for so many steps has nothing left to teach."""
 
 
-def train(config: TrainConfig) -> TrainResult:
+def train(config: TrainConfig, on_evaluation: quality.OnEvaluation | None = None) -> TrainResult:
     """Trains as `config` says; see `TrainConfig` for what it can say.
 
     Writes to the run's folder: config.json, metrics.jsonl, tensorboard/, samples/, checkpoints/,
     and at the end netG.safetensors, netG_ema.safetensors, netD.safetensors and plot.png. SIGINT
     and SIGTERM end the run after the step under way, with a checkpoint; a second one ends the
-    process at once.
+    process at once. With `eval_every` there are evaluations.jsonl, netG_best.safetensors and
+    checkpoints/best.pt, too.
+
+    Args:
+        config: what to train.
+        on_evaluation: is called in the process that writes with each new row of evaluations.jsonl
+            (step, images, seconds, fid, kid ...); where it returns True the run ends as it does
+            after its last step.
 
     Returns:
         The result; with `dry_run` one of 0 steps, after printing the plan.
@@ -55,6 +62,7 @@ def train(config: TrainConfig) -> TrainResult:
             last good checkpoint.
     """
     config.validate()
+    quality.require(config)
     ranks = distributed.ranks_from_environment()
     device = pick_device(config.device, ranks.local_rank)
     use_allowed_threads()
@@ -64,7 +72,7 @@ def train(config: TrainConfig) -> TrainResult:
         return _dry_run(config, ranks, device)
     distributed.join(ranks, device)
     try:
-        return _train(config, ranks, device)
+        return _train(config, ranks, device, on_evaluation)
     finally:
         distributed.leave()
 
@@ -89,7 +97,12 @@ def _dry_run(config: TrainConfig, ranks: Ranks, device: torch.device) -> TrainRe
     return TrainResult(0, nan, config.out or folders.RUNS, nan, nan, interrupted=False)
 
 
-def _train(config: TrainConfig, ranks: Ranks, device: torch.device) -> TrainResult:
+def _train(
+    config: TrainConfig,
+    ranks: Ranks,
+    device: torch.device,
+    on_evaluation: quality.OnEvaluation | None,
+) -> TrainResult:
     target = None
     if config.resume is not None:
         target = distributed.from_first(folders.resolve_resume(config.resume, config.out))
@@ -98,6 +111,9 @@ def _train(config: TrainConfig, ranks: Ranks, device: torch.device) -> TrainResu
     found = None if target is None else _load(target, ranks)
     if found is not None:
         _refuse_changes(found[1], config, ranks)
+    judge = None
+    if config.eval_every is not None and ranks.writes:
+        judge = quality.Quality(config, packed, device, on_evaluation=on_evaluation)
     name = f"{packed.name}-{config.net}{config.image_size}"
     out = distributed.from_first(
         folders.claim(config.out, target, name) if ranks.writes else folders.RUNS
@@ -106,11 +122,11 @@ def _train(config: TrainConfig, ranks: Ranks, device: torch.device) -> TrainResu
     with folders.only_writer(out) if ranks.writes else contextlib.nullcontext():
         engine = plan.choose_engine(config, ranks, device)
         state = TrainState(config, device, scaling=engine.autocast == torch.float16)
-        run = _Run(config, ranks, engine, state, packed, out)
+        run = _Run(config, ranks, engine, state, packed, out, judge)
         if found is not None:
             path, saved = found
             state.load_state_dict(saved)
-            run.last_checkpoint = path
+            run.last_checkpoint, run.saved_step = path, state.step
             run.say(f"resuming {path} at step {state.step}")
             if saved["data"]["sha256"] != packed.sha256:
                 run.say("the data is not what it was at that checkpoint; going on with what it is")
@@ -190,6 +206,7 @@ class _Run:
         state: TrainState,
         packed: Packed,
         out: Path,
+        judge: quality.Quality | None,
     ) -> None:
         self.config, self.ranks, self.state, self.packed, self.out = (
             config, ranks, state, packed, out,
@@ -204,6 +221,8 @@ class _Run:
         )
         self.journal: journal.Journal | None = None
         self.last_checkpoint: Path | None = None
+        self.saved_step = 0
+        self.judge = judge
         self.pending: list[list[float]] = []
         self.last_row: dict[str, Any] = {}
         self.won_steps = 0
@@ -218,7 +237,7 @@ class _Run:
             print(line, flush=True)
 
     def go(self) -> TrainResult:
-        """Trains to the end, or to the first signal."""
+        """Trains to the end, to the first signal, or to what else ends it."""
         try:
             with contextlib.ExitStack() as stack:
                 return self._go(stack)
@@ -244,15 +263,19 @@ class _Run:
         stack.callback(feed.close)
         if self.ranks.writes:
             self.journal = stack.enter_context(self._open_journal())
+        if self.judge is not None:
+            self.judge.resume(self.out)
         readings = Readings(config.log_every, state.device)
         step = WholeStep(
             state, feed, engine=engine, ranks=self.ranks, readings=readings, say=self.say
         )
         sample_every = config.sample_every or min(self.per_epoch, 500)
-        saved_at, saved_step, start = time.monotonic(), state.step, state.step
-        stop = False
+        start, stop, ended = state.step, False, ""
+        if quality.is_due(config, start):  # stopped before it
+            ended = self._evaluate()
+        saved_at = began = time.monotonic()
         self.meter.lap(steady=False)
-        while state.step < self.total and not stop:
+        while state.step < self.total and not (stop or ended):
             step()
             full = readings.count()
             now, done = state.step, state.step - start
@@ -261,12 +284,18 @@ class _Run:
             sample = now % sample_every == 0 or now in (1, self.total)
             # What the clock and the signals say differs between processes: they ask each other.
             stop, save = interrupts.seen, self._clock_says_save(saved_at)
+            late = time.monotonic() - began >= 60 * (config.max_minutes or math.inf)
             if self.ranks.world > 1:
-                stop, save = (
-                    now % AGREE_EVERY == 0 and distributed.any_rank(flag) for flag in (stop, save)
+                stop, save, late = (
+                    now % AGREE_EVERY == 0 and distributed.any_rank(flag)
+                    for flag in (stop, save, late)
                 )
+            if late:
+                ended = f"{config.max_minutes:g} minutes are over (--max-minutes)"
+            last = now == self.total or late
+            evaluate = not stop and quality.is_due(config, now, last=last)
             save = save or stop or self._plan_says_save(now)
-            if full or log or sample or save or done in (1, WARM_UP_STEPS):
+            if full or log or sample or save or evaluate or done in (1, WARM_UP_STEPS):
                 self._read(readings, now)
                 self.meter.lap(steady=done > WARM_UP_STEPS)
             if log or stop:
@@ -276,16 +305,21 @@ class _Run:
                     self._sample(now)
                 if save:
                     self._save()
-                    saved_at, saved_step = time.monotonic(), now
-        if saved_step != state.step:
-            self._save()
-        interrupted = state.step < self.total
+                    saved_at = time.monotonic()
+                if evaluate:
+                    ended = self._evaluate() or ended
+            if ended:
+                self._log(now)
+        self._checkpoint()
+        interrupted = state.step < self.total and not ended
         if interrupted:
             self.say(
                 f"stopped at step {state.step} of {self.total}; go on with: "
                 f"python -m fastdcgan.train --resume {self.out}"
             )
         elif start < self.total:
+            if state.step < self.total:
+                self.say(f"ended at step {state.step} of {self.total}: {ended}")
             self._finish()
         else:
             self.say(
@@ -299,6 +333,7 @@ class _Run:
             loss_d=self.last_row.get("loss_d", math.nan),
             loss_g=self.last_row.get("loss_g", math.nan),
             interrupted=interrupted,
+            best=None if self.judge is None else self.judge.best,
         )
 
     def _open_journal(self) -> journal.Journal:
@@ -374,6 +409,7 @@ class _Run:
             "epoch": self.order.epoch(now - 1) + 1,
             **dict(zip(READINGS, means, strict=True)),
             "images_per_second": self.meter.rate,
+            "seconds": self.meter.seconds + (self.journal.seconds if self.journal else 0),
         }
         if self.journal is not None:
             self.journal.record(self.last_row)
@@ -387,13 +423,38 @@ class _Run:
             images = models.sample(self.state.sampler, self.fixed_z, statistics=statistics)
             self.journal.grid(now, grid(to_uint8(images)))
 
-    def _save(self) -> None:
-        if not self.ranks.writes:
-            return
+    def _evaluate(self) -> str:
+        """Scores the generator; in every process, why the run is to end now, or ""."""
+        why = ""
+        if self.judge is not None:
+            assert self.journal is not None
+            self._refuse_broken_weights()
+            why = self.judge.evaluate(
+                self.state,
+                self.order,
+                self.journal,
+                seconds=self.meter.seconds,
+                checkpoint=self._checkpoint,
+            )
+        return distributed.from_first(why)
+
+    def _refuse_broken_weights(self) -> None:
         if not self.state.is_finite():
             raise RunError(
                 self._diverged(f"the weights after step {self.state.step} are not finite")
             )
+
+    def _checkpoint(self) -> Path | None:
+        """The checkpoint of this step, written now unless it has been."""
+        if self.saved_step != self.state.step:
+            self._save()
+        return self.last_checkpoint
+
+    def _save(self) -> None:
+        self.saved_step = self.state.step
+        if not self.ranks.writes:
+            return
+        self._refuse_broken_weights()
         content = self.state.state_dict()
         content["data"] = {"name": self.packed.name, "sha256": self.packed.sha256}
         content["world"] = self.ranks.world
@@ -402,17 +463,15 @@ class _Run:
     def _finish(self) -> None:
         if not self.ranks.writes:
             return
-        from safetensors.torch import save
-
         nets = {"netG": self.state.netG, "netD": self.state.netD}
         if self.state.ema is not None:
             nets["netG_ema"] = self.state.ema.average
         for name, net in nets.items():
-            tensors = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
-            content = save(tensors, metadata={"fastdcgan": name, "step": str(self.state.step)})
-            atomic_write(self.out / f"{name}.safetensors", partial(_write, content))
+            path = self.out / f"{name}.safetensors"
+            checkpoints.save_weights(net, path, step=self.state.step)
+        best = "" if self.judge is None else f"; the best: {self.judge}"
         plotted = journal.plot(self.out)
-        self.say(f"{self.meter.overall:.1f} images/s; nets, samples and {plotted} are done")
+        self.say(f"{self.meter.overall:.1f} images/s; nets, samples and {plotted} are done{best}")
 
 
 def _write(content: bytes, file: BinaryIO) -> None:

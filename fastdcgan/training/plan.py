@@ -176,6 +176,11 @@ def describe(
         f"data       {source}: {images}",
         f"length     {length}, batch {config.batch_size}"
         + (f" x {ranks.world}" if ranks.world > 1 else ""),
+        *(
+            [f"evaluation every {config.eval_every} steps, features by {config.eval_features}"]
+            if config.eval_every
+            else []
+        ),
         f"memory     {held / 2**20:.0f} MiB weights and optimisers, about "
         f"{activations / 2**20:.0f} MiB activations",
         *engine.notes,

@@ -45,6 +45,8 @@ class Meter:
     """Images per second of the steps alone."""
 
     def __init__(self) -> None:
+        self.seconds = 0.0
+        """Of all laps: of training, without what it was paused for."""
         self.steady_images, self.steady_seconds = 0, 0.0
         self.rate = math.nan
         self._images, self._since, self._paused = 0, time.perf_counter(), 0.0
@@ -54,6 +56,7 @@ class Meter:
         now = time.perf_counter()
         seconds = now - self._since - self._paused
         if self._images:
+            self.seconds += seconds
             self.rate = self._images / seconds
         if steady:
             self.steady_images += self._images
@@ -65,7 +68,7 @@ class Meter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """For what is no training: samples, checkpoints."""
+        """For what is no training: samples, checkpoints, evaluations."""
         start = time.perf_counter()
         yield
         self._paused += time.perf_counter() - start

