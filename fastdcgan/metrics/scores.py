@@ -68,12 +68,14 @@ def score(real: Tensor, fake: Tensor, classifier: nn.Module | None) -> Scores:
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # that features are kept in memory
         torch.default_generator.manual_seed(0)  # and no device's, which a training run draws from
-        distance = FrechetInceptionDistance(given).to(real.device)
+        # No sync: under torchrun one process scores a run, and the others would not answer.
+        distance = FrechetInceptionDistance(given, sync_on_compute=False).to(real.device)
         distance.update(real, real=True)
         distance.update(fake, real=False)
         fid = float(distance.compute())
         if logits is not None:
-            sharpness = InceptionScore(given, splits=IS_SPLITS).to(real.device)
+            sharpness = InceptionScore(given, splits=IS_SPLITS, sync_on_compute=False)
+            sharpness.to(real.device)
             sharpness.update(logits)
             inception_score = float(sharpness.compute()[0])
     return Scores(fid, kernel_distance(real, fake), inception_score, **neighbourhoods(real, fake))

@@ -207,7 +207,7 @@ def plot(out: Path) -> Path:
         axis.axhline(floor, color="black", linestyle="--", linewidth=1, label="floor: real images")
         axis.set_ylabel(f"{title}, n = {kind[1]:,}")
         axis.grid(alpha=0.3)
-        axis.legend(loc="upper right")
+        axis.legend(loc="best")
     axes[-1].set_xlabel("step")
     path = out / "plot.png"
     atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=110))
