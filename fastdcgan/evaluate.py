@@ -26,7 +26,8 @@ class Options:
     real: str
     """The real images: a source as for training (blue-marble, fashion-mnist, a folder, ...)."""
     fake: str
-    """A run's folder, a generator's .safetensors or .pth, or images (folder, zip, .npz, ...)."""
+    """A run's folder (its last generator), a generator's .safetensors (RUN/netG_best.safetensors)
+    or .pth, or images (folder, zip, .npz, ...)."""
     n: int = 10_000
     """Images of each set, at most half of the real images: the floor takes as many others."""
     features: str = "lite0"

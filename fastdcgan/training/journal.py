@@ -38,15 +38,14 @@ class Journal:
         self.total = total
         self.steps_per_epoch = steps_per_epoch
         (out / "samples").mkdir(exist_ok=True)
-        self.seconds = 0.0
-        """Of training, before this process."""
         for path in (out / "metrics.jsonl", out / "evaluations.jsonl"):
-            kept = [row for row in _read(path) if row["step"] <= start]
             if path.exists():
+                kept = [row for row in _rows(path) if row["step"] <= start]
                 text = "".join(json.dumps(row) + "\n" for row in kept).encode()
                 atomic_write(path, partial(_write, text))
-            if kept:
-                self.seconds = max(self.seconds, kept[-1].get("seconds", 0.0))
+        rows = [*read_metrics(out), *read_evaluations(out)]
+        self.seconds: float = max((row.get("seconds", 0.0) for row in rows), default=0.0)
+        """Of training, before this process."""
         self._file = (out / "metrics.jsonl").open("a", encoding="utf-8")
         self._events: Any = None
         if tensorboard:
@@ -152,15 +151,15 @@ class Journal:
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl, in order; a last line cut short by a kill is left out."""
-    return _read(out / "metrics.jsonl")
+    return _rows(out / "metrics.jsonl")
 
 
 def read_evaluations(out: Path) -> list[dict[str, Any]]:
     """The rows of evaluations.jsonl, likewise."""
-    return _read(out / "evaluations.jsonl")
+    return _rows(out / "evaluations.jsonl")
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def _rows(path: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:

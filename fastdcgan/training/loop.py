@@ -271,7 +271,8 @@ class _Run:
         )
         sample_every = config.sample_every or min(self.per_epoch, 500)
         start, stop, ended = state.step, False, ""
-        if quality.is_due(config, start):  # stopped before it
+        missed = quality.is_due(config, start) and not (self.judge and self.judge.has(start))
+        if distributed.from_first(missed):  # the run was stopped before this evaluation
             ended = self._evaluate()
         saved_at = began = time.monotonic()
         self.meter.lap(steady=False)
@@ -312,15 +313,19 @@ class _Run:
                 self._log(now)
         self._checkpoint()
         interrupted = state.step < self.total and not ended
+        best = "" if self.judge is None else f"; the best: {self.judge}"
         if interrupted:
             self.say(
-                f"stopped at step {state.step} of {self.total}; go on with: "
+                f"stopped at step {state.step} of {self.total}{best}; go on with: "
                 f"python -m fastdcgan.train --resume {self.out}"
             )
         elif start < self.total:
             if state.step < self.total:
-                self.say(f"ended at step {state.step} of {self.total}: {ended}")
-            self._finish()
+                self.say(
+                    f"ended at step {state.step} of {self.total}: {ended}; --resume {self.out} "
+                    "goes on"
+                )
+            self._finish(best)
         else:
             self.say(
                 f"nothing to do: {self.out} is at step {state.step} of {self.total}; "
@@ -409,7 +414,7 @@ class _Run:
             "epoch": self.order.epoch(now - 1) + 1,
             **dict(zip(READINGS, means, strict=True)),
             "images_per_second": self.meter.rate,
-            "seconds": self.meter.seconds + (self.journal.seconds if self.journal else 0),
+            "seconds": self._seconds(),
         }
         if self.journal is not None:
             self.journal.record(self.last_row)
@@ -425,18 +430,19 @@ class _Run:
 
     def _evaluate(self) -> str:
         """Scores the generator; in every process, why the run is to end now, or ""."""
-        why = ""
-        if self.judge is not None:
-            assert self.journal is not None
+        judge, state, row, why = self.judge, self.state, None, ""
+        if judge is not None:
             self._refuse_broken_weights()
-            why = self.judge.evaluate(
-                self.state,
-                self.order,
-                self.journal,
-                seconds=self.meter.seconds,
-                checkpoint=self._checkpoint,
-            )
+            row = judge.score(state, self.order, seconds=self._seconds())
+        if distributed.from_first(judge is not None and row is not None and judge.is_better(row)):
+            self._checkpoint()
+        if judge is not None and row is not None and self.journal is not None:
+            why = judge.record(row, state, self.last_checkpoint, self.journal)
         return distributed.from_first(why)
+
+    def _seconds(self) -> float:
+        """Of training, in this process and those before it."""
+        return self.meter.seconds + (0 if self.journal is None else self.journal.seconds)
 
     def _refuse_broken_weights(self) -> None:
         if not self.state.is_finite():
@@ -444,11 +450,10 @@ class _Run:
                 self._diverged(f"the weights after step {self.state.step} are not finite")
             )
 
-    def _checkpoint(self) -> Path | None:
-        """The checkpoint of this step, written now unless it has been."""
+    def _checkpoint(self) -> None:
+        """Saves, unless this step has been saved."""
         if self.saved_step != self.state.step:
             self._save()
-        return self.last_checkpoint
 
     def _save(self) -> None:
         self.saved_step = self.state.step
@@ -460,7 +465,7 @@ class _Run:
         content["world"] = self.ranks.world
         self.last_checkpoint = self.checkpoints.save(content)
 
-    def _finish(self) -> None:
+    def _finish(self, best: str) -> None:
         if not self.ranks.writes:
             return
         nets = {"netG": self.state.netG, "netD": self.state.netD}
@@ -469,7 +474,6 @@ class _Run:
         for name, net in nets.items():
             path = self.out / f"{name}.safetensors"
             checkpoints.save_weights(net, path, step=self.state.step)
-        best = "" if self.judge is None else f"; the best: {self.judge}"
         plotted = journal.plot(self.out)
         self.say(f"{self.meter.overall:.1f} images/s; nets, samples and {plotted} are done{best}")
 

@@ -57,7 +57,7 @@ class Quality:
     latent vectors every time. An evaluation leaves the run's state and random numbers as they are.
 
     Args:
-        config: with `eval_every`.
+        config: the run's, with `eval_every`.
         packed: the training images, whose features are computed here unless the cache has them.
         device: where the run trains.
         say: is called with one line where n is less than was asked for.
@@ -109,50 +109,59 @@ class Quality:
         ]
         finite = [row for row in self.rows if math.isfinite(row[self.config.best_by])]
         best = min(finite, key=lambda row: row[self.config.best_by], default=None)
-        if best is not None and _step_of(out / "netG_best.safetensors") == best["step"]:
-            self.best = best
+        kept = best is not None and _step_of(out / "netG_best.safetensors") == best["step"]
+        self.best = best if kept else None
 
-    def evaluate(
-        self,
-        state: TrainState,
-        order: Order,
-        journal: Journal,
-        *,
-        seconds: float,
-        checkpoint: Callable[[], Path | None],
-    ) -> str:
-        """Scores the generator, unless this step has been scored, and keeps it if it is the best.
+    def has(self, step: int) -> bool:
+        """Whether this step has been scored."""
+        return any(row["step"] == step for row in self.rows)
+
+    def score(self, state: TrainState, order: Order, *, seconds: float) -> dict[str, Any]:
+        """The row of the generator as it is now.
 
         Args:
             state: is read only.
             order: of the training images.
-            journal: is told the new row.
-            seconds: of training in this process.
-            checkpoint: gives the checkpoint of this very step, and writes it first if need be.
+            seconds: of training.
+        """
+        start = time.perf_counter()
+        numbers = self._scores(state)
+        epochs, rest = divmod(state.step, order.steps_per_epoch)
+        return {
+            "step": state.step,
+            "images": epochs * order.epoch_images + rest * order.batch,
+            "seconds": seconds,
+            **numbers,
+            "evaluation_seconds": time.perf_counter() - start,
+        }
+
+    def is_better(self, row: dict[str, Any]) -> bool:
+        """Whether it is the row of the best generator so far."""
+        by = self.config.best_by
+        return math.isfinite(row[by]) and (self.best is None or bool(row[by] < self.best[by]))
+
+    def record(
+        self, row: dict[str, Any], state: TrainState, checkpoint: Path | None, journal: Journal
+    ) -> str:
+        """Keeps the generator if it is the best, writes its row, and asks whether that is enough.
+
+        Args:
+            row: from `score`.
+            state: that was scored.
+            checkpoint: of this very step, if the row is better.
+            journal: is told the row.
 
         Returns:
             Why the run is to end now; "" where it is to go on.
         """
-        if self.rows and self.rows[-1]["step"] == state.step:
-            return ""
-        start = time.perf_counter()
-        numbers = self._scores(state)
-        epochs, rest = divmod(state.step, order.steps_per_epoch)
-        row: dict[str, Any] = {
-            "step": state.step,
-            "images": epochs * order.epoch_images + rest * order.batch,
-            "seconds": journal.seconds + seconds,
-            **numbers,
-            "evaluation_seconds": time.perf_counter() - start,
-        }
-        by = self.config.best_by
-        best = math.isfinite(row[by]) and (self.best is None or row[by] < self.best[by])
-        if best:
+        better = self.is_better(row)
+        if better:
+            assert checkpoint is not None
             # The row comes last: a run killed before it is scored again when it is resumed.
-            self._keep(state, checkpoint(), journal.out)
+            self._keep(state, checkpoint, journal.out)
             self.best = row
         self.rows.append(row)
-        journal.evaluated(row, best=best)
+        journal.evaluated(row, best=better)
         if self.on_evaluation is not None and self.on_evaluation(dict(row)):
             return "on_evaluation says so"
         since = 0 if self.best is None else self.best["step"]
@@ -182,9 +191,8 @@ class Quality:
             )
         return found.numbers()
 
-    def _keep(self, state: TrainState, checkpoint: Path | None, out: Path) -> None:
+    def _keep(self, state: TrainState, checkpoint: Path, out: Path) -> None:
         def copy(to: BinaryIO) -> None:
-            assert checkpoint is not None
             with checkpoint.open("rb") as file:
                 shutil.copyfileobj(file, to)
 
