@@ -170,7 +170,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def plot(out: Path) -> Path:
-    """Draws losses, probabilities and throughput over steps from metrics.jsonl, and FID and KID
+    """Draws losses, D's answers and throughput over steps from metrics.jsonl, and FID and KID
     with their floors from evaluations.jsonl where there are any, into plot.png."""
     import matplotlib
 
@@ -184,7 +184,7 @@ def plot(out: Path) -> Path:
     figure = Figure(figsize=(9, 9 + 2.5 * len(scores)), layout="constrained")
     panels = {
         "loss": {"loss_d": "discriminator", "loss_g": "generator"},
-        "probability of being real": {"d_real": "D(x)", "d_fake": "D(G(z))"},
+        "D's answer (bce: probability of being real)": {"d_real": "D(x)", "d_fake": "D(G(z))"},
         "images per second": {"images_per_second": "training, without samples and checkpoints"},
     }
     axes = list(figure.subplots(len(panels) + len(scores), 1, sharex=True))

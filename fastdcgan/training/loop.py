@@ -109,6 +109,7 @@ def _train(
     packed = _open_data(config, ranks)
     config = dataclasses.replace(config, channels=packed.channels, resume=None)
     found = None if target is None else _load(target, ranks)
+    config = _with_length_of_noise(config, packed, ranks, found and found[1])
     if found is not None:
         _refuse_changes(found[1], config, ranks)
     judge = None
@@ -148,6 +149,19 @@ def _train(
         return run.go()
 
 
+def _with_length_of_noise(
+    config: TrainConfig, packed: Packed, ranks: Ranks, saved: dict[str, Any] | None
+) -> TrainConfig:
+    """By default the instance noise fades over the run as it was when it began."""
+    if not config.instance_noise or config.instance_noise_steps is not None:
+        return config
+    if saved is not None:
+        steps = TrainConfig.from_json(saved["config"]).instance_noise_steps
+    else:
+        steps = plan.total_steps(config, packed.epoch_images, ranks)[0]
+    return dataclasses.replace(config, instance_noise_steps=steps)
+
+
 def _open_data(config: TrainConfig, ranks: Ranks) -> Packed:
     def pack() -> Packed:
         return prepare(
@@ -162,10 +176,12 @@ def _open_data(config: TrainConfig, ranks: Ranks) -> Packed:
     packed = pack() if ranks.writes else None
     distributed.barrier()
     packed = packed or pack()
-    batch = config.batch_size * ranks.world
+    batch = config.batch_size * config.n_critic * ranks.world
     if batch > packed.epoch_images:
         raise InputError(
-            f"a batch of {batch} was asked for, and {config.data} has {packed.epoch_images} images"
+            f"a batch of {batch} "
+            + (f"(for {config.n_critic} updates of D) " if config.n_critic > 1 else "")
+            + f"was asked for, and {config.data} has {packed.epoch_images} images"
             + (f" ({packed.skipped} could not be read)" if packed.skipped else "")
             + ": lower --batch-size or add images"
         )
@@ -213,9 +229,8 @@ class _Run:
         )  # fmt: skip
         self.engine = engine
         self.total, self.per_epoch = plan.total_steps(config, packed.epoch_images, ranks)
-        self.order = Order(
-            packed.n, packed.epoch_images, config.batch_size * ranks.world, config.seed
-        )
+        batch = config.batch_size * config.n_critic * ranks.world
+        self.order = Order(packed.n, packed.epoch_images, batch, config.seed)
         self.checkpoints = checkpoints.Checkpoints(
             out / "checkpoints", keep=config.keep, milestone_every=config.milestone_every
         )
@@ -378,7 +393,8 @@ class _Run:
             values = dict(zip(READINGS, row, strict=True))
             if not (math.isfinite(values["loss_d"]) and math.isfinite(values["loss_g"])):
                 raise RunError(self._diverged(f"the losses of step {step} are not finite"))
-            self.won_steps = self.won_steps + 1 if values["loss_d"] < WON_LOSS else 0
+            won = values["loss_d"] < WON_LOSS and self.config.loss != "wgan-gp"  # has no least one
+            self.won_steps = self.won_steps + 1 if won else 0
             if self.won_steps == WON_STEPS:
                 self.say(
                     f"warning: the discriminator's loss has been below {WON_LOSS} for {WON_STEPS} "

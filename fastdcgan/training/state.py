@@ -13,6 +13,22 @@ from fastdcgan.training.ema import EMA
 from fastdcgan_kernels import fuse
 
 
+def build_nets(config: TrainConfig) -> tuple[nn.Module, nn.Module]:
+    """G and D as the configuration has them; `channels` must be filled in."""
+    assert config.channels is not None
+    return models.build(
+        config.net,
+        size=config.image_size,
+        nz=config.nz,
+        ngf=config.ngf,
+        ndf=config.ndf,
+        channels=config.channels,
+        norm_d=config.norm,
+        spectral_norm=config.spectral_norm,
+        minibatch_std=config.minibatch_std,
+    )
+
+
 class TrainState:
     """The state of a run after `step` steps.
 
@@ -31,16 +47,8 @@ class TrainState:
         dtype: torch.dtype = torch.float32,
         scaling: bool = False,
     ) -> None:
-        assert config.channels is not None
         torch.manual_seed(config.seed)
-        netG, netD = models.build(
-            config.net,
-            size=config.image_size,
-            nz=config.nz,
-            ngf=config.ngf,
-            ndf=config.ndf,
-            channels=config.channels,
-        )
+        netG, netD = build_nets(config)
         place: dict[str, Any] = {
             "device": device,
             "dtype": dtype,
@@ -63,6 +71,9 @@ class TrainState:
         if device.type != "meta":
             self.generator = torch.Generator(device).manual_seed(config.seed)
         self.step = 0
+        # The step once more, on the device, where something in a step depends on it: a CUDA graph
+        # repeats whatever the host gives it.
+        self.clock = torch.zeros((), device=device) if config.instance_noise else None
 
     @property
     def sampler(self) -> nn.Module:
@@ -114,6 +125,8 @@ class TrainState:
         if self.device.type == "cuda" and "cuda" in rng:
             torch.cuda.set_rng_state(rng["cuda"], self.device)
         self.step = state["step"]
+        if self.clock is not None:
+            self.clock.fill_(self.step)
 
     def trained(self) -> list[tuple[torch.optim.Adam, Tensor]]:
         """Every parameter of both nets, with its optimiser."""
@@ -144,6 +157,8 @@ class TrainState:
                 found += [t for t in (scaler._scale, scaler._growth_tracker) if t is not None]
         if self.ema is not None:
             found += [*_tensors(self.ema.average), self.ema.updates]
+        if self.clock is not None:
+            found.append(self.clock)
         return found
 
     def is_finite(self) -> bool:

@@ -37,7 +37,8 @@ class WholeStep:
     """Makes the step number `state.step` of a run at every call.
 
     Whole batches are replayed where the engine asks for a graph; the ragged last batch of an epoch
-    runs eagerly, on the same tensors. Where fused blocks fail or are wrong on this GPU, steps run
+    runs eagerly, on the same tensors. Steps with a lazy penalty and those without have a graph
+    each: a graph has no branches. Where fused blocks fail or are wrong on this GPU, steps run
     in plain PyTorch, and where a graph does, eagerly, after a line that says so.
 
     Args:
@@ -65,7 +66,7 @@ class WholeStep:
         self.state, self.feed, self.readings = state, feed, readings
         self.ranks = ranks or Ranks()
         self._say, self._wanted = say, engine.cuda_graph
-        self._graph: _StepGraph | None = None
+        self._graphs: dict[bool, _StepGraph] = {}
         self._proved = False
         self._step = Step(
             state,
@@ -80,7 +81,7 @@ class WholeStep:
     @property
     def graphed(self) -> bool:
         """Whether whole batches are replayed."""
-        return self._graph is not None
+        return bool(self._graphs)
 
     def __call__(self) -> Tensor:
         """One step; returns step.READINGS, (5,) float32 on the device, times this process's share
@@ -93,11 +94,14 @@ class WholeStep:
         self._proved = True
         if self._wanted == "off" or batch < self.feed.order.batch:
             return self._run(images, rows, batch)
-        if self._graph is None:
-            self._graph = self._capture(images, rows, batch)
-            if self._graph is None:
+        kind = self._step.penalty.due(step)
+        if kind not in self._graphs:
+            graph = self._capture(images, rows, batch)
+            if graph is None:
+                self._graphs.clear()
                 return self._run(images, rows, batch)
-        row = self._replay(self._graph, images, rows)
+            self._graphs[kind] = graph
+        row = self._replay(self._graphs[kind], images, rows)
         self.state.step += 1
         return row
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from fastdcgan_kernels import functional
 from fastdcgan_kernels.functional import Deferred, Input
@@ -56,7 +57,10 @@ class WorkingCopies:
     """
 
     def __init__(self, net: nn.Module, dtype: torch.dtype) -> None:
-        self._convs: list[Any] = [m for m in net.modules() if is_convolution(m)]
+        # A weight that is computed at each access (spectral norm) has no copy: it is cast.
+        self._convs: list[Any] = [
+            m for m in net.modules() if is_convolution(m) and not is_parametrized(m)
+        ]
         self._weights: list[Tensor] = [m.weight.detach() for m in self._convs]
         self._copies = [torch.empty_like(w, dtype=dtype) for w in self._weights]
         self._versions: list[int] = []
@@ -69,7 +73,8 @@ class WorkingCopies:
     @torch.no_grad()
     def refresh(self) -> None:
         """Cast the weights as they are now: one launch."""
-        torch._foreach_copy_(self._copies, self._weights)
+        if self._weights:
+            torch._foreach_copy_(self._copies, self._weights)
         self._versions = [w._version for w in self._weights]
 
     def __enter__(self) -> WorkingCopies:
