@@ -122,6 +122,50 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tiny, tmp_path, 
     assert read_metrics(resumed.out)[-1]["step"] == 12
 
 
+def test_a_run_with_all_of_it_resumes_bit_for_bit(tiny, tmp_path, capsys):
+    """A lazy penalty goes on in its rhythm, noise fades over the run as it began, several updates
+    of D take their batches (2 steps of 16 images and a ragged one an epoch); and D loads again."""
+    config = dataclasses.replace(
+        tiny, loss="hinge", r1=1.0, penalty_every=3, spectral_norm=True, minibatch_std=True,
+        diffaugment="color,translation,cutout", instance_noise=0.1, instance_noise_steps=8,
+        n_critic=2, lr_d=4e-4,
+    )  # fmt: skip
+    whole = train(dataclasses.replace(config, out=tmp_path / "whole"))
+    printed = capsys.readouterr().out
+    assert "R1 1 every 3 steps, D without BatchNorm, spectral norm, minibatch deviation" in printed
+    assert "36 images an epoch" in printed
+    assert "12 steps (3 an epoch), batch 8 x 2" in printed
+    part = dataclasses.replace(config, out=tmp_path / "part")
+    train(dataclasses.replace(part, steps=5))
+    torch.manual_seed(999)
+    resumed = train(dataclasses.replace(part, resume="auto"))
+    assert same(final_state(whole.out), final_state(resumed.out))
+    with pytest.raises(InputError, match="--loss: hinge -> bce"):
+        train(dataclasses.replace(part, resume="auto", loss="bce", steps=20))
+    netD = models.discriminator_from(resumed.out / "netD.safetensors")
+    assert same(dict(netD.state_dict()), dict(final_state(resumed.out)["netD"]))
+    one = dataclasses.replace(config, init_d=resumed.out / "netD.safetensors", steps=1)
+    assert train(dataclasses.replace(one, out=tmp_path / "one")).steps == 1
+    with pytest.raises(InputError, match=r"a batch of 40 \(for 5 updates of D\)"):
+        train(dataclasses.replace(tiny, n_critic=5))
+
+
+def test_instance_noise_fades_over_the_run_as_it_began(tiny, tmp_path):
+    config = dataclasses.replace(tiny, out=tmp_path / "run", instance_noise=0.2, steps=4)
+    train(config)
+    train(dataclasses.replace(config, resume="auto", steps=6))
+    saved = TrainConfig.from_json((tmp_path / "run" / "config.json").read_text())
+    assert (saved.steps, saved.instance_noise_steps) == (6, 4)
+
+
+def test_a_critic_that_is_far_ahead_has_not_won(tiny, tmp_path, capsys, monkeypatch):
+    """The loss of wgan-gp is a distance below 0, not a share of mistakes."""
+    monkeypatch.setattr(loop, "WON_STEPS", 5)
+    config = dataclasses.replace(tiny, out=tmp_path / "run", loss="wgan-gp", lr_d=2e-3, n_critic=2)
+    assert train(config).loss_d < 0
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_rows_after_the_resumed_checkpoint_are_dropped(tiny, tmp_path):
     config = dataclasses.replace(tiny, out=tmp_path / "run", checkpoint_every=5, log_every=1)
     train(config)
