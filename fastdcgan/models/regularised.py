@@ -7,17 +7,18 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 ITERATIONS = 15
-"""Power iterations at the start, as torch's own spectral_norm has; later, one a pass."""
+"""Power iterations at the start, as torch's own spectral_norm has; later, one an update."""
 
 
 class SpectralNorm(nn.Module):
-    """W / sigma(W), sigma the largest singular value of W as a matrix of output channels by all
-    else, found by one power iteration at each pass in training (Miyato et al. 2018, "Spectral
-    normalization for generative adversarial networks", algorithm 1). Gradients go through sigma,
-    its vectors u and v taken for constants.
+    """W / sigma(W), sigma = u^T W v the largest singular value of W as a matrix of output channels
+    by all else (Miyato et al. 2018, "Spectral normalization for generative adversarial networks",
+    algorithm 1). Gradients go through sigma, its vectors u and v taken for constants.
 
-    For torch.nn.utils.parametrize, like torch's own, but for two things: it has no matrix product,
-    which autocast would round to 16 bits, and it reads a channels_last weight without a copy.
+    For torch.nn.utils.parametrize, like torch's own, but for three things. The vectors move by
+    `power_iteration`, before each update, and not at every pass: so all passes of an update have
+    the same weight, and compiled passes change nothing. It has no matrix product, which autocast
+    would round to 16 bits. And it reads a channels_last weight without a copy.
     """
 
     u: Tensor
@@ -29,25 +30,22 @@ class SpectralNorm(nn.Module):
         self.register_buffer("u", F.normalize(torch.randn_like(matrix[:, 0]), dim=0))
         self.register_buffer("v", torch.empty_like(matrix[0]))
         for _ in range(ITERATIONS):
-            self._iterate(matrix)
+            self.iterate(matrix)
 
     @torch.no_grad()
-    def _iterate(self, matrix: Tensor) -> None:
+    def iterate(self, weight: Tensor) -> None:
+        """One power iteration: v = W^T u, u = W v, each brought to length 1."""
+        matrix = _matrix(weight)
         self.v.copy_(F.normalize((matrix * self.u[:, None]).sum(0), dim=0))
         self.u.copy_(F.normalize((matrix * self.v).sum(1), dim=0))
 
     def forward(self, weight: Tensor) -> Tensor:
         """The weight divided by its norm, in its shape, dtype and memory format."""
-        matrix = _matrix(weight)
-        if self.training:
-            self._iterate(matrix.detach())
-        # Copies: the next pass moves u and v before the backward of this one has read them.
-        u, v = self.u.clone(), self.v.clone()
-        return weight / ((matrix * v).sum(1) * u).sum()
+        return weight / ((_matrix(weight) * self.v).sum(1) * self.u).sum()
 
 
 def _matrix(weight: Tensor) -> Tensor:
-    return weight.movedim(1, -1).flatten(1)
+    return weight.movedim(1, -1).flatten(1)  # a matrix stays what it is
 
 
 def spectrally_normalise(net: nn.Module) -> None:
@@ -56,6 +54,15 @@ def spectrally_normalise(net: nn.Module) -> None:
     for module in list(net.modules()):
         if isinstance(module, nn.Conv2d | nn.Linear):
             parametrize.register_parametrization(module, "weight", SpectralNorm(module.weight))
+
+
+def power_iteration(net: nn.Module) -> None:
+    """One power iteration of every spectral norm in the net: once before each update of it. Device
+    work only; does nothing where there is no spectral norm."""
+    for module in net.modules():
+        if parametrize.is_parametrized(module, "weight"):
+            (norm,) = module.parametrizations.weight  # type: ignore[union-attr, misc]
+            norm.iterate(module.parametrizations.weight.original)  # type: ignore[union-attr]
 
 
 class MinibatchStd(nn.Module):

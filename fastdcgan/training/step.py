@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 import torch
 from torch import Tensor, nn
 
+from fastdcgan.models.regularised import power_iteration
 from fastdcgan.training import distributed
 from fastdcgan.training.augmentation import Augmentation
 from fastdcgan.training.compiling import Compiler
@@ -151,6 +152,7 @@ class Step:
         with self._working_copies():
             for part, z_part in self._parts(images, z, share):
                 state.optD.zero_grad(set_to_none=True)
+                self._iterate_norms()
                 fake = self._run(generate, state.netG, z_part)
                 real, faked = self.shown(part), self.shown(fake.detach())
                 loss_d, d_real, d_fake = self._judge(real, faked, share)
@@ -177,6 +179,7 @@ class Step:
         state = self.state
         state.optD.zero_grad(set_to_none=True)
         state.optG.zero_grad(set_to_none=True)
+        self._iterate_norms()
         fake = self._run(generate, state.netG, z)
         real, faked = self.shown(images), self.shown(fake)
         of_real = self._run(discriminate, state.netD, real)
@@ -226,6 +229,10 @@ class Step:
             return loss_real + loss_fake, d_real, d_fake
         row = self._back(0, logits, ("real", "fake"), share)
         return row[:1], row[1:2], row[2:]
+
+    def _iterate_norms(self) -> None:
+        if self.state.config.spectral_norm:
+            power_iteration(self.state.netD)
 
     def _penalise(self, real: Tensor, fake: Tensor, share: float) -> None:
         """Adds the gradients of D's penalty, in the steps that have it, to those of its loss."""
