@@ -330,6 +330,45 @@ def test_steps_equal_the_plain_loop(what, one_pass, monkeypatch):
     assert largest_difference(start, netD) > 1e-4
 
 
+@pytest.mark.parametrize("loss", ["hinge", "lsgan", "relativistic"])
+def test_simultaneous_gradients_are_those_at_the_same_weights(loss):
+    """After one step Adam's first moments are (1 - beta1) times the gradients."""
+    config = preset("tf28", channels=1, batch_size=3, loss=loss)
+    state = TrainState(config, CPU, dtype=torch.float64)
+    for module in state.netD.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    netG, netD = copy.deepcopy(state.netG), copy.deepcopy(state.netD)
+    images, z = next(batches(config, 1, dtype=torch.float64))
+    Step(state, batch_size=3)(images, z)
+    of_d, of_g = TEXTBOOK[loss]
+    real, fake = netD(images), netD(netG(z))
+    for net, optimiser, total in (
+        (netD, state.optD, of_d(real, fake)),
+        (netG, state.optG, of_g(real, fake)),
+    ):
+        gradients = torch.autograd.grad(total, list(net.parameters()), retain_graph=True)
+        for slots, gradient in zip(optimiser.state.values(), gradients, strict=True):
+            torch.testing.assert_close(slots["exp_avg"], gradient * 0.1, rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("updates", ["alternating", "simultaneous"])
+def test_d_sees_all_images_changed_and_g_learns_through_the_change(updates):
+    config = TrainConfig(**SMALL, loss="lsgan", norm_d="none", updates=updates)
+    state = TrainState(config, CPU)
+    step, shown = Step(state, batch_size=6), []
+
+    def black(images):
+        shown.append(images.requires_grad)
+        return images * 0
+
+    step.shown = black
+    row = dict(zip(READINGS, step(*next(batches(config, 1))).tolist(), strict=True))
+    assert shown == {"alternating": [False, False, True], "simultaneous": [False, True]}[updates]
+    assert row["d_real"] == row["d_fake"]
+    assert all(not p.grad.any() for p in state.netG.parameters())
+
+
 def test_one_update_of_g_for_so_many_of_d():
     config = TrainConfig(**{**SMALL, "n_critic": 3})
     state = TrainState(config, CPU)
@@ -369,12 +408,16 @@ def test_steps_with_all_of_it_make_no_host_sync(fields, autocast):
     step = Step(state, batch_size=config.batch_size, autocast=autocast)
     whole = dataclasses.replace(config, batch_size=config.batch_size * config.n_critic)
     before = copy.deepcopy(state.netG.state_dict())
+    vectors = copy.deepcopy(dict(state.netD.named_buffers()))
     with NoSync():
         for images, z in list(batches(whole, 2)):
             row = step(images, z)
     assert row.shape == (len(READINGS),)
     assert row.isfinite().all()
     assert state.is_finite()
+    for name, buffer in state.netD.named_buffers():
+        if name.endswith(".0.u") and len(buffer) > 1:
+            assert not torch.equal(buffer, vectors[name]), "spectral norm follows the weights"
     if state.clock is not None:
         assert float(state.clock) == 2
     if autocast is not torch.float16:  # its first step may be one that overflowed
