@@ -18,6 +18,7 @@ from fastdcgan.training.losses import Loss
 from fastdcgan.training.regularisers import Penalty, between, image_gradients, r1, slope_penalty
 from fastdcgan.training.state import TrainState
 from fastdcgan.training.step import READINGS, Step
+from fastdcgan_kernels.plan import TARGETS, assume, recording
 from tests.training.test_step import NoSync, batches, largest_difference
 
 CPU = torch.device("cpu")
@@ -425,6 +426,20 @@ def test_steps_with_all_of_it_make_no_host_sync(fields, autocast):
     for p in state.netD.parameters():
         assert p.dtype == torch.float32
         assert p.grad.stride() == p.stride()
+
+
+@pytest.mark.parametrize("fields", [EVERYTHING, {"loss": "relativistic"}, {"loss": "wgan-gp"}])
+def test_steps_with_all_of_it_run_on_the_meta_device_as_kernels(fields):
+    """What a device would launch, without one: nothing there can read a value back."""
+    config = TrainConfig(**{**SMALL, **fields}, impl="triton")
+    state = TrainState(config, torch.device("meta"))
+    step = Step(state, batch_size=6)
+    images = torch.empty(6 * config.n_critic, 3, 32, 32, device="meta")
+    z = torch.empty(len(images), 12, 1, 1, device="meta")
+    with assume(TARGETS["sm_90"]), recording() as asked:
+        for _ in range(2):
+            assert step(images, z).shape == (len(READINGS),)
+    assert asked, "blocks ran as kernels"
 
 
 def test_the_penalty_of_a_scaled_loss_is_scaled_alike():
