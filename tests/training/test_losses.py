@@ -18,7 +18,7 @@ from fastdcgan.training.losses import Loss
 from fastdcgan.training.regularisers import Penalty, between, image_gradients, r1, slope_penalty
 from fastdcgan.training.state import TrainState
 from fastdcgan.training.step import READINGS, Step
-from fastdcgan_kernels.plan import TARGETS, assume, recording
+from fastdcgan_kernels.plan import TARGETS, assume, implementation, recording
 from tests.training.test_step import NoSync, batches, largest_difference
 
 CPU = torch.device("cpu")
@@ -151,6 +151,19 @@ def test_image_gradients_are_ds_slope_and_leave_its_buffers_alone(norm_d):
     with torch.no_grad():
         for index, slope in numerical_gradients(netD, images):
             assert float(found[index]) == pytest.approx(float(slope), rel=1e-4, abs=1e-9)
+
+
+def test_a_penalty_asks_no_kernel_in_any_mode(monkeypatch):
+    """They have first derivatives only, and some of them compute in 16 bits."""
+    netD, _ = small_d(norm_d="none")
+    netD.float()
+    monkeypatch.setenv("FASTDCGAN_IMPL", "triton")
+    with implementation("triton"), recording() as asked:
+        gradients = image_gradients(netD, torch.rand(2, 3, 32, 32).bfloat16())
+        slope_penalty(gradients, 1.0).backward()
+    assert not asked
+    assert gradients.dtype == torch.float32
+    assert all(p.grad is not None for p in netD.parameters() if p.dim() > 1)
 
 
 def test_penalties_are_the_papers():
