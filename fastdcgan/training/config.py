@@ -148,6 +148,9 @@ class TrainConfig:
     max_minutes: float | None = _option(None, free=True)
     """End the run after so many minutes, counted from this process's first step, evaluations and
     all else included; --resume goes on."""
+    on_collapse: Literal["warn", "rollback", "stop"] = _option("warn", free=True)
+    """Where samples grow alike or D has won (docs/collapse.md): warn; rollback: go back to the last
+    healthy checkpoint, with other noise and half of D's rate, 3 times at most; stop the run."""
     tensorboard: bool = _option(True, free=True)
     """Write TensorBoard events."""
     workers: int | None = _option(None, example="workers", free=True)

@@ -67,6 +67,7 @@ class WholeStep:
         self.ranks = ranks or Ranks()
         self._say, self._wanted = say, engine.cuda_graph
         self._graphs: dict[bool, _StepGraph] = {}
+        self._replayed: _StepGraph | None = None  # in the last step
         self._proved = False
         self._step = Step(
             state,
@@ -82,6 +83,21 @@ class WholeStep:
     def graphed(self) -> bool:
         """Whether whole batches are replayed."""
         return bool(self._graphs)
+
+    @property
+    def impl(self) -> str:
+        """How fused blocks run, once the first step has looked: as Step's."""
+        return self._step.impl
+
+    def renew(self) -> None:
+        """Takes notice of a checkpoint loaded into the state: the optimisers' tensors are others,
+        and their rates may be, so the next whole batch is captured again."""
+        self._graphs.clear()
+        self._replayed = None
+
+    def gradients(self) -> list[list[Tensor]]:
+        """netG's and netD's, as the last step left them: summed over processes, unscaled."""
+        return _gradients(self.state) if self._replayed is None else self._replayed.gradients
 
     def __call__(self) -> Tensor:
         """One step; returns step.READINGS, (5,) float32 on the device, times this process's share
@@ -109,6 +125,7 @@ class WholeStep:
         """The step, eagerly. Noise is drawn for the batch of all processes, and each keeps its
         rows: so a run does not depend on how many processes share it."""
         state, ranks = self.state, self.ranks
+        self._replayed = None
         whole = batch == self.feed.order.batch
         with implementation(self._step.impl):
             real = self.feed.assemble(
@@ -124,6 +141,7 @@ class WholeStep:
 
     def _replay(self, graph: "_StepGraph", images: Tensor, rows: Tensor) -> Tensor:
         self._step.refresh()
+        self._replayed = graph
         return graph.replay(images, rows)
 
     def _tensors(self) -> list[Tensor]:
@@ -216,6 +234,11 @@ def wants_proof(device: torch.device) -> bool:
     return device.type == "cuda" and runs_kernels(device)
 
 
+def _gradients(state: TrainState) -> list[list[Tensor]]:
+    nets = (state.netG, state.netD)
+    return [[p.grad for p in net.parameters() if p.grad is not None] for net in nets]
+
+
 def _first_line(error: Exception) -> str:
     lines = (line for line in str(error).splitlines() if line.strip())
     return next(lines, type(error).__name__)
@@ -248,6 +271,7 @@ class _StepGraph:
                 self._graph.register_generator_state(state.generator)
             with torch.cuda.graph(self._graph):
                 self._row = run(self._images, self._rows, batch)
+            self.gradients = _gradients(state)  # steps outside of the graph make others
 
     def replay(self, images: Tensor, rows: Tensor) -> Tensor:
         """The step on these images; waits for nothing."""
