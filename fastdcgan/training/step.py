@@ -207,7 +207,8 @@ class Step:
         """The batches of D's updates, of equal size but for one image; as many in every process,
         also of a ragged batch, because each update waits for all of them."""
         whole = round(len(z) / share) if share else 0  # that of all processes
-        count = max(1, -(-whole // (self.batch_size * distributed.processes())))
+        needed = -(-whole // (self.batch_size * distributed.processes()))
+        count = max(1, min(self.state.config.n_critic, needed))
         if count == 1:
             yield images, z
         else:
