@@ -86,6 +86,11 @@ def _parts(
         yield "text", "This trains the winner again, as its trial did:"
         winner = dataclasses.replace(trial_config(best, base, space), out=config.out / "winner")
         yield "code", train_command(winner)
+        for name, trial in (("winner", best), ("reference", reference)):
+            sheet = None if trial is None else _last_sheet(config.out, trial.number)
+            if sheet is not None:
+                yield "head", f"Samples of the {name}, at its end"
+                yield "plot", (sheet, f"samples of the {name}")
         yield "head", "The best trials"
         yield "table", _best(trials, score, space)
     for file, what in plots:
@@ -153,6 +158,12 @@ def _beside(
     for name in (*space.varied, *space.fixed):
         rows.append([name, text(held(base, name)), text(held(winner, name))])
     return rows
+
+
+def _last_sheet(out: Path, number: int) -> str | None:
+    """The last samples of a trial that ran on this machine."""
+    sheets = sorted((out / "trials" / f"{number:04d}" / "samples").glob("step-*.png"))
+    return sheets[-1].relative_to(out).as_posix() if sheets else None
 
 
 def _score(trial: "FrozenTrial | None", name: str) -> str:
@@ -339,7 +350,9 @@ def _slices(done: "list[FrozenTrial]", score: str, space: Space) -> Any:
             continue
         _slice(axes, names[i], space.varied[names[i]], done, best)
         _score_axis(axes, _scores(done), score if i % columns == 0 else "")
-    handles = {label: h for a in panels for h, label in zip(*a.get_legend_handles_labels())}
+    handles = {
+        label: h for a in panels for h, label in zip(*a.get_legend_handles_labels(), strict=True)
+    }
     figure.legend(
         handles.values(), handles.keys(), loc="outside upper right", ncols=2, frameon=False
     )

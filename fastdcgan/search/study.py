@@ -9,6 +9,7 @@ itself (diverged, out of memory) has a reason, and counts.
 
 import contextlib
 import dataclasses
+import io
 import math
 import multiprocessing
 import os
@@ -43,6 +44,8 @@ TENTHS = 10
 ATTEMPTS = 3
 """A trial that was cut off so many times (it may be what kills the process) is not tried again."""
 POLL_SECONDS = 1.0
+HOPELESS = 2
+"""Exit status of a worker that found what is wrong with all trials."""
 MAY_DIFFER = ("cache", "device", "log_every", "sample_every")
 """Fields of the base configuration that are a machine's own matter."""
 
@@ -97,6 +100,8 @@ def search(config: SearchConfig, *, train: Train | None = None, heartbeat: int =
     with only_writer(config.out):
         study = _open(config, heartbeat)
         _same_search(study, config, base, space)
+        if train is None:
+            _try_reference(base)
         wanted = _fill_queue(study, config, base, space)
         _say(f"{study.study_name}: {_begun(study.trials)} of {wanted} trials begun; {config.out}")
         task = _Task(config, base, space, wanted, heartbeat, train)
@@ -104,7 +109,7 @@ def search(config: SearchConfig, *, train: Train | None = None, heartbeat: int =
         path = write_report(study, config, base, space)
         found = summary(study, path)
         _say(f"report: {path.with_suffix('.html')}")
-        if stopped is not None:
+        if stopped is not None and found.finished < wanted:
             raise RunError(
                 f"{stopped} after {found.finished} of {wanted} trials; the same command goes on"
             )
@@ -128,11 +133,19 @@ def ended_by_itself(trial: "FrozenTrial") -> bool:
     return trial.state.is_finished() and not _cut_off(trial)
 
 
-def trial_config(trial: "FrozenTrial", base: TrainConfig, space: Space) -> TrainConfig:
+def trial_config(trial: "FrozenTrial | Trial", base: TrainConfig, space: Space) -> TrainConfig:
     """The configuration that a trial trains (or trained), but for its folder."""
     if "reference" in trial.user_attrs:
         return base
     return space.at(base, trial.params)
+
+
+def _try_reference(base: TrainConfig) -> None:
+    """What is wrong with all trials (the data, a missing extra) is said before the first."""
+    from fastdcgan.training.loop import train
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        train(dataclasses.replace(base, dry_run=True))
 
 
 def _check_optuna() -> None:
@@ -299,12 +312,14 @@ def _many_workers(task: _Task) -> str | None:
         for worker in workers:
             worker.start()
     stopped = None
-    while any(worker.is_alive() for worker in workers):
+    while alive := [worker for worker in workers if worker.is_alive()]:
         try:
-            for worker in workers:
-                worker.join()
+            wait([worker.sentinel for worker in alive])
         except KeyboardInterrupt:  # the workers got it, too, and end their steps
             stopped = "stopped"
+        if any(worker.exitcode == HOPELESS for worker in workers):
+            for worker in alive:
+                worker.terminate()
     codes = [worker.exitcode for worker in workers]
     if stopped is None and any(codes):
         died = [code for code in codes if code]
@@ -337,7 +352,7 @@ def _worker(task: _Task, index: int) -> None:
         sys.exit(130)
     except (InputError, RunError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        sys.exit(HOPELESS)
 
 
 def _die_with(parent: int) -> None:
@@ -352,6 +367,7 @@ def _work(task: _Task, index: int) -> None:
     study = _open(config, task.heartbeat)
     study.pruner = _pruner(config.pruner)
     objective = _Objective(task, _device(task.base, index))
+    told = False
     claim = FileLock(config.out / ".claim.lock")  # one at a time, so that none too many is begun
     while True:
         with claim:
@@ -368,9 +384,13 @@ def _work(task: _Task, index: int) -> None:
                     gc_after_trial=True,
                 )
                 continue
-        if not any(t.state.name == "RUNNING" for t in trials):
+        running = [str(t.number) for t in trials if t.state.name == "RUNNING"]
+        if not running:
             return
-        time.sleep(POLL_SECONDS)  # one that runs may be dead, and its point queued again
+        if index == 0 and not told:
+            _say(f"waiting for trial {', '.join(running)}: it runs elsewhere, or was killed")
+            told = True
+        time.sleep(POLL_SECONDS)  # one that was killed will be queued again
 
 
 def _device(base: TrainConfig, index: int) -> str:
@@ -442,9 +462,7 @@ class _Objective:
             if isinstance(ended, KeyboardInterrupt):
                 self._tell(trial, "stopped; it will be tried again")
             else:
-                last = trial.study.trials[trial.number].intermediate_values
-                tenth = max(last)
-                self._tell(trial, f"pruned at {tenth}/{TENTHS}, {self.score} {last[tenth]:.4g}")
+                self._tell(trial, str(ended))
             raise
         except Exception as error:
             # Whatever is wrong with a point, other points may be good; what is wrong with the
@@ -462,7 +480,7 @@ class _Objective:
         import optuna
 
         config = self._config(trial)
-        pruned = False
+        pruned = ""
 
         def evaluated(row: dict[str, Any]) -> bool:
             nonlocal pruned
@@ -470,8 +488,9 @@ class _Objective:
             if tenth not in reported and math.isfinite(row[self.score]):
                 reported.add(tenth)
                 trial.report(row[self.score], tenth)
-                pruned = "reference" not in trial.user_attrs and trial.should_prune()
-            return pruned
+                if "reference" not in trial.user_attrs and trial.should_prune():
+                    pruned = f"pruned at {tenth}/{TENTHS}, {self.score} {row[self.score]:.4g}"
+            return bool(pruned)
 
         reported: set[int] = set()
         out = config.out
@@ -497,7 +516,7 @@ class _Objective:
         if result.best is not None:
             trial.set_user_attr("evaluation", result.best)
         if pruned:
-            raise optuna.TrialPruned
+            raise optuna.TrialPruned(pruned)
         if result.interrupted:
             raise KeyboardInterrupt
         if result.best is None:
@@ -518,9 +537,8 @@ class _Objective:
         return train
 
     def _config(self, trial: "Trial") -> TrainConfig:
-        frozen = trial.study.trials[trial.number]
         return dataclasses.replace(
-            trial_config(frozen, self.task.base, self.task.space),
+            trial_config(trial, self.task.base, self.task.space),
             out=self.task.config.out / "trials" / f"{trial.number:04d}",
             device=self.device,
             keep=1,
