@@ -395,11 +395,11 @@ def _work(task: _Task, index: int) -> None:
 
 def _device(base: TrainConfig, index: int) -> str:
     """Workers take turns at the CUDA devices."""
+    if base.device != "auto":
+        return base.device
     import torch
 
-    if base.device == "auto" and torch.cuda.is_available():
-        return f"cuda:{index % torch.cuda.device_count()}"
-    return base.device
+    return f"cuda:{index % torch.cuda.device_count()}" if torch.cuda.is_available() else "auto"
 
 
 def _sampler(config: SearchConfig, wanted: int, seed: int) -> "BaseSampler":

@@ -14,7 +14,7 @@ from fastdcgan.search.config import Base
 from fastdcgan.training import TrainConfig, TrainResult
 
 BEST_LR_G, BEST_LR_D = 3e-4, 1e-4
-BASE = Base(steps=100, eval_every=50)
+BASE = Base(steps=100, eval_every=50, device="cpu")  # on which workers need no torch
 
 
 def score(config):

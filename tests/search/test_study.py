@@ -189,7 +189,7 @@ def test_a_search_for_something_else_is_refused(searched):
         "--lr 0.0002 -> 0.001": {"base": dataclasses.replace(BASE, lr=1e-3)},
         "--steps 100 -> 200": {"base": dataclasses.replace(BASE, steps=200)},
         "--best-by kid -> fid": {"objective": "fid"},
-        "the space, which is now": {"space": "quick"},
+        "the space, which is now": {"space": "lr_g = [1e-4]"},
     }.items():
         with pytest.raises(InputError, match="is a search for something else") as raised:
             searched(trials=2, **changed)
