@@ -25,6 +25,8 @@ ROWS = 10
 """Trials in the table of the best."""
 ENOUGH = 8
 """Completed trials below which importances would say nothing."""
+LETTERS = 24
+"""Of the names of a field's choices, beyond which they are written aslant."""
 BEST, REFERENCE, OTHER, BAD = "#1f5fa8", "#d1682c", "#8a8a8a", "#b32d4a"
 
 Part = tuple[str, Any]
@@ -381,7 +383,11 @@ def _slice(
         )
     axes.set_xlabel(name)
     if isinstance(dimension, Choices):
-        axes.set_xticks(range(len(dimension.values)), [text(v) for v in dimension.values])
+        named = [text(v) for v in dimension.values]
+        long = sum(map(len, named)) > LETTERS
+        axes.set_xticks(
+            range(len(named)), named, rotation=20 * long, ha="right" if long else "center"
+        )
         axes.set_xlim(-0.5, len(dimension.values) - 0.5)
     elif dimension.log:
         axes.set_xscale("log")
@@ -396,7 +402,7 @@ def _bars(importances: dict[str, float]) -> Any:
     for y, share in enumerate(shares):
         axes.text(share, y, f" {share:.2f}", va="center")
     axes.set_xlim(0, max(shares) * 1.15 or 1)
-    axes.set_xlabel("share of the scores' variance (fANOVA)")
+    axes.set_xlabel("share of the variance that they explain (fANOVA)")
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 

@@ -69,17 +69,20 @@ def test_without_optuna_it_says_what_to_install(monkeypatch, capsys, tmp_path):
     assert "pip install 'fastdcgan[tune]'" in capsys.readouterr().err
 
 
-def test_a_real_search_from_end_to_end(command, tiny_data, tmp_path):
+def test_a_real_search_from_end_to_end(command, tiny_data, tmp_path, monkeypatch, capsys):
     """Nets of a few channels, scored by lite0; a diverging learning rate among the points."""
     (tmp_path / "my.toml").write_text("lr_g = [2e-4, 1e30]\nlr_d = [2e-4, 1e-3]\n")
     args = ["--data", tiny_data, "--space", "my.toml", "--sampler", "grid", "--out", "s", *TINY]
     done = command("fastdcgan.tune", *args, "--trials", "2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    done = command("fastdcgan.tune", *args, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "s: 2 of 4 trials begun" in done.stdout
-    assert done.stdout.count("\ntrial ") == 2
     assert done.stderr == ""
+    assert "s: 0 of 2 trials begun" in done.stdout
+    monkeypatch.chdir(tmp_path)
+    assert main([str(arg) for arg in args]) == 0
+    said = capsys.readouterr()
+    assert "s: 2 of 4 trials begun" in said.out
+    assert said.out.count("\ntrial ") == 2
+    assert said.err == ""
     out = tmp_path / "s"
     report = (out / "report.md").read_text()
     assert "2 completed, 2 failed" in report
