@@ -13,6 +13,7 @@ import io
 import math
 import multiprocessing
 import os
+import random
 import shutil
 import sys
 import threading
@@ -376,7 +377,7 @@ def _work(task: _Task, index: int) -> None:
             begun = _begun(trials)
             queued = any(t.state.name == "WAITING" for t in trials)
             if begun < task.wanted and (queued or config.sampler != "grid"):
-                study.sampler = _sampler(config, task.wanted, seed=config.base.seed + begun)
+                study.sampler = _sampler(config, task.wanted, begun)
                 study.optimize(
                     partial(objective, drawn=claim.release),
                     n_trials=1,
@@ -402,10 +403,11 @@ def _device(base: TrainConfig, index: int) -> str:
     return f"cuda:{index % torch.cuda.device_count()}" if torch.cuda.is_available() else "auto"
 
 
-def _sampler(config: SearchConfig, wanted: int, seed: int) -> "BaseSampler":
+def _sampler(config: SearchConfig, wanted: int, begun: int) -> "BaseSampler":
     """The seed is another for every trial, or a search that goes on would draw what it has."""
     from optuna import samplers
 
+    seed = random.Random(f"{config.base.seed} {begun}").getrandbits(32)
     if config.sampler == "tpe":
         return samplers.TPESampler(
             seed=seed,
