@@ -94,7 +94,7 @@ class Range:
         low, high = self.low, self.high
         if self.step is not None:
             count = math.floor((high - low) / self.step + 1e-9) + 1
-            return tuple(low + i * self.step for i in range(count))
+            return tuple(min(high, low + i * self.step) for i in range(count))
         parts = [i / (self.grid - 1) for i in range(self.grid)]
         if self.log:
             found = [low * (high / low) ** part for part in parts]
@@ -334,7 +334,7 @@ def _range(value: dict[str, Any], hint: Any, what: str) -> Range:
             )
         if log:
             raise InputError(f"{what}: log and step were given; a range has one or the other")
-        high = low + math.floor((high - low) / step + 1e-9) * step
+        high = min(high, low + math.floor((high - low) / step + 1e-9) * step)
     if low >= high:
         raise InputError(f"{what}: the range from {low} to {high} is empty; low must be below high")
     if log and low <= 0:
