@@ -41,6 +41,20 @@ def parse(
     )
 
 
+def take(args: list[str], flag: str) -> str | None:
+    """Removes "flag value" or "flag=value" from `args`; the last one counts."""
+    value = None
+    for index in reversed(range(len(args))):
+        name, equals, text = args[index].partition("=")
+        if name == flag:
+            if not equals and index + 1 == len(args):
+                raise InputError(f"{flag} was given without a value")
+            found = text if equals else args.pop(index + 1)
+            args.pop(index)
+            value = found if value is None else value
+    return value
+
+
 def run(command: Callable[[Sequence[str]], None], args: Sequence[str] | None = None) -> int:
     """Runs `command(args)` and returns its exit status: 0, or 1 after one line on stderr (3:
     `Collapsed`).
