@@ -130,16 +130,17 @@ class Step:
         self._whole = images.shape[0] == whole and not self.eagerly
         with implementation(self.impl):
             row = self._train(images, z, share)
-            if state.ema is not None:
-                state.ema.update()
             if state.clock is not None:
                 state.clock.add_(1)
         state.step += 1
         return row
 
     def refresh(self) -> None:
-        """Takes notice of weights that something else than a step has changed, a loaded checkpoint,
-        say. For a replay of this step by a graph it is to be called before."""
+        """Takes notice of what something else than a step has changed: weights, by a loaded
+        checkpoint, say, and learning rates. For a replay of this step by a graph it is to be called
+        before."""
+        for optimiser in (self.state.optD, self.state.optG):
+            optimiser.refresh()
         for copies in self._copies:
             if not copies.fresh():
                 copies.refresh()
@@ -253,6 +254,7 @@ class Step:
                 if not self._copies:
                     nets = (self.state.netD, self.state.netG)
                     self._copies = [WorkingCopies(net, self.autocast) for net in nets]
+                    self.state.optD.copies, self.state.optG.copies = self._copies
                 self.refresh()
                 for copies in self._copies:
                     stack.enter_context(copies)
@@ -300,5 +302,3 @@ class Step:
                 group["eps"] = self.state.config.adam_eps / correction**0.5
         self.state.scalers[scaler].step(optimiser)
         self.state.scalers[scaler].update()
-        for copies in self._copies[scaler : scaler + 1]:  # fused Adam moves no version count
-            copies.refresh()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.nn.utils.parametrize import is_parametrized
 
 from fastdcgan_kernels import functional
@@ -65,6 +66,12 @@ class WorkingCopies:
         self._copies = [torch.empty_like(w, dtype=dtype) for w in self._weights]
         self._versions: list[int] = []
 
+    @property
+    def of(self) -> dict[Tensor, Tensor]:
+        """The copy of each weight."""
+        weights = (conv.weight for conv in self._convs)
+        return dict(zip(weights, self._copies, strict=True))
+
     def fresh(self) -> bool:
         """Whether no weight was changed in place, by PyTorch's own count, since the last refresh.
         What a replayed CUDA graph changes is not counted; let it hold the refresh, too."""
@@ -75,6 +82,11 @@ class WorkingCopies:
         """Cast the weights as they are now: one launch."""
         if self._weights:
             torch._foreach_copy_(self._copies, self._weights)
+        self._versions = [w._version for w in self._weights]
+
+    def written(self) -> None:
+        """To be called by who has changed the weights and the copies as `refresh` would have."""
+        increment_version(self._copies)
         self._versions = [w._version for w in self._weights]
 
     def __enter__(self) -> WorkingCopies:
