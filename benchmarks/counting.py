@@ -239,7 +239,7 @@ def work_of_launch(launch: Launch) -> Work:
         taken += given["out"].numel()
     written = sum(_size(given[w]) for w in writes)
     if name == "adam":  # buffers, behind the parameters, are only read
-        written -= _size(given["values"][len(given["gradients"]) :])
+        written -= _size(given["values"][len(given["steps"]) :])
     return Work(name, 1, taken, written, flops, useful)
 
 
@@ -307,8 +307,8 @@ def traffic(name: str, given: dict[str, Any]) -> tuple[list[str], list[str]]:
     if name == "adam":
         followed = ["updates"] * bool(given["averages"])
         state = ["values", "first_moments", "second_moments", "steps", "averages", *followed]
-        scaling = ["scale", "found_inf"] * given["SCALED"]
-        return [*state, "gradients", "counts", "rate", *scaling], [*state, "copies", "counted"]
+        reads = ["narrow", "gradients", "counts", "rate", *["scale", "found_inf"] * given["SCALED"]]
+        return [*state, *reads], [*state, "copies", "counted"]
     if name == "crop":
         moved = [*["top", "left"] * given["MOVED"], *["flipped"] * given["FLIPPED"]]
         return ["rows", *moved], ["out"]

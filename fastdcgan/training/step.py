@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastdcgan.models.regularised import power_iteration
@@ -86,6 +87,7 @@ class Step:
     ) -> None:
         self.state = state
         self.compiler = Compiler(compile, say)
+        self.compiles = compile
         self.batch_size = batch_size
         self.autocast = autocast
         self.impl = state.config.impl
@@ -253,7 +255,12 @@ class Step:
             if self.autocast is not None and runs_kernels(self.state.device):
                 if not self._copies:
                     nets = (self.state.netD, self.state.netG)
-                    self._copies = [WorkingCopies(net, self.autocast) for net in nets]
+                    # Of one backward, on its own: where gradients are added up, over processes,
+                    # say, they are in float32. Compiled passes would cast to that and back.
+                    narrow = not self.compiles and not dist.is_initialized()
+                    self._copies = [
+                        WorkingCopies(net, self.autocast, narrow=narrow) for net in nets
+                    ]
                     self.state.optD.copies, self.state.optG.copies = self._copies
                 self.refresh()
                 for copies in self._copies:

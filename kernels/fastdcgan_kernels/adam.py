@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -119,6 +119,7 @@ class Adam(torch.optim.Adam):
         if closure is None and self._in_one_launch():
             self._launch()
             return None
+        self._widen()
         result = super().step(closure)
         if self.copies is not None:
             self.copies.refresh()
@@ -129,6 +130,14 @@ class Adam(torch.optim.Adam):
     def _parameters(self) -> list[nn.Parameter]:
         return list(itertools.chain(*(group["params"] for group in self.param_groups)))
 
+    def _widen(self) -> None:
+        """Gradients in the parameters' dtype from now on, as PyTorch's Adam takes them."""
+        for p in self._parameters():
+            if p.grad is not None and p.grad.dtype != p.dtype:
+                wide, p.grad = p.grad.to(p.dtype), None
+                p.grad_dtype = p.dtype
+                p.grad = wide
+
     def _in_one_launch(self) -> bool:
         parameters = self._parameters()
         (group, *others), device = self.param_groups, parameters[0].device
@@ -138,19 +147,27 @@ class Adam(torch.optim.Adam):
         if not runs_kernels(device) or any(p.grad is None for p in parameters):
             return False
         self.prepare()
-        slots = [self.state[p] for p in parameters]
-        lists = [
-            [p, p.grad, own["exp_avg"], own["exp_avg_sq"]]
-            for p, own in zip(parameters, slots, strict=True)
-        ]
-        if self.copies is not None and not self.copies.of.keys() <= set(parameters):
+        copied = {} if self.copies is None else self.copies.of
+        followed = {} if self.average is None else self.average.of
+        known = set(parameters)
+        if not copied.keys() <= known or (followed and not known <= followed.keys()):
             return False
-        if self.average is not None:
-            if not set(parameters) <= self.average.of.keys():
+        gradients: dict[Tensor, Tensor] = {p: p.grad for p in parameters if p.grad is not None}
+        narrow = {copy.dtype for copy in copied.values()} == {gradients[p].dtype for p in copied}
+        wide: list[Tensor] = [g for p, g in gradients.items() if not (narrow and p in copied)]
+        pairs: list[tuple[Tensor, Tensor]] = list(gradients.items())
+        for p in parameters:
+            slots = self.state[p]
+            moments = [slots["exp_avg"], slots["exp_avg_sq"]]
+            if slots["step"].device != device:
                 return False
-            lists += [[value, self.average.of[value]] for value in self.average.floating]
-        here = all(own["step"].device == device for own in slots)
-        return here and all(_alike(one) for one in lists)
+            wide += [p, *moments]
+            pairs += [(p, moment) for moment in moments]
+        for value, average in followed.items():
+            if value.is_floating_point():
+                wide += [value, average]
+                pairs.append((value, average))
+        return all(t.dtype == torch.float32 for t in wide) and all(_alike(*pair) for pair in pairs)
 
     def _launch(self) -> None:
         self.refresh()
@@ -166,6 +183,7 @@ class Adam(torch.optim.Adam):
             values += [value for value in self.average.floating if value not in own]
             averages, counts = self.average.of, self.average.counts
             updates, least = self.average.updates, self.average.least
+        gradients = [p.grad for p in parameters if p.grad is not None]
         group = self.param_groups[0]
         beta1, beta2 = group["betas"]
         state = [self.state[p] for p in parameters]
@@ -177,7 +195,9 @@ class Adam(torch.optim.Adam):
             _kernel(),
             (first[-1],),
             {
-                "values": tuple(values), "gradients": tuple(p.grad for p in parameters),
+                "values": tuple(values),
+                "narrow": tuple(g for g in gradients if g.dtype != torch.float32),
+                "gradients": tuple(g for g in gradients if g.dtype == torch.float32),
                 "first_moments": tuple(slots["exp_avg"] for slots in state),
                 "second_moments": tuple(slots["exp_avg_sq"] for slots in state),
                 "steps": tuple(slots["step"] for slots in state),
@@ -209,18 +229,16 @@ def _log(beta: float) -> float:
     return math.log(beta) if beta > 0 else -math.inf
 
 
-def _alike(tensors: Sequence[Tensor]) -> bool:
-    """Whether these are float32 tensors with the same elements at the same places, without gaps."""
-    first = tensors[0]
-    whole = first.is_contiguous() or (
-        first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last)
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether these have the same elements at the same places, without gaps."""
+    whole = one.is_contiguous() or (
+        one.dim() == 4 and one.is_contiguous(memory_format=torch.channels_last)
     )
-    return whole and all(
-        t.dtype == torch.float32
-        and t.device == first.device
-        and t.shape == first.shape
-        and _places(t) == _places(first)
-        for t in tensors
+    return (
+        whole
+        and one.device == other.device
+        and one.shape == other.shape
+        and _places(one) == _places(other)
     )
 
 

@@ -259,6 +259,7 @@ def launches(arch: str, dtype: str, batch: int = BATCH) -> Iterator[tuple[str, L
 
     from fastdcgan_kernels import blocks, plan, step
     from fastdcgan_kernels.adam import Adam, Average
+    from fastdcgan_kernels.geometry import gradient_dtype
     from fastdcgan_kernels.launch import recording
     from fastdcgan_kernels.modules import WorkingCopies
     from fastdcgan_kernels.normalisation import Running
@@ -331,15 +332,16 @@ def launches(arch: str, dtype: str, batch: int = BATCH) -> Iterator[tuple[str, L
                 torch.nn.ConvTranspose2d(64, 64, 4, 2, 1, bias=False, device="meta"),
                 torch.nn.BatchNorm2d(64, device="meta"),
             )
-            for p in net.parameters():
-                p.grad = torch.empty_like(p)
             optimiser = Adam(net.parameters(), betas=(0.5, 0.999))
             if whole:
                 tensors = list(net.state_dict(keep_vars=True).values())
                 optimiser.average = Average(map(torch.empty_like, tensors), tensors, 0.999)
-                optimiser.copies = WorkingCopies(net, torch.bfloat16 if dtype == "fp32" else of)
+                narrow = torch.bfloat16 if dtype == "fp32" else of
+                optimiser.copies = WorkingCopies(net, narrow, narrow=True)
                 for name in ("grad_scale", "found_inf"):  # as GradScaler gives them
                     setattr(optimiser, name, few())
+            for p in net.parameters():
+                p.grad = torch.empty_like(p, dtype=gradient_dtype(p))
             optimiser.step()
     for launch in rest:
         yield "step, all", launch

@@ -12,6 +12,7 @@ from torch import nn
 
 from fastdcgan_kernels import adam, plan
 from fastdcgan_kernels.adam import Adam, Average
+from fastdcgan_kernels.geometry import gradient_dtype
 from fastdcgan_kernels.launch import recording
 from fastdcgan_kernels.modules import WorkingCopies
 from tests.kernels import exact
@@ -66,9 +67,10 @@ def give_gradients(draw, *nets, scale=1.0):
     """The same gradients to all; and what else a step changes: the norm's buffers."""
     for each in zip(*(net.parameters() for net in nets), strict=True):
         spread = 10.0 ** torch.randint(-6, 2, (), generator=draw.generator).item()
-        g = draw.normal(*each[0].shape, spread=spread)
+        g = draw.normal(*each[0].shape, spread=spread) * scale
+        g = g.to(gradient_dtype(each[0]))
         for p in each:
-            p.grad = torch.empty_like(p).copy_(g.to(p.dtype) * scale)
+            p.grad = torch.empty_like(p, dtype=gradient_dtype(p)).copy_(g)
     mean = draw.normal(*nets[0].norm.running_mean.shape)
     for net in nets:
         net.norm.running_mean += mean.to(net.norm.running_mean.dtype)
@@ -104,12 +106,13 @@ def agree(ours, theirs, start):
 @given(
     st.sampled_from([1, 3, 17]), st.sampled_from([1, 2, 5, 31]),
     st.one_of(st.sampled_from([1, 2, 1023, 1024, 1025, 2053]), st.integers(1, 3000)),
-    st.sampled_from([None, torch.bfloat16, torch.float16]), st.booleans(),
+    st.sampled_from([None, torch.bfloat16, torch.float16]), st.booleans(), st.booleans(),
     st.sampled_from([0, 9, 1000, 300_000]), st.integers(0, 1000),
 )  # fmt: skip
-@example(3, 5, 1030, torch.bfloat16, True, 0, 0)
-def test_steps_are_pytorchs_in_float64(ci, co, size, dtype, average, before, seed):
-    """`before`: updates that the state already knows of."""
+@example(3, 5, 1030, torch.bfloat16, True, True, 0, 0)
+def test_steps_are_pytorchs_in_float64(ci, co, size, dtype, narrow, average, before, seed):
+    """`before`: updates that the state already knows of; `narrow`: the copied weight's gradient
+    comes in the copy's dtype."""
     net, draw = made(ci, co, size, seed), Draw(torch.float32, seed)
     twin, theirs = wide(net)
     ours = Adam(net.parameters(), **GROUP)
@@ -125,12 +128,14 @@ def test_steps_are_pytorchs_in_float64(ci, co, size, dtype, average, before, see
         for mine, other in zip(net.parameters(), twin.parameters(), strict=True):
             other.copy_(mine)
     if dtype is not None:
-        ours.copies = WorkingCopies(net, dtype)
+        ours.copies = WorkingCopies(net, dtype, narrow=narrow)
     if average:
         ours.average, its_twin = averaged(net), averaged(twin)
     start = [p.detach().clone() for p in net.parameters()]
     for t in range(3):
         give_gradients(draw, net, twin)
+        assert net.conv.weight.grad.dtype == (dtype if dtype and narrow else torch.float32)
+        assert len(launches_of(ours.step)) == 1
         ours.step()
         theirs.step()
         if average:
@@ -250,7 +255,7 @@ def test_a_replayed_step_counts_and_takes_another_learning_rate():
 
 def test_what_the_kernel_has_not_is_pytorchs():
     """And the average and the copies follow."""
-    for change in ("decay", "gradient", "memory", "groups", "rate"):
+    for change in ("decay", "gradient", "memory", "groups", "rate", "dtype"):
         net, draw = made(), Draw(torch.float32)
         twin = copy.deepcopy(net)
         parameters = [list(each.parameters()) for each in (net, twin)]
@@ -260,15 +265,21 @@ def test_what_the_kernel_has_not_is_pytorchs():
         if change == "rate":
             options["lr"] = torch.tensor(0.1)
         ours, theirs = Adam(parameters[0], **options), torch.optim.Adam(parameters[1], **options)
-        ours.average, ours.copies = averaged(net), WorkingCopies(net, torch.bfloat16)
+        ours.average, ours.copies = averaged(net), WorkingCopies(net, torch.bfloat16, narrow=True)
         expected = averaged(twin)
         give_gradients(draw, net, twin)
+        twin.conv.weight.grad.copy_(net.conv.weight.grad)
+        if change == "dtype":  # of a parameter that has no copy
+            net.other.grad, net.other.grad_dtype = None, torch.bfloat16
+            net.other.grad = twin.other.grad.bfloat16()
+            twin.other.grad = net.other.grad.float()
         for each in (net, twin):
             if change == "gradient":
                 each.other.grad = None
             if change == "memory":
                 each.conv.weight.grad = each.conv.weight.grad.contiguous()
         assert not launches_of(ours.step)
+        assert {p.grad.dtype for p in net.parameters() if p.grad is not None} == {torch.float32}
         theirs.step()
         expected.update()
         for mine, other in zip(net.parameters(), twin.parameters(), strict=True):

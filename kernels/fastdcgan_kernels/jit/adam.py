@@ -9,12 +9,13 @@ import triton.language as tl
 
 
 @triton.jit
-def pick(each, block, FIRST: tl.constexpr):
+def pick(each, block, FIRST: tl.constexpr, SKIP: tl.constexpr = 0):
     """What `each`, a tuple, has for the tensor that this block is of: pointers or numbers, of all
-    tensors or of the first few, of which the last stands in for all that follow."""
+    tensors or of some in a row, the first of them after SKIP others. Of those that it has nothing
+    for, the first or the last stands in."""
     found = each[0]
     for i in tl.static_range(1, len(each)):
-        found = tl.where(block >= FIRST[i], each[i], found)
+        found = tl.where(block >= FIRST[SKIP + i], each[i], found)
     return found
 
 
@@ -30,7 +31,8 @@ def one_minus_exp(x):
 @triton.jit
 def adam(
     values,  # fp32 tensors: first the parameters that are copied, then the others; then buffers
-    gradients,  # of the parameters, like them in memory
+    narrow,  # gradients in 16 bits, of the parameters that are copied; or none
+    gradients,  # gradients in fp32, of the other parameters; all like their parameters in memory
     first_moments,  # fp32
     second_moments,  # fp32
     steps,  # [] fp32: updates that each parameter has had
@@ -64,12 +66,18 @@ def adam(
     taken = 1.0
     if SCALED:
         taken = tl.where(tl.load(found_inf) == 0.0, 1.0, 0.0)
-    if block < FIRST[len(gradients)]:
+    if block < FIRST[len(steps)]:
         to1 = pick(first_moments, block, FIRST) + at
         to2 = pick(second_moments, block, FIRST) + at
         old1 = tl.load(to1, mask=mask, other=0.0)
         old2 = tl.load(to2, mask=mask, other=0.0)
-        g = tl.load(pick(gradients, block, FIRST) + at, mask=mask, other=0.0)
+        g = tl.zeros((BLOCK,), dtype=tl.float32)
+        if len(gradients) > 0:
+            other = mask & (block >= FIRST[len(narrow)])
+            g += tl.load(pick(gradients, block, FIRST, len(narrow)) + at, mask=other, other=0.0)
+        if len(narrow) > 0:
+            of_copied = mask & (block < FIRST[len(narrow)])
+            g += tl.load(pick(narrow, block, FIRST) + at, mask=of_copied, other=0.0).to(tl.float32)
         if SCALED:
             g *= 1.0 / tl.load(scale)
         m = old1 + share1 * (g - old1)
