@@ -19,6 +19,9 @@ from fastdcgan_kernels.launch import Launch
 from fastdcgan_kernels.modules import WorkingCopies
 
 BLOCK = 1024
+MOST = 48
+"""Parameters of a launch: a launch has room for 4 KB of arguments, and up to ten pointers are for
+each of them (its gradient, moments, count, copy and average, and a norm's buffers)."""
 
 
 class Average:
@@ -70,8 +73,8 @@ class Average:
 
 class Adam(torch.optim.Adam):
     """torch.optim.Adam (Kingma and Ba, https://arxiv.org/abs/1412.6980), whose step is one launch
-    where there are kernels (`functional.runs_kernels`): for one group of float32 parameters that
-    all have gradients, without weight decay, amsgrad and the like. Else it is PyTorch's.
+    where there are kernels (`functional.runs_kernels`): for one group of up to 48 float32 parameters
+    that all have gradients, without weight decay, amsgrad and the like. Else it is PyTorch's.
 
     A step also moves `average` and writes `copies`, where they are given, by the same launch.
     State and state_dict are PyTorch's: each loads the other's. torch.amp.GradScaler works as with
@@ -144,7 +147,9 @@ class Adam(torch.optim.Adam):
         unknown = ("weight_decay", "amsgrad", "maximize", "differentiable")
         if others or any(group[name] for name in unknown) or isinstance(group["lr"], Tensor):
             return False
-        if not runs_kernels(device) or any(p.grad is None for p in parameters):
+        if not runs_kernels(device) or len(parameters) > MOST:
+            return False
+        if any(p.grad is None for p in parameters):
             return False
         self.prepare()
         copied = {} if self.copies is None else self.copies.of
