@@ -73,8 +73,8 @@ class Average:
 
 class Adam(torch.optim.Adam):
     """torch.optim.Adam (Kingma and Ba, https://arxiv.org/abs/1412.6980), whose step is one launch
-    where there are kernels (`functional.runs_kernels`): for one group of up to 48 float32 parameters
-    that all have gradients, without weight decay, amsgrad and the like. Else it is PyTorch's.
+    where there are kernels (`functional.runs_kernels`): for one group of `MOST` float32 parameters
+    or less that all have gradients, without weight decay, amsgrad and the like; else PyTorch's.
 
     A step also moves `average` and writes `copies`, where they are given, by the same launch.
     State and state_dict are PyTorch's: each loads the other's. torch.amp.GradScaler works as with
