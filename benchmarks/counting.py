@@ -307,8 +307,9 @@ def traffic(name: str, given: dict[str, Any]) -> tuple[list[str], list[str]]:
     if name == "adam":
         followed = ["updates"] * bool(given["averages"])
         state = ["values", "first_moments", "second_moments", "steps", "averages", *followed]
-        reads = ["narrow", "gradients", "counts", "rate", *["scale", "found_inf"] * given["SCALED"]]
-        return [*state, *reads], [*state, "copies", "counted"]
+        gradients, scaled = ["narrow", "gradients"], given["SCALED"]
+        reads = [*gradients, "counts", "rate", *["scale", "found_inf"] * scaled]
+        return [*state, *reads], [*state, *gradients * scaled, "copies", "counted"]
     if name == "crop":
         moved = [*["top", "left"] * given["MOVED"], *["flipped"] * given["FLIPPED"]]
         return ["rows", *moved], ["out"]

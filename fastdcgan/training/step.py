@@ -255,9 +255,10 @@ class Step:
             if self.autocast is not None and runs_kernels(self.state.device):
                 if not self._copies:
                     nets = (self.state.netD, self.state.netG)
-                    # Of one backward, on its own: where gradients are added up, over processes,
-                    # say, they are in float32. Compiled passes would cast to that and back.
-                    narrow = not self.compiles and not dist.is_initialized()
+                    # Gradients in 16 bits where they need no more: not in float16, unscaled; not
+                    # added up, over processes, say. Compiled passes would cast there and back.
+                    narrow = self.autocast == torch.bfloat16
+                    narrow = narrow and not self.compiles and not dist.is_initialized()
                     self._copies = [
                         WorkingCopies(net, self.autocast, narrow=narrow) for net in nets
                     ]

@@ -78,7 +78,7 @@ class Adam(torch.optim.Adam):
 
     A step also moves `average` and writes `copies`, where they are given, by the same launch.
     State and state_dict are PyTorch's: each loads the other's. torch.amp.GradScaler works as with
-    PyTorch's fused Adam, on the device alone, but that gradients stay scaled.
+    PyTorch's fused Adam, on the device alone; gradients are left unscaled.
 
     A CUDA graph may hold a step: the counts are on the device, and so is the learning rate, which
     `refresh` takes there from its group.

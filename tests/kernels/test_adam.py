@@ -204,6 +204,8 @@ def test_a_step_that_overflows_is_skipped_as_pytorchs_fused_adam_does():
             scaler.update()
         expected.update()
         assert moments(ours)[0]["step"] == t - (t >= 3)
+        for mine, other in zip(net.parameters(), twin.parameters(), strict=True):  # unscaled
+            torch.testing.assert_close(mine.grad, other.grad, rtol=1e-6, atol=0, equal_nan=True)
     assert scalers[0].get_scale() == scalers[1].get_scale() == 16.0
     agree(ours, theirs, [torch.zeros_like(p) for p in net.parameters()])
     assert torch.equal(ours.copies.of[net.conv.weight], net.conv.weight.half())

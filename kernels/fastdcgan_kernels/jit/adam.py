@@ -32,7 +32,8 @@ def one_minus_exp(x):
 def adam(
     values,  # fp32 tensors: first the parameters that are copied, then the others; then buffers
     narrow,  # gradients in 16 bits, of the parameters that are copied; or none
-    gradients,  # gradients in fp32, of the other parameters; all like their parameters in memory
+    gradients,  # gradients in fp32, of the other parameters; all like their parameters in memory,
+    # and left without their scale where SCALED
     first_moments,  # fp32
     second_moments,  # fp32
     steps,  # [] fp32: updates that each parameter has had
@@ -63,23 +64,33 @@ def adam(
     mask = at < pick(SIZES, block, FIRST)
     to = pick(values, block, FIRST) + at
     value = tl.load(to, mask=mask, other=0.0)
-    taken = 1.0
+    if len(averages) > 0:
+        mean = pick(averages, block, FIRST) + at
+        old = tl.load(mean, mask=mask, other=0.0)
+    taken = block >= 0
     if SCALED:
-        taken = tl.where(tl.load(found_inf) == 0.0, 1.0, 0.0)
+        taken = tl.load(found_inf).to(tl.int32) == 0
     if block < FIRST[len(steps)]:
         to1 = pick(first_moments, block, FIRST) + at
         to2 = pick(second_moments, block, FIRST) + at
         old1 = tl.load(to1, mask=mask, other=0.0)
         old2 = tl.load(to2, mask=mask, other=0.0)
         g = tl.zeros((BLOCK,), dtype=tl.float32)
-        if len(gradients) > 0:
-            other = mask & (block >= FIRST[len(narrow)])
-            g += tl.load(pick(gradients, block, FIRST, len(narrow)) + at, mask=other, other=0.0)
-        if len(narrow) > 0:
-            of_copied = mask & (block < FIRST[len(narrow)])
-            g += tl.load(pick(narrow, block, FIRST) + at, mask=of_copied, other=0.0).to(tl.float32)
+        unscale = 1.0
         if SCALED:
-            g *= 1.0 / tl.load(scale)
+            unscale = 1.0 / tl.load(scale)
+        if len(gradients) > 0:
+            of = pick(gradients, block, FIRST, len(narrow)) + at
+            those = mask & (block >= FIRST[len(narrow)])
+            g += tl.load(of, mask=those, other=0.0) * unscale
+            if SCALED:  # for who looks at them, as PyTorch's fused Adam does
+                tl.store(of, g, mask=those & taken)
+        if len(narrow) > 0:
+            of = pick(narrow, block, FIRST) + at
+            those = mask & (block < FIRST[len(narrow)])
+            g += tl.load(of, mask=those, other=0.0).to(tl.float32) * unscale
+            if SCALED:
+                tl.store(of, g.to(narrow[0].dtype.element_ty), mask=those & taken)
         m = old1 + share1 * (g - old1)
         v = old2 + share2 * (g * g - old2)
         t = tl.load(pick(steps, block, FIRST)) + 1.0
@@ -87,9 +98,9 @@ def adam(
         root = tl.sqrt_rn(v) / tl.sqrt_rn(one_minus_exp(t * log2))
         moved = value - size * (m / (root + eps))
         if SCALED:
-            m = tl.where(taken > 0, m, old1)
-            v = tl.where(taken > 0, v, old2)
-            moved = tl.where(taken > 0, moved, value)
+            m = tl.where(taken, m, old1)
+            v = tl.where(taken, v, old2)
+            moved = tl.where(taken, moved, value)
         value = moved
         tl.store(to1, m, mask=mask)
         tl.store(to2, v, mask=mask)
@@ -100,15 +111,13 @@ def adam(
         tl.store(copy, value.to(copies[0].dtype.element_ty), mask=copied)
     if len(averages) > 0:
         share = tl.maximum(9.0 / (10.0 + tl.load(updates)), least)
-        mean = pick(averages, block, FIRST) + at
-        old = tl.load(mean, mask=mask, other=0.0)
         tl.store(mean, old + share * (value - old), mask=mask)
     # All programs have read the counters before the last of them counts on.
     tl.debug_barrier()
     if tl.atomic_add(tickets, 1) == tl.num_programs(0) - 1:
         tl.store(tickets, 0)
         for i in tl.static_range(len(steps)):
-            tl.store(steps[i], tl.load(steps[i]) + taken)
+            tl.store(steps[i], tl.load(steps[i]) + tl.where(taken, 1.0, 0.0))
         if len(averages) > 0:
             tl.store(updates, tl.load(updates) + 1.0)
         for i in tl.static_range(len(counts)):
