@@ -254,15 +254,17 @@ class Step:
         with ExitStack() as stack:
             if self.autocast is not None and runs_kernels(self.state.device):
                 if not self._copies:
-                    nets = (self.state.netD, self.state.netG)
                     # Gradients in 16 bits where they need no more: not in float16, unscaled; not
-                    # added up, over processes, say. Compiled passes would cast there and back.
+                    # added up over processes, or a loss and a penalty. Compiled passes would cast
+                    # there and back.
                     narrow = self.autocast == torch.bfloat16
                     narrow = narrow and not self.compiles and not dist.is_initialized()
-                    self._copies = [
-                        WorkingCopies(net, self.autocast, narrow=narrow) for net in nets
-                    ]
-                    self.state.optD.copies, self.state.optG.copies = self._copies
+                    for optimiser, net, one in (
+                        (self.state.optD, self.state.netD, narrow and not self.penalty.chosen),
+                        (self.state.optG, self.state.netG, narrow),
+                    ):
+                        optimiser.copies = WorkingCopies(net, self.autocast, narrow=one)
+                        self._copies.append(optimiser.copies)
                 self.refresh()
                 for copies in self._copies:
                     stack.enter_context(copies)

@@ -35,6 +35,18 @@ def made(impl, autocast):
     return torch.stack(rows), state
 
 
+def test_gradients_of_a_loss_and_a_penalty_are_added_in_float32():
+    config = TrainConfig(
+        image_size=32, channels=3, nz=6, ngf=4, ndf=4, batch_size=BATCH, impl="triton", r1=1.0
+    )
+    state = TrainState(config, CPU)
+    step = Step(state, batch_size=BATCH, autocast=torch.bfloat16)
+    step(torch.randn(BATCH, 3, 32, 32), torch.randn(BATCH, 6, 1, 1))
+    of = [{p.grad.dtype for p in net.parameters() if p.dim() == 4}
+          for net in (state.netD, state.netG)]  # fmt: skip
+    assert of == [{torch.float32}, {torch.bfloat16}]
+
+
 def test_a_step_after_kernels_were_left_is_plain():
     """As where they turn out wrong on a GPU: PyTorch's Adam takes gradients in float32."""
     config = TrainConfig(image_size=32, channels=3, nz=6, ngf=4, ndf=4, batch_size=BATCH)
