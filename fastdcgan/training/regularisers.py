@@ -69,9 +69,14 @@ class Penalty:
         self._r1, self._slope = config.r1, config.slope_penalty
         self._every = config.penalty_every
 
+    @property
+    def chosen(self) -> bool:
+        """Whether there is one."""
+        return self._r1 > 0 or self._slope > 0
+
     def due(self, step: int) -> bool:
         """Whether step number `step`, from 0, has it."""
-        return (self._r1 > 0 or self._slope > 0) and step % self._every == 0
+        return self.chosen and step % self._every == 0
 
     def __call__(self, netD: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
         """The penalty, of no dimension, for the images that D was shown, (B, C, H, W) each."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastdcgan.models.regularised import power_iteration
@@ -86,6 +87,7 @@ class Step:
     ) -> None:
         self.state = state
         self.compiler = Compiler(compile, say)
+        self.compiles = compile
         self.batch_size = batch_size
         self.autocast = autocast
         self.impl = state.config.impl
@@ -130,16 +132,17 @@ class Step:
         self._whole = images.shape[0] == whole and not self.eagerly
         with implementation(self.impl):
             row = self._train(images, z, share)
-            if state.ema is not None:
-                state.ema.update()
             if state.clock is not None:
                 state.clock.add_(1)
         state.step += 1
         return row
 
     def refresh(self) -> None:
-        """Takes notice of weights that something else than a step has changed, a loaded checkpoint,
-        say. For a replay of this step by a graph it is to be called before."""
+        """Takes notice of what something else than a step has changed: weights, by a loaded
+        checkpoint, say, and learning rates. For a replay of this step by a graph it is to be called
+        before."""
+        for optimiser in (self.state.optD, self.state.optG):
+            optimiser.refresh()
         for copies in self._copies:
             if not copies.fresh():
                 copies.refresh()
@@ -252,8 +255,17 @@ class Step:
         with ExitStack() as stack:
             if self.autocast is not None and runs_kernels(self.state.device):
                 if not self._copies:
-                    nets = (self.state.netD, self.state.netG)
-                    self._copies = [WorkingCopies(net, self.autocast) for net in nets]
+                    # Gradients in 16 bits where they need no more: not in float16, unscaled; not
+                    # added up over processes, or a loss and a penalty. Compiled passes would cast
+                    # there and back.
+                    narrow = self.autocast == torch.bfloat16
+                    narrow = narrow and not self.compiles and not dist.is_initialized()
+                    for optimiser, net, one in (
+                        (self.state.optD, self.state.netD, narrow and not self.penalty.chosen),
+                        (self.state.optG, self.state.netG, narrow),
+                    ):
+                        optimiser.copies = WorkingCopies(net, self.autocast, narrow=one)
+                        self._copies.append(optimiser.copies)
                 self.refresh()
                 for copies in self._copies:
                     stack.enter_context(copies)
@@ -301,5 +313,3 @@ class Step:
                 group["eps"] = self.state.config.adam_eps / correction**0.5
         self.state.scalers[scaler].step(optimiser)
         self.state.scalers[scaler].update()
-        for copies in self._copies[scaler : scaler + 1]:  # fused Adam moves no version count
-            copies.refresh()
