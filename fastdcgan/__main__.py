@@ -7,6 +7,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "train": ("fastdcgan.train", "train the DCGAN on your images"),
     "generate": ("fastdcgan.generate", "draw images from a trained generator"),
+    "export": ("fastdcgan.export", "turn a trained net into ONNX and other files"),
     "evaluate": ("fastdcgan.evaluate", "score generated images beside real ones"),
     "tune": ("fastdcgan.tune", "search hyperparameters"),
     "doctor": ("fastdcgan.doctor", "say what this machine can do, and prove it"),

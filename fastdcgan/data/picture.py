@@ -3,7 +3,8 @@ reading pictures (decode.py), plots."""
 
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from math import ceil, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
@@ -36,10 +37,15 @@ def to_uint8(images: "Tensor") -> Pixels:
         A uint8 array of shape (N, H, W, C). The uint8 values that a feed made the images of come
         back exactly, from float32 and wider.
     """
+    return quantise(images).cpu().numpy()
+
+
+def quantise(images: "Tensor") -> "Tensor":
+    """What `to_uint8` returns, as a tensor where `images` are."""
     import torch
 
     values = images.detach().float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-    return values.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return values.permute(0, 2, 3, 1).contiguous()
 
 
 def grid(images: Pixels, columns: int | None = None, padding: int = 2) -> Pixels:
@@ -90,8 +96,7 @@ def save_image(path: str | Path, image: Pixels) -> None:
 def atomic_write(
     path: str | Path, write: Callable[[BinaryIO], object], fsync: bool = False
 ) -> None:
-    """Writes a file through another one beside it: at every moment `path` is the old file or the
-    new one, never a part of it.
+    """Writes a file through another one beside it, as `atomic_file` does.
 
     Args:
         path: the file; its folder must exist.
@@ -101,11 +106,22 @@ def atomic_write(
     Raises:
         OSError: where it cannot be written; `path` is then as it was.
     """
+    with atomic_file(path, fsync) as file:
+        write(file)
+
+
+@contextmanager
+def atomic_file(path: str | Path, fsync: bool = False) -> Iterator[BinaryIO]:
+    """An open file beside `path`, which gets that name when the block ends and is removed when it
+    raises: at every moment `path` is the old file or the new one, never a part of it.
+
+    Args, Raises: as of `atomic_write`.
+    """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with beside.open("xb") as file:
-            write(file)
+            yield file
             if fsync:
                 file.flush()
                 os.fsync(file.fileno())

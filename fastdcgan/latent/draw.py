@@ -1,84 +1,257 @@
-"""Draws images from any trained generator: finding its weights, drawing z, writing the files."""
+"""Draws images from any trained generator: finding its weights, drawing z, computing the images.
+Not here: files and pictures of them (generation.py)."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from fastdcgan import models
-from fastdcgan.data import grid, to_uint8
-from fastdcgan.data.picture import atomic_write, save_image
+from fastdcgan.data.picture import Pixels, quantise
 from fastdcgan.errors import InputError
-from fastdcgan.hardware import pick_device
+from fastdcgan.hardware import amp_dtype, pick_device
 from fastdcgan.training.checkpoints import Checkpoints, load
+from fastdcgan_kernels import fuse, unfuse
 
 Generator = models.Generator | models.TF28Generator
+Discriminator = models.Discriminator | models.TF28Discriminator
+Statistics = Literal["running", "batch"]
+Truncate = Literal["resample", "scale"]
 
 CHUNK = 256
-"""Latent vectors drawn and images made at a time. Fixed, because with it the same seed gives the
-same images whatever `n` is."""
+"""Latent vectors drawn at a time. Fixed, because with it the same seed gives the same images
+whatever `n` and the batch size are."""
+
+STATISTICS_BATCH = 64
+"""Images that share their batch statistics: the PyTorch example's batch."""
+
+FUSED_ERROR = {None: 0.01, torch.float16: 0.03, torch.bfloat16: 0.1}
+"""How far images by fused blocks may be from those by plain PyTorch, RMS relative to the images, by
+the dtype of the products: a few times what rounding (TF32 included) does to them."""
+
+
+# ---- nets ----------------------------------------------------------------------------------------
 
 
 def load_generator(source: Path, *, ema: bool = True, device: str = "cpu") -> Generator:
     """The generator in `source`, in channels_last on `device`; its size is read off the weights.
 
     Args:
-        source: a run's folder (its finished netG, else its newest checkpoint), a checkpoint of a
-            run, or any state dict that `models.load_weights` reads.
+        source: a run's folder (its finished netG, else its newest checkpoint), an exported folder
+            with a model.safetensors, a checkpoint of a run, or any state dict that
+            `models.load_weights` reads.
         ema: prefer the averaged generator where there is one.
 
     Raises:
         InputError: there is no such file, or no DCGAN generator in it.
     """
-    place = pick_device(device)
-    net = models.generator_from(
-        _from_run(source, ema) if source.is_dir() else _from_file(source, ema)
-    )
-    return net.to(place, memory_format=torch.channels_last).eval()  # type: ignore[call-overload,no-any-return]
+    names = ("netG_ema", "netG", "model") if ema else ("netG", "model")
+    keys = ("ema", "netG") if ema else ("netG",)
+    return _placed(models.generator_from(_weights(source, names, keys)), device)
 
 
-def _from_run(run: Path, ema: bool) -> Path | dict[str, Tensor]:
-    names = ("netG_ema.safetensors", "netG.safetensors") if ema else ("netG.safetensors",)
-    for name in names:
-        if (run / name).is_file():
-            return run / name
-    newest = Checkpoints(run / "checkpoints").newest()
-    if newest is None:
-        raise InputError(f"{run} is no run: it has neither {names[-1]} nor checkpoints/")
-    return _choose(newest[1], ema)
+def load_discriminator(source: Path, *, device: str = "cpu") -> Discriminator:
+    """The discriminator in `source`, as `load_generator` finds a generator.
+
+    Raises:
+        InputError: there is no such file, or no DCGAN discriminator in it.
+    """
+    found = _weights(source, ("netD", "model"), ("netD",))
+    return _placed(models.discriminator_from(found), device)
 
 
-def _from_file(path: Path, ema: bool) -> Path | dict[str, Tensor]:
+def _weights(
+    source: Path, names: tuple[str, ...], keys: tuple[str, ...]
+) -> Path | dict[str, Tensor]:
+    if source.is_dir():
+        for name in names:
+            if (source / f"{name}.safetensors").is_file():
+                return source / f"{name}.safetensors"
+        newest = Checkpoints(source / "checkpoints").newest()
+        if newest is None:
+            raise InputError(
+                f"{source} is no run: it has neither {names[-2]}.safetensors nor checkpoints/"
+            )
+        return _chosen(newest[1], keys)
     try:
-        return _choose(load(path), ema)
+        return _chosen(load(source), keys)
     except InputError:
-        return path  # not a run's checkpoint: bare weights, which say themselves what is wrong
+        return source  # not a run's checkpoint: bare weights, which say themselves what is wrong
 
 
-def _choose(state: dict[str, Any], ema: bool) -> dict[str, Tensor]:
-    chosen: dict[str, Tensor] = state["ema"] if ema and "ema" in state else state["netG"]
+def _chosen(state: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Tensor]:
+    chosen: dict[str, Tensor] = next(state[key] for key in keys if key in state)
     return chosen
 
 
-def latents(n: int, nz: int, *, seed: int, truncation: float | None = None) -> Iterator[Tensor]:
+def _placed(net: Any, device: str) -> Any:
+    return net.to(pick_device(device), memory_format=torch.channels_last).eval()
+
+
+# ---- latent vectors ------------------------------------------------------------------------------
+
+
+def latents(
+    n: int,
+    nz: int,
+    *,
+    seed: int,
+    truncation: float | None = None,
+    truncate: Truncate = "resample",
+) -> Iterator[Tensor]:
     """`n` latent vectors in chunks of (up to `CHUNK`, nz, 1, 1), float32 on the CPU.
 
-    N(0, 1), or with `truncation` N(0, 1) given that every |value| is at most it.
+    N(0, 1); with `truncation` N(0, 1) given that every |value| is at most it ("resample"), or
+    N(0, 1) times it ("scale").
     """
     if truncation is not None and truncation <= 0:
         raise InputError(f"--truncation {truncation} was given; it must be above 0")
     generator = torch.Generator().manual_seed(seed)
     for start in range(0, n, CHUNK):
         z = torch.empty(CHUNK, nz, 1, 1)
-        if truncation is None:
-            z.normal_(generator=generator)
+        if truncation is None or truncate == "scale":
+            z.normal_(generator=generator).mul_(1.0 if truncation is None else truncation)
         else:
             nn.init.trunc_normal_(z, a=-truncation, b=truncation, generator=generator)
         yield z[: n - start]
+
+
+def latents_numbered(
+    numbers: Sequence[int],
+    nz: int,
+    *,
+    seed: int,
+    truncation: float | None = None,
+    truncate: Truncate = "resample",
+) -> Tensor:
+    """The latent vectors of the samples with these numbers, shape (len(numbers), nz): those that
+    `latents` gives to any n above them."""
+    wanted: dict[int, Tensor] = {}
+    drawn = latents(max(numbers) + 1, nz, seed=seed, truncation=truncation, truncate=truncate)
+    for chunk, z in enumerate(drawn):
+        for number in numbers:
+            if chunk * CHUNK <= number < chunk * CHUNK + len(z):
+                wanted[number] = z[number - chunk * CHUNK].flatten()
+    return torch.stack([wanted[number] for number in numbers])
+
+
+def rebatched(chunks: Iterable[Tensor], size: int) -> Iterator[Tensor]:
+    """The same rows in the same order, `size` at a time; the last may be fewer."""
+    held: list[Tensor] = []
+    for chunk in chunks:
+        held.append(chunk)
+        if sum(map(len, held)) >= size:
+            *full, rest = torch.cat(held).split(size)
+            if len(rest) == size:
+                full, rest = [*full, rest], rest[:0]
+            yield from full
+            held = [rest] if len(rest) else []
+    if held:
+        yield torch.cat(held)
+
+
+# ---- images --------------------------------------------------------------------------------------
+
+
+class Sampler:
+    """Draws images from a generator, many at a time.
+
+    Args:
+        net: on its device.
+        autocast: the dtype of its products; None: that of its weights.
+    """
+
+    def __init__(self, net: Generator, autocast: torch.dtype | None = None) -> None:
+        self.net = net
+        self.device = next(net.parameters()).device
+        self.autocast = autocast
+
+    def images(self, z: Tensor, statistics: Statistics = "running") -> Tensor:
+        """`models.sample` in this sampler's precision: (N, C, H, W) float32 on its device."""
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            return models.sample(self.net, z.to(self.device), statistics=statistics)
+
+    def pixels(
+        self, batches: Iterable[Tensor], statistics: Statistics = "running"
+    ) -> Iterator[Pixels]:
+        """The images of each batch of latent vectors, (N, H, W, C) uint8. On CUDA the next batch
+        is computed while the caller uses this one."""
+        ahead: Callable[[], Pixels] | None = None
+        for z in batches:
+            now = _to_host(quantise(self.images(z, statistics)))
+            if ahead is not None:
+                yield ahead()
+            ahead = now
+        if ahead is not None:
+            yield ahead()
+
+    def draw(
+        self,
+        n: int,
+        *,
+        seed: int = 0,
+        truncation: float | None = None,
+        truncate: Truncate = "resample",
+        statistics: Statistics = "running",
+        batch_size: int = CHUNK,
+    ) -> Iterator[Pixels]:
+        """The first `n` images of a seed, (up to `batch_size`, H, W, C) uint8 at a time.
+
+        They are the same for every `n` and batch size but for the rounding of sums, which a library
+        may do in another order for another batch. Batch statistics are those of images 0 to 63, 64
+        to 127 and so on, in batches of that size.
+
+        Raises:
+            InputError: `n`, `batch_size` or `truncation` cannot be.
+        """
+        for flag, value in (("n", n), ("batch-size", batch_size)):
+            if value < 1:
+                raise InputError(f"--{flag} {value} was given; it must be at least 1")
+        whole = n
+        if statistics == "batch":
+            batch_size = STATISTICS_BATCH
+            whole = -(-n // batch_size) * batch_size
+        z = latents(whole, self.net.nz, seed=seed, truncation=truncation, truncate=truncate)
+        for images in self.pixels(rebatched(z, batch_size), statistics):
+            yield images[:n]
+            n -= len(images)
+
+
+def fast_sampler(
+    net: Generator,
+    *,
+    amp: bool = False,
+    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+) -> Sampler:
+    """A sampler of `net`, which it fuses in place, in 16 bits if that is wished and can be.
+
+    Where fused blocks draw other images than plain PyTorch, or none, the net stays plain.
+
+    Args:
+        net: on its device, in channels_last.
+        amp: compute in bf16, or fp16, where the device does so natively.
+        say: is called with one line for each of these that cannot be; by default it goes to stderr.
+    """
+    device = next(net.parameters()).device
+    autocast = amp_dtype(device) if amp else None
+    if amp and autocast is None:
+        say(f"--amp: this {device.type} has no native bf16 arithmetic; drawing in float32")
+    sampler = Sampler(net, autocast)
+    z = torch.randn(8, net.nz, generator=torch.Generator().manual_seed(0))
+    plain = sampler.images(z)
+    try:
+        fuse(net)
+        off = float((sampler.images(z) - plain).norm() / plain.norm().clamp(min=1e-30))
+        why = "" if off <= FUSED_ERROR[autocast] else f"their images are {off:.2g} away"
+    except Exception as error:  # whatever a compiler or a driver may raise
+        why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    if why:
+        unfuse(net)
+        say(f"fused blocks do not work here ({why}); drawing in plain PyTorch")
+    return sampler
 
 
 def draw(
@@ -87,72 +260,23 @@ def draw(
     *,
     seed: int = 0,
     truncation: float | None = None,
-    statistics: Literal["running", "batch"] = "running",
-) -> Iterator[npt.NDArray[np.uint8]]:
-    """`n` images in chunks of (up to `CHUNK`, H, W, C) uint8.
-
-    The first images of a seed are the same for every `n` (with "batch" statistics: of every full
-    chunk).
-    """
-    if n < 1:
-        raise InputError(f"--n {n} was given; it must be at least 1")
-    device = next(net.parameters()).device
-    for z in latents(n, net.nz, seed=seed, truncation=truncation):
-        yield to_uint8(models.sample(net, z.to(device), statistics=statistics))
+    statistics: Statistics = "running",
+) -> Iterator[Pixels]:
+    """`Sampler(net).draw`: `n` images of a net in (up to `CHUNK`, H, W, C) uint8 at a time."""
+    return Sampler(net).draw(n, seed=seed, truncation=truncation, statistics=statistics)
 
 
-def draw_to_files(
-    source: Path,
-    *,
-    n: int,
-    out: Path | None = None,
-    each: Path | None = None,
-    seed: int = 0,
-    truncation: float | None = None,
-    statistics: Literal["running", "batch"] = "running",
-    ema: bool = True,
-    device: str = "auto",
-    force: bool = False,
-) -> list[str]:
-    """Draws `n` images from the generator in `source` into a grid or .npz (`out`), and single
-    PNGs (`each`); returns a line on each.
+def _to_host(pixels: Tensor) -> Callable[[], Pixels]:
+    """Begins to copy from the device; what it returns waits for the end."""
+    if pixels.device.type != "cuda":
+        return lambda: pixels.cpu().numpy()
+    host = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True)
+    host.copy_(pixels, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(pixels.device))
 
-    Raises:
-        InputError: there is nothing to write to, something is there already (without `force`), or
-            it cannot be written.
-    """
-    if out is None and each is None:
-        raise InputError("nowhere to write to: give --out FILE (.png or .npz) or --each FOLDER")
-    for path in (out, each):
-        taken = path is not None and path.exists() and (path.is_file() or any(path.iterdir()))
-        if taken and not force:
-            raise InputError(f"{path} exists already: choose another name, or --force")
-    net = load_generator(source, ema=ema, device=device)
-    kept: list[npt.NDArray[np.uint8]] = []
-    count = 0
-    try:
-        if each is not None:
-            each.mkdir(parents=True, exist_ok=True)
-        for images in draw(net, n, seed=seed, truncation=truncation, statistics=statistics):
-            if each is not None:
-                for image in images:
-                    save_image(each / f"{count:06d}.png", image)
-                    count += 1
-            if out is not None:
-                kept.append(images)
-        if out is not None:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            _write(out, np.concatenate(kept))
-    except OSError as error:
-        raise InputError(
-            f"cannot write {error.filename or out or each}: {error.strerror}"
-        ) from None
-    lines = [] if each is None else [f"{count} images in {each}"]
-    return lines if out is None else [*lines, f"{n} images in {out}"]
+    def wait() -> Pixels:
+        copied.synchronize()
+        return host.numpy()
 
-
-def _write(out: Path, images: npt.NDArray[np.uint8]) -> None:
-    if out.suffix.lower() == ".npz":
-        atomic_write(out, lambda file: np.savez_compressed(file, images=images))
-    else:
-        save_image(out, grid(images))
+    return wait

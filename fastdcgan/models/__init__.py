@@ -11,6 +11,7 @@ from fastdcgan.models.checkpoints import (
     read_state_dict,
 )
 from fastdcgan.models.dcgan import SIZES, Discriminator, Generator, weights_init
+from fastdcgan.models.folding import fold
 from fastdcgan.models.sampling import sample
 from fastdcgan.models.tf28 import TF28Discriminator, TF28Generator
 
@@ -22,6 +23,7 @@ __all__ = [
     "TF28Generator",
     "build",
     "discriminator_from",
+    "fold",
     "generator_from",
     "load_weights",
     "read_state_dict",

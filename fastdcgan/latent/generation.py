@@ -1,0 +1,178 @@
+"""What `generate` does with a trained generator: samples, walks and arithmetic, into files. The
+parts are beside it (draw.py, interpolation.py, arithmetic.py, sheets.py) and in data/ (writers)."""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from math import ceil, sqrt
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from fastdcgan.data import writers
+from fastdcgan.data.picture import Pixels, grid, save_image
+from fastdcgan.data.video import SUFFIXES as VIDEO
+from fastdcgan.data.video import save_video
+from fastdcgan.errors import InputError
+from fastdcgan.hardware import use_allowed_threads
+from fastdcgan.latent.arithmetic import combine, neighbourhood, parse_groups
+from fastdcgan.latent.config import PICTURES, GenerateConfig
+from fastdcgan.latent.draw import Sampler, fast_sampler, latents_numbered, load_generator
+from fastdcgan.latent.interpolation import walk
+from fastdcgan.latent.sheets import arithmetic_sheet, numbered_grid
+
+LARGEST_SIDE = 16_383
+"""Pixels on a side of a grid: what WebP holds, and more than most viewers open."""
+
+Frames = Callable[[Pixels], None]
+
+
+def generate(config: GenerateConfig, *, progress: bool = True) -> list[str]:
+    """Draws what `config` says into its files; returns a line on each.
+
+    Args:
+        config: see its fields.
+        progress: show a bar where stderr is a terminal.
+
+    Raises:
+        InputError: something cannot be: the message says what, why, and what to do.
+    """
+    config.validate()
+    walked = None if config.interpolate is None else _numbers(config.interpolate)
+    groups = None if config.arithmetic is None else parse_groups(config.arithmetic)
+    _refuse_taken(config)
+    use_allowed_threads()
+    net = load_generator(config.source, ema=config.ema, device=config.device)
+    n = config.n if walked is None else _legs(config, walked) * _steps(config) + (not config.loop)
+    _refuse_huge(config, n, net.size)
+    sampler = fast_sampler(net, amp=config.amp)
+    try:
+        if groups is not None:
+            assert config.out is not None
+            config.out.parent.mkdir(parents=True, exist_ok=True)
+            parts = [_latents(sampler, config, group.numbers) for group in groups]
+            means, result = combine(groups, parts)
+            around = neighbourhood(result, config.seed)
+            *drawn, centre, results = sampler.pixels([*parts, means, around])
+            save_image(config.out, arithmetic_sheet(groups, drawn, centre, results))
+            return [f"arithmetic with {sum(map(len, parts))} samples in {config.out}"]
+        if walked is None:
+            images = sampler.draw(
+                n,
+                seed=config.seed,
+                truncation=config.truncation,
+                truncate=config.truncate,
+                statistics=config.statistics,
+                batch_size=config.batch_size,
+            )
+        else:
+            keys = _latents(sampler, config, walked)
+            way = walk(keys, _steps(config), curve=config.curve, loop=config.loop)
+            images = sampler.pixels(way.split(config.batch_size))
+        with ExitStack() as files:
+            takers = [files.enter_context(writer) for writer in _writers(config, n)]
+            for batch in _shown(images, n, progress):
+                for take in takers:
+                    take(batch)
+    except OSError as error:
+        wrong = error.filename or config.out or config.each
+        raise InputError(f"cannot write {wrong}: {error.strerror or error}") from None
+    return [f"{n:,} images in {path}" for path in (config.each, config.out) if path is not None]
+
+
+def _numbers(text: str) -> list[int]:
+    words = text.replace(" ", "").split(",")
+    if len(words) < 2 or not all(word.isdecimal() for word in words):
+        raise InputError(
+            f'--interpolate "{text}" was given; give the numbers of two samples or more, as '
+            '"3,17,5" (--numbered shows them)'
+        )
+    return [int(word) for word in words]
+
+
+def _latents(sampler: Sampler, config: GenerateConfig, numbers: Sequence[int]) -> Tensor:
+    return latents_numbered(
+        numbers,
+        sampler.net.nz,
+        seed=config.seed,
+        truncation=config.truncation,
+        truncate=config.truncate,
+    )
+
+
+def _is_picture(config: GenerateConfig) -> bool:
+    return config.out is not None and config.out.suffix.lower() in PICTURES
+
+
+def _steps(config: GenerateConfig) -> int:
+    return config.frames or (8 if _is_picture(config) else 48)
+
+
+def _legs(config: GenerateConfig, numbers: Sequence[int]) -> int:
+    return len(numbers) - (not config.loop)
+
+
+def _refuse_taken(config: GenerateConfig) -> None:
+    out, each = config.out, config.each
+    taken = [] if out is None else writers.shards(out)
+    if each is not None and each.exists() and (each.is_file() or any(each.iterdir())):
+        taken.append(each)
+    if taken and not config.force:
+        raise InputError(f"{taken[0]} exists already: choose another name, or --force")
+
+
+def _refuse_huge(config: GenerateConfig, n: int, size: int) -> None:
+    if _is_picture(config) and (ceil(sqrt(n)) + 1) * (size + 2) > LARGEST_SIDE:
+        raise InputError(
+            f"a picture of {n:,} images is more than {LARGEST_SIDE:,} pixels wide: give --each "
+            "FOLDER, or --out with .npz, .zip or .tar at its end"
+        )
+
+
+def _writers(config: GenerateConfig, n: int) -> Iterator[AbstractContextManager[Frames]]:
+    if config.each is not None:
+        yield writers.single_files(config.each)
+    if config.out is None:
+        return
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    suffix = config.out.suffix.lower()
+    if suffix == ".npz":
+        yield writers.array(config.out, n)
+    elif suffix in writers.ARCHIVES:
+        yield writers.archives(config.out, config.shard)
+    else:
+        yield _together(config, config.out)
+
+
+@contextmanager
+def _together(config: GenerateConfig, out: Path) -> Iterator[Frames]:
+    """What is one picture, still or moving, is written when all is there."""
+    kept: list[Pixels] = []
+    yield kept.append
+    images = np.concatenate(kept)
+    if out.suffix.lower() in VIDEO:
+        save_video(out, images, config.fps, config.scale)
+    elif config.interpolate is not None:
+        steps = _steps(config)
+        starts = range(0, len(images) - (not config.loop), steps)
+        rows = [images[np.arange(start, start + steps + 1) % len(images)] for start in starts]
+        save_image(out, grid(np.concatenate(rows), columns=steps + 1))
+    elif config.numbered:
+        save_image(out, numbered_grid(images))
+    else:
+        save_image(out, grid(images))
+
+
+def _shown(images: Iterable[Pixels], n: int, progress: bool) -> Iterator[Pixels]:
+    """The same, with a bar that says how many are done."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress
+
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    shown = progress and sys.stderr.isatty()
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as bar:
+        task = bar.add_task("images", total=n)
+        for batch in images:
+            yield batch
+            bar.advance(task, len(batch))
