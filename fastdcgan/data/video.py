@@ -4,6 +4,7 @@ Not here: which frames there are."""
 import os
 import secrets
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -64,9 +65,10 @@ def save_video(path: Path, frames: Pixels, fps: float, scale: int = 1) -> None:
     beside = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.mp4")
     try:
         beside.touch()  # raises what ffmpeg would say in many lines
-        with imageio.v2.get_writer(
+        writer: Any = imageio.v2.get_writer(
             beside, format="FFMPEG", fps=fps, codec="libx264", quality=8, macro_block_size=2
-        ) as video:
+        )
+        with writer as video:
             for frame in frames:
                 video.append_data(frame)
         os.replace(beside, path)

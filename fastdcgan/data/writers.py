@@ -137,7 +137,7 @@ def _tar(path: Path) -> Iterator[Callable[[str, bytes], None]]:
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
             archive.addfile(entry, io.BytesIO(content))
-            archive.members.clear()  # it would keep them all, to no use of ours
+            archive.members.clear()  # type: ignore[attr-defined]  # it would keep them all
 
         yield put
 

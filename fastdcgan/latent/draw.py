@@ -50,7 +50,8 @@ def load_generator(source: Path, *, ema: bool = True, device: str = "cpu") -> Ge
     """
     names = ("netG_ema", "netG", "model") if ema else ("netG", "model")
     keys = ("ema", "netG") if ema else ("netG",)
-    return _placed(models.generator_from(_weights(source, names, keys)), device)
+    net: Generator = _placed(models.generator_from(_weights(source, names, keys)), device)
+    return net
 
 
 def load_discriminator(source: Path, *, device: str = "cpu") -> Discriminator:
@@ -60,7 +61,8 @@ def load_discriminator(source: Path, *, device: str = "cpu") -> Discriminator:
         InputError: there is no such file, or no DCGAN discriminator in it.
     """
     found = _weights(source, ("netD", "model"), ("netD",))
-    return _placed(models.discriminator_from(found), device)
+    net: Discriminator = _placed(models.discriminator_from(found), device)
+    return net
 
 
 def _weights(

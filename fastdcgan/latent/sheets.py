@@ -71,7 +71,7 @@ def arithmetic_sheet(
         picture.paste(Image.fromarray(image), (x, y))
     x, y = left + width + GAP, top + height + GAP
     draw.rectangle([x - GAP, y - GAP, x + width + 1, y + height + 1], outline="white", width=GAP)
-    return np.asarray(picture)
+    return np.pad(np.asarray(picture), [(3 * GAP, 3 * GAP)] * 2 + [(0, 0)])
 
 
 def _text_height(height: int) -> int:

@@ -40,4 +40,5 @@ def _joined(layer: Any, norm: Any) -> nn.Module:
     if isinstance(layer, nn.Linear):
         return fuse_linear_bn_eval(layer, norm).to(dtype)
     transposed = isinstance(layer, nn.ConvTranspose2d)
-    return fuse_conv_bn_eval(layer, norm, transpose=transposed).to(dtype)
+    joined: nn.Module = fuse_conv_bn_eval(layer, norm, transpose=transposed).to(dtype)
+    return joined

@@ -1,5 +1,9 @@
 """`python -m fastdcgan.generate`: on our runs, on foreign checkpoints, and the files it writes."""
 
+import subprocess
+import sys
+import tarfile
+
 import numpy as np
 import pytest
 import torch
@@ -116,6 +120,23 @@ def test_any_checkpoint(run):
         (["--from", "run"], "nowhere to write to"),
         (["--from", "run", "--out", "/proc/x.png"], "cannot write"),
         (["--from", "run", "--out", "x.png", "--device", "abacus"], "--device abacus"),
+        (["--from", "run", "--out", "x.png", "--batch-size", "0"], "--batch-size 0 was given"),
+        (["--from", "run", "--out", "x.png", "--n", "1000000"], "a picture of 1,000,000 images"),
+        (["--from", "run", "--out", "x.gif"], "pictures move with --interpolate only"),
+        (["--from", "run", "--out", "x.png", "--interpolate", "3"], '--interpolate "3" was given'),
+        (["--from", "run", "--out", "x.png", "--interpolate", "1,a"], '"1,a" was given'),
+        (["--from", "run", "--out", "x.gif", "--interpolate", "1,2", "--fps", "0"], "--fps 0"),
+        (["--from", "run", "--out", "x.png", "--arithmetic", "1 x 2"], '"1 x 2" was given'),
+        (["--from", "run", "--out", "x.npz", "--arithmetic", "1 - 2"], "draws one picture"),
+        (
+            ["--from", "run", "--out", "x.png", "--arithmetic", "1", "--interpolate", "1,2"],
+            "give one of them",
+        ),
+        (
+            ["--from", "run", "--out", "x.png", "--interpolate", "1,2", "--statistics", "batch"],
+            "--statistics batch was given",
+        ),
+        (["--from", "run", "--out", "x-%d.tar"], "numbered by %06d"),
     ],
 )
 def test_bad_input_is_one_clear_line(run, monkeypatch, capsys, args, message):
@@ -131,3 +152,78 @@ def test_a_missing_run_in_a_process_of_its_own(generate):
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "nowhere" in done.stderr
+
+
+def test_walks(run, monkeypatch):
+    """A strip has the keys at the ends of its rows; a film of the same walk plays each frame; both
+    are made of the images that --n draws."""
+    monkeypatch.chdir(run.parent)
+    call = ["--from", "run", "--interpolate", "3,0,270", "--seed", "2"]
+    assert main([*call, "--frames", "5", "--out", "strip.png"]) == 0
+    assert main([*call, "--frames", "5", "--out", "w.npz", "--batch-size", "3"]) == 0
+    assert main([*call, "--frames", "5", "--loop", "--curve", "linear", "--out", "w.gif"]) == 0
+    assert main(["--from", "run", "--n", "271", "--seed", "2", "--out", "all.npz"]) == 0
+    keys = np.load("all.npz")["images"][[3, 0, 270]].astype(int)
+    frames = np.load("w.npz")["images"].astype(int)
+    assert len(frames) == 11
+    assert np.abs(frames[[0, 5, 10]] - keys).max() <= 1
+    with Image.open("strip.png") as strip:
+        pixels = np.asarray(strip).astype(int)
+    assert pixels.shape == (2 + 2 * 34, 2 + 6 * 34, 3)
+    for row, column, index in ((0, 0, 0), (0, 2, 2), (0, 5, 5), (1, 0, 5), (1, 5, 10)):
+        y, x = 2 + row * 34, 2 + column * 34
+        assert np.abs(pixels[y : y + 32, x : x + 32] - frames[index]).max() <= 1
+    with Image.open("w.gif") as film:
+        assert (film.n_frames, film.size) == (15, (32, 32))
+
+
+def test_arithmetic_draws_a_sheet(run, monkeypatch, capsys):
+    monkeypatch.chdir(run.parent)
+    call = ["--from", "run", "--arithmetic", "1,2,3 - 4,5,6 + 300", "--out", "sheet.png"]
+    assert main(call) == 0
+    assert "7 samples in sheet.png" in capsys.readouterr().out
+    with Image.open("sheet.png") as sheet:
+        first = np.asarray(sheet)
+    assert main(call) != 0
+    assert "exists already" in capsys.readouterr().err
+    assert main([*call, "--force"]) == 0
+    with Image.open("sheet.png") as sheet:
+        assert np.array_equal(np.asarray(sheet), first), (
+            "the noise around the result, too, is seeded"
+        )
+
+
+def test_shards_and_numbers(run, monkeypatch, capsys):
+    monkeypatch.chdir(run.parent)
+    call = ["--from", "run", "--n", "23", "--out", "shards/%06d.tar", "--shard", "10"]
+    assert main(call) == 0
+    names = []
+    for path in sorted((run.parent / "shards").iterdir()):
+        with tarfile.open(path) as tar:
+            names.append(tar.getnames())
+    every = [f"{i:06d}.png" for i in range(23)]
+    assert names == [every[:10], every[10:20], every[20:]]
+    assert main(call) != 0
+    assert "shards/000000.tar exists already" in capsys.readouterr().err
+    assert main(["--from", "run", "--n", "4", "--numbered", "--out", "numbered.jpg"]) == 0
+
+
+def test_many_images_take_no_more_memory(run, environment, tmp_path):
+    """24 MB of pixels into shards and an array; what grows is a fifth of that at most."""
+    script = (
+        "import resource\n"
+        "from fastdcgan.generate import main\n"
+        "def peak(n, name):\n"
+        "    for out in (name + '-%06d.tar', name + '.npz'):\n"
+        "        call = ['--from', 'run', '--n', str(n), '--shard', '1000']\n"
+        "        assert main([*call, '--out', f'{FOLDER}/{out}']) == 0\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "print(peak(1000, 'few'), peak(8000, 'many'))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script.replace("{FOLDER}", str(tmp_path))],
+        env=environment, cwd=run.parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    few, many = map(int, done.stdout.splitlines()[-1].split())
+    assert many - few < 5_000, "kB"

@@ -83,9 +83,13 @@ def test_the_same_images_are_the_same_bytes(tmp_path, name, monkeypatch):
     [lambda f: array(f / "x.npz", 23), lambda f: archives(f / "x-%06d.tar", 10)],
 )
 def test_what_stops_halfway_leaves_no_half_file(tmp_path, context):
-    with pytest.raises(KeyboardInterrupt), context(tmp_path) as add:
-        add(IMAGES[:13])
-        raise KeyboardInterrupt
+    def stop_halfway():
+        with context(tmp_path) as add:
+            add(IMAGES[:13])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stop_halfway()
     left = [p.name for p in tmp_path.iterdir()]
     assert left in ([], ["x-000000.tar"])
 
@@ -103,7 +107,12 @@ def test_a_gif_plays_every_frame(tmp_path, channels):
     frames[..., -1] = 255 if channels in (2, 4) else frames[..., -1]
     save_video(tmp_path / "a.gif", frames, 20, scale=3)
     with Image.open(tmp_path / "a.gif") as gif:
-        assert (gif.n_frames, gif.size, gif.info["duration"], gif.info["loop"]) == (6, (24, 24), 50, 0)
+        assert (gif.n_frames, gif.size, gif.info["duration"], gif.info["loop"]) == (
+            6,
+            (24, 24),
+            50,
+            0,
+        )
         for index in range(6):
             gif.seek(index)
             assert np.asarray(gif.convert("RGB"))[5, 5, 0] == index * 40
@@ -111,11 +120,14 @@ def test_a_gif_plays_every_frame(tmp_path, channels):
 
 def test_an_mp4_plays_every_frame(tmp_path):
     imageio = pytest.importorskip("imageio.v2")
-    frames = np.zeros((12, 28, 28, 1), np.uint8) + np.arange(12, dtype=np.uint8)[:, None, None, None] * 20
+    frames = (
+        np.zeros((12, 28, 28, 1), np.uint8)
+        + np.arange(12, dtype=np.uint8)[:, None, None, None] * 20
+    )
     save_video(tmp_path / "a.mp4", frames, 25, scale=2)
     with imageio.get_reader(tmp_path / "a.mp4") as video:
         meta = video.get_meta_data()
-        played = np.stack([frame for frame in video])
+        played = np.stack(list(video))
     assert (meta["fps"], meta["size"], meta["codec"]) == (25, (56, 56), "h264")
     assert played.shape == (12, 56, 56, 3)
     assert np.abs(played.mean(axis=(1, 2, 3)) - np.arange(12) * 20).max() < 4

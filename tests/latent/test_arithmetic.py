@@ -56,7 +56,9 @@ def test_the_sheet_shows_every_part(channels):
     for image in [*parts[0], *parts[1], *means, *results]:
         colour = image if channels > 2 else image[..., [0, 0, 0, 1][: channels + 2]]
         same = (rows[..., 7, 9] == colour[7, 9]).all(axis=-1)
-        assert any(np.array_equal(rows[y, x].transpose(1, 2, 0), colour) for y, x in np.argwhere(same))
+        assert any(
+            np.array_equal(rows[y, x].transpose(1, 2, 0), colour) for y, x in np.argwhere(same)
+        )
 
 
 def test_a_numbered_grid_has_its_images_where_they_were():
