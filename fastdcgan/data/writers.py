@@ -64,9 +64,15 @@ def array(path: Path, n: int) -> Iterator[Add]:
 
 
 def shards(path: Path) -> list[Path]:
-    """The files that stand where `archives(path)` writes, the shards of another number included."""
+    """The files that stand where `archives(path)` writes, the shards of another number included.
+
+    Raises:
+        InputError: a % in the name that is not %06d.
+    """
     if "%" not in path.name:
         return [path] if path.exists() else []
+    if path.name.count("%") > 1 or "%06d" not in path.name:
+        raise InputError(f"cannot write {path}: shards are numbered by %06d, once in the name")
     first, last = path.name.split("%06d")
     found = path.parent.glob("*") if path.parent.is_dir() else ()
     return sorted(
@@ -90,11 +96,9 @@ def archives(path: Path, shard: int) -> Iterator[Add]:
         shard: images in each archive but the last.
 
     Raises:
-        InputError: a % in the name that is not %06d.
+        InputError: as of `shards`.
     """
     split = "%" in path.name
-    if split and (path.name.count("%") > 1 or "%06d" not in path.name):
-        raise InputError(f"cannot write {path}: shards are numbered by %06d, once in the name")
     before = shards(path)
     written = []
     with ThreadPoolExecutor(THREADS) as pool, ExitStack() as current:

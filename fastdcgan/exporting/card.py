@@ -210,6 +210,6 @@ def _public(recipe: TrainConfig) -> dict[str, Any]:
     kept = {
         f.name: getattr(recipe, f.name)
         for f in dataclasses.fields(recipe)
-        if not f.metadata["free"] or f.name == "epochs"
+        if not f.metadata["free"]
     }
     return {**kept, "data": _data(recipe)}

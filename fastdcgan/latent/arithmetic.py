@@ -29,7 +29,7 @@ def parse_groups(text: str) -> list[Group]:
     Raises:
         InputError: it is not of this form.
     """
-    squeezed = re.sub(r"\s+", "", text)
+    squeezed = re.sub(r"\s*([,+-])\s*", r"\1", text.strip())
     if not re.fullmatch(r"[+-]?\d+(,\d+)*([+-]\d+(,\d+)*)*", squeezed):
         raise InputError(
             f'--arithmetic "{text}" was given; give groups of sample numbers with + and - between '

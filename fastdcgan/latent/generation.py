@@ -82,7 +82,7 @@ def generate(config: GenerateConfig, *, progress: bool = True) -> list[str]:
 
 
 def _numbers(text: str) -> list[int]:
-    words = text.replace(" ", "").split(",")
+    words = [word.strip() for word in text.split(",")]
     if len(words) < 2 or not all(word.isdecimal() for word in words):
         raise InputError(
             f'--interpolate "{text}" was given; give the numbers of two samples or more, as '

@@ -127,7 +127,7 @@ def test_an_mp4_plays_every_frame(tmp_path):
     save_video(tmp_path / "a.mp4", frames, 25, scale=2)
     with imageio.get_reader(tmp_path / "a.mp4") as video:
         meta = video.get_meta_data()
-        played = np.stack(list(video))
+        played = np.stack(list(video.iter_data()))
     assert (meta["fps"], meta["size"], meta["codec"]) == (25, (56, 56), "h264")
     assert played.shape == (12, 56, 56, 3)
     assert np.abs(played.mean(axis=(1, 2, 3)) - np.arange(12) * 20).max() < 4

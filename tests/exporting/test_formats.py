@@ -62,34 +62,40 @@ def test_onnx_in_its_runtime(name, fold, tmp_path):
     assert str(Path(models.__file__).parent).encode() not in path.read_bytes()
 
 
-@pytest.mark.parametrize("to", ["torchscript", "torch-export"])
-@pytest.mark.parametrize("name", ["g", "d"])
-def test_torchs_own_formats_load_by_torch_alone(to, name, tmp_path):
-    net, x, expected = made(name)
-    path = tmp_path / FORMATS[to].file
-    FORMATS[to].write(models.fold(net), x[:3], path)
-    np.save(tmp_path / "x.npy", x.numpy())
+def test_torchs_own_formats_load_by_torch_alone(tmp_path):
+    expected = {}
+    for name in ("g", "d"):
+        net, x, expected[name] = made(name)
+        np.save(tmp_path / f"{name}.npy", x.numpy())
+        for to in ("torchscript", "torch-export"):
+            path = tmp_path / f"{name}-{FORMATS[to].file}"
+            FORMATS[to].write(models.fold(net), x[:3], path)
+            with zipfile.ZipFile(path) as parts:
+                whole = b"".join(parts.read(part) for part in parts.namelist())
+            assert str(Path(models.__file__).parent).encode() not in whole
     script = (
         "import json, sys, numpy, torch\n"
-        "path = sys.argv[1]\n"
-        "net = torch.jit.load(path) if path.endswith('.pt') else torch.export.load(path).module()\n"
-        "x = torch.from_numpy(numpy.load('x.npy'))\n"
-        "out = [net(x[:size]).tolist() for size in (1, 7)]\n"
+        "def run(name):\n"
+        "    x = torch.from_numpy(numpy.load(name + '.npy'))\n"
+        "    script = torch.jit.load(name + '-model.pt')\n"
+        "    program = torch.export.load(name + '-model.pt2')\n"
+        "    nets = script, program.module()\n"
+        "    return [net(x[:size]).tolist() for net in nets for size in (1, 7)]\n"
+        "out = {name: run(name) for name in 'gd'}\n"
         "assert not [name for name in sys.modules if name.startswith('fastdcgan')]\n"
         "print(json.dumps(out))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script, str(path)],
+        [sys.executable, "-W", "ignore", "-c", script],
         capture_output=True, text=True, cwd=tmp_path, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    for size, found in zip((1, 7), json.loads(done.stdout), strict=True):
-        np.testing.assert_allclose(found, expected[:size], atol=1e-4)
-    with zipfile.ZipFile(path) as parts:
-        whole = b"".join(parts.read(part) for part in parts.namelist())
-    assert str(Path(models.__file__).parent).encode() not in whole
+    for name, outputs in json.loads(done.stdout).items():
+        for size, found in zip((1, 7, 1, 7), outputs, strict=True):
+            np.testing.assert_allclose(found, expected[name][:size], atol=1e-4)
 
 
+@torch.no_grad()
 def test_wrong_numbers_and_shapes_are_found():
     net, x, _ = made("g")
     assert check(net, net, x) == 0

@@ -16,7 +16,9 @@ def test_groups_are_read():
     assert parse_groups("-7+8") == [Group(-1, (7,)), Group(1, (8,))]
 
 
-@pytest.mark.parametrize("text", ["", "a", "1,2 -", "1,,2", "1 - -2", "1.5", "1*2", ",1"])
+@pytest.mark.parametrize(
+    "text", ["", "a", "1,2 -", "1,,2", "1 - -2", "1.5", "1*2", ",1", "1 2", "1,2 - 3 4"]
+)
 def test_what_is_no_groups_is_one_line(text):
     with pytest.raises(InputError, match="give groups of sample numbers") as error:
         parse_groups(text)
