@@ -3,6 +3,7 @@
 how the sheet looks (sheets.py)."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +42,7 @@ def parse_groups(text: str) -> list[Group]:
     ]
 
 
-def combine(groups: list[Group], parts: list[Tensor]) -> tuple[Tensor, Tensor]:
+def combine(groups: Sequence[Group], parts: list[Tensor]) -> tuple[Tensor, Tensor]:
     """The means of the groups, (G, nz), and the sum of those means by their signs, (nz,).
 
     Args:

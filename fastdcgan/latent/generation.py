@@ -16,7 +16,7 @@ from fastdcgan.data.video import SUFFIXES as VIDEO
 from fastdcgan.data.video import save_video
 from fastdcgan.errors import InputError
 from fastdcgan.hardware import use_allowed_threads
-from fastdcgan.latent.arithmetic import combine, neighbourhood, parse_groups
+from fastdcgan.latent.arithmetic import Group, combine, neighbourhood, parse_groups
 from fastdcgan.latent.config import PICTURES, GenerateConfig
 from fastdcgan.latent.draw import Sampler, fast_sampler, latents_numbered, load_generator
 from fastdcgan.latent.interpolation import walk
@@ -49,15 +49,12 @@ def generate(config: GenerateConfig, *, progress: bool = True) -> list[str]:
     sampler = fast_sampler(net, amp=config.amp)
     try:
         if groups is not None:
-            assert config.out is not None
-            config.out.parent.mkdir(parents=True, exist_ok=True)
-            parts = [_latents(sampler, config, group.numbers) for group in groups]
-            means, result = combine(groups, parts)
-            around = neighbourhood(result, config.seed)
-            *drawn, centre, results = sampler.pixels([*parts, means, around])
-            save_image(config.out, arithmetic_sheet(groups, drawn, centre, results))
-            return [f"arithmetic with {sum(map(len, parts))} samples in {config.out}"]
-        if walked is None:
+            return _draw_sheet(sampler, config, groups)
+        if walked is not None:
+            keys = _latents(sampler, config, walked)
+            way = walk(keys, _steps(config), curve=config.curve, loop=config.loop)
+            images = sampler.pixels(way.split(config.batch_size))
+        else:
             images = sampler.draw(
                 n,
                 seed=config.seed,
@@ -66,10 +63,6 @@ def generate(config: GenerateConfig, *, progress: bool = True) -> list[str]:
                 statistics=config.statistics,
                 batch_size=config.batch_size,
             )
-        else:
-            keys = _latents(sampler, config, walked)
-            way = walk(keys, _steps(config), curve=config.curve, loop=config.loop)
-            images = sampler.pixels(way.split(config.batch_size))
         with ExitStack() as files:
             takers = [files.enter_context(writer) for writer in _writers(config, n)]
             for batch in _shown(images, n, progress):
@@ -79,6 +72,17 @@ def generate(config: GenerateConfig, *, progress: bool = True) -> list[str]:
         wrong = error.filename or config.out or config.each
         raise InputError(f"cannot write {wrong}: {error.strerror or error}") from None
     return [f"{n:,} images in {path}" for path in (config.each, config.out) if path is not None]
+
+
+def _draw_sheet(sampler: Sampler, config: GenerateConfig, groups: Sequence[Group]) -> list[str]:
+    assert config.out is not None
+    parts = [_latents(sampler, config, group.numbers) for group in groups]
+    means, result = combine(groups, parts)
+    around = neighbourhood(result, config.seed)
+    *drawn, centre, results = sampler.pixels([*parts, means, around])
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    save_image(config.out, arithmetic_sheet(groups, drawn, centre, results))
+    return [f"arithmetic with {sum(map(len, parts))} samples in {config.out}"]
 
 
 def _numbers(text: str) -> list[int]:
@@ -123,7 +127,9 @@ def _refuse_taken(config: GenerateConfig) -> None:
 
 
 def _refuse_huge(config: GenerateConfig, n: int, size: int) -> None:
-    if _is_picture(config) and (ceil(sqrt(n)) + 1) * (size + 2) > LARGEST_SIDE:
+    columns = ceil(sqrt(n)) if config.interpolate is None else _steps(config) + 1
+    side = (max(columns, ceil(n / columns)) + 1) * (size + (20 if config.numbered else 2))
+    if _is_picture(config) and side > LARGEST_SIDE:
         raise InputError(
             f"a picture of {n:,} images is more than {LARGEST_SIDE:,} pixels wide: give --each "
             "FOLDER, or --out with .npz, .zip or .tar at its end"

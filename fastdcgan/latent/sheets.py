@@ -1,5 +1,6 @@
 """Sheets of samples with words on them: numbered grids, and the figure of latent arithmetic."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ def numbered_grid(images: Pixels) -> Pixels:
 
 
 def arithmetic_sheet(
-    groups: list[Group], parts: list[Pixels], means: Pixels, results: Pixels
+    groups: Sequence[Group], parts: list[Pixels], means: Pixels, results: Pixels
 ) -> Pixels:
     """A column for each group (its samples, numbered, and below a line their mean), its sign before
     it, and at the right the result among its eight neighbours, larger by a frame.
