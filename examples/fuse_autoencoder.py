@@ -12,6 +12,7 @@ import sys
 import time
 from itertools import pairwise
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -74,10 +75,10 @@ def main(steps: int = 12, batch: int = 64, width: int = 64) -> tuple[list[float]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     packed = prepare("blue-marble", size=64)
     offset = (packed.window - 64) // 2
-    cropped = packed.images[: steps * batch, offset : offset + 64, offset : offset + 64]
-    pixels = torch.from_numpy(cropped.copy()).permute(0, 3, 1, 2)
-    pictures = (pixels.float() / 127.5 - 1).to(device, memory_format=torch.channels_last)
-    batches = [pictures.roll(-step * batch, 0)[:batch] for step in range(steps)]
+    chosen = np.random.default_rng(0).integers(packed.n, size=steps * batch)
+    cropped = packed.images[chosen, offset : offset + 64, offset : offset + 64]
+    pixels = torch.from_numpy(cropped).permute(0, 3, 1, 2).to(device).float()
+    batches = list((pixels / 127.5 - 1).split(batch))
 
     torch.manual_seed(0)
     plain = Autoencoder(width).to(device, memory_format=torch.channels_last)

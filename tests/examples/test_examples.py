@@ -46,9 +46,9 @@ def test_generate_walk(run, tmp_path):
 def test_fuse_autoencoder(monkeypatch, capsys):
     """Fused, and not by falling back: C++ on the CPU, for which the interpreter makes way."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    plain, fused = example("fuse_autoencoder").main(steps=4, batch=8, width=16)
+    plain, fused = example("fuse_autoencoder").main(steps=12, batch=4, width=16)
     np.testing.assert_allclose(fused, plain, rtol=1e-3)
-    assert plain[-1] < plain[0]
+    assert np.mean(plain[-4:]) < np.mean(plain[:4])
     said = capsys.readouterr().out
     assert said.count("fused encoder") == 3
     assert said.count("fused decoder") == 3
