@@ -2,6 +2,7 @@
 head, for programs. It names no path of the machine that trained. Not here: the weights."""
 
 import dataclasses
+import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,18 +10,18 @@ from typing import Any
 
 from torch import nn
 
+from fastdcgan import models
 from fastdcgan.errors import InputError
 from fastdcgan.training.config import TrainConfig
 
 TASK = "unconditional-image-generation"
 SCORES = ("fid", "kid", "inception_score", "precision", "recall", "density", "coverage")
-SIZES = {
-    "Generator": ("size", "nz", "ngf", "channels"),
-    "Discriminator": ("size", "ndf", "channels"),
-    "TF28Generator": ("nz", "channels"),
-    "TF28Discriminator": ("channels",),
-}
-"""What the constructor of each net takes."""
+NETS = (
+    models.Generator,
+    models.Discriminator,
+    models.TF28Generator,
+    models.TF28Discriminator,
+)
 
 FILES = {
     "model.safetensors": "the weights, for `from_pretrained`",
@@ -46,14 +47,19 @@ class Facts:
     folded: bool = False
 
 
-def class_of(net: nn.Module) -> str:
-    """Which of the nets of `fastdcgan.models` it is, by name."""
-    return next(kind.__name__ for kind in type(net).__mro__ if kind.__name__ in SIZES)
+def class_of(net: nn.Module) -> type[nn.Module]:
+    """Which of the nets of `fastdcgan.models` it is."""
+    return next(kind for kind in NETS if isinstance(net, kind))
 
 
-def sizes_of(net: nn.Module) -> dict[str, int]:
-    """The arguments that built `net`: its config.json."""
-    return {name: getattr(net, name) for name in SIZES[class_of(net)]}
+def is_generator(net: nn.Module) -> bool:
+    """Whether it draws images."""
+    return isinstance(net, models.Generator | models.TF28Generator)
+
+
+def sizes_of(net: nn.Module) -> dict[str, Any]:
+    """The arguments that built `net`, which keeps them as attributes: its config.json."""
+    return {name: getattr(net, name) for name in inspect.signature(class_of(net)).parameters}
 
 
 def facts_of(run: Path | None, **given: Any) -> Facts:
@@ -98,8 +104,7 @@ def card(net: nn.Module, facts: Facts, files: list[str]) -> str:
         raise InputError(
             "the model card needs huggingface_hub: pip install 'fastdcgan[export]'"
         ) from None
-    kind = class_of(net)
-    generator = "Generator" in kind
+    kind, generator = class_of(net).__name__, is_generator(net)
     data = _data(facts.recipe)
     name = " ".join(["DCGAN", kind.removeprefix("TF28").lower()] + ([f"of {data}"] if data else []))
     results = [
@@ -128,8 +133,7 @@ def card(net: nn.Module, facts: Facts, files: list[str]) -> str:
 
 
 def _body(net: nn.Module, name: str, facts: Facts, files: list[str]) -> list[str]:
-    kind = class_of(net)
-    generator = "Generator" in kind
+    kind, generator = class_of(net).__name__, is_generator(net)
     sizes = sizes_of(net)
     count = sum(p.numel() for p in net.parameters())
     size, channels, nz = net.size, net.channels, getattr(net, "nz", 0)

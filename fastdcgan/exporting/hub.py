@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import nn
 
 from fastdcgan import models
-from fastdcgan.exporting.card import Facts, card, class_of, sizes_of
+from fastdcgan.exporting.card import Facts, card, is_generator, sizes_of
 from fastdcgan.exporting.samples import save_samples
 
 Net = TypeVar("Net", bound="_OnHub")
@@ -46,7 +46,7 @@ class _OnHub(PyTorchModelHubMixin):
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         net: Any = self
-        files = ["model.safetensors"] + ["samples.png"] * ("Generator" in class_of(net))
+        files = ["model.safetensors"] + ["samples.png"] * is_generator(net)
         return ModelCard(card(net, self.facts, files))
 
 

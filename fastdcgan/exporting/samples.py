@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from fastdcgan.data.picture import grid, save_image
-from fastdcgan.exporting.card import class_of
+from fastdcgan.exporting.card import is_generator
 from fastdcgan.latent.draw import Sampler
 
 COUNT = 64
@@ -21,7 +21,7 @@ def save_samples(net: Any, folder: Path, *, sampler: Sampler | None = None, seed
         sampler: draws instead of `net` (elsewhere, or faster).
         seed: of the latent vectors.
     """
-    if "Generator" not in class_of(net):
+    if not is_generator(net):
         return False
     images = (sampler or Sampler(net)).draw(COUNT, seed=seed)
     save_image(folder / "samples.png", grid(np.concatenate(list(images))))

@@ -5,6 +5,7 @@ import copy
 from typing import Any
 
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 
@@ -15,9 +16,13 @@ def fold(net: nn.Module) -> nn.Module:
     sqrt(var + eps), in float64, then in the net's own dtype. Folded is each BatchNorm that follows
     a convolution, a transposed one or a dense layer in an nn.Sequential, directly or behind a crop
     (an nn.ZeroPad2d that only takes away, as in the 28x28 nets). An nn.Identity takes its place,
-    so the other modules keep their numbers.
+    so the other modules keep their numbers. Weights that torch computes from other tensors
+    (spectral_norm) become plain ones.
     """
     folded = copy.deepcopy(net).eval()
+    for module in list(folded.modules()):
+        if parametrize.is_parametrized(module, "weight"):  # as by spectral_norm: take its value
+            parametrize.remove_parametrizations(module, "weight")
     for part in folded.modules():
         if not isinstance(part, nn.Sequential):
             continue

@@ -62,3 +62,13 @@ def test_dtype_and_bias_stay():
     x = torch.randn(2, 2, 6, 6)
     assert folded[0].weight.dtype == torch.float32
     torch.testing.assert_close(folded(x), net(x))
+
+
+@torch.no_grad()
+def test_a_spectrally_normalised_weight_becomes_plain():
+    conv = nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 3, 3))
+    net = trained(nn.Sequential(conv, nn.BatchNorm2d(3)))
+    x = torch.randn(2, 2, 6, 6, dtype=torch.float64)
+    folded = models.fold(net)
+    torch.testing.assert_close(folded(x), net(x), rtol=1e-10, atol=1e-12)
+    assert set(folded.state_dict()) == {"0.weight", "0.bias"}
