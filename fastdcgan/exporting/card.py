@@ -13,6 +13,7 @@ from torch import nn
 from fastdcgan import models
 from fastdcgan.errors import InputError
 from fastdcgan.training.config import TrainConfig
+from fastdcgan.training.journal import read_evaluations
 
 TASK = "unconditional-image-generation"
 SCORES = ("fid", "kid", "inception_score", "precision", "recall", "density", "coverage")
@@ -73,18 +74,10 @@ def facts_of(run: Path | None, **given: Any) -> Facts:
     recipe = None
     if run is not None and (run / "config.json").is_file():
         recipe = TrainConfig.from_json((run / "config.json").read_text(encoding="utf-8"))
-    scores = None
-    if run is not None and (run / "evaluations.jsonl").is_file():
-        rows = []
-        for line in (run / "evaluations.jsonl").read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(dict(json.loads(line)))
-            except ValueError:  # cut short by a kill
-                continue
-        steps = given.get("steps")
-        rows = [row for row in rows if steps is None or row.get("step", 0) <= steps]
-        scores = rows[-1] if rows else None
-    return Facts(recipe=recipe, scores=scores, **given)
+    steps = given.get("steps")
+    rows = [] if run is None else read_evaluations(run)
+    rows = [row for row in rows if steps is None or row["step"] <= steps]
+    return Facts(recipe=recipe, scores=rows[-1] if rows else None, **given)
 
 
 def card(net: nn.Module, facts: Facts, files: list[str]) -> str:

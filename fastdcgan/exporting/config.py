@@ -17,7 +17,8 @@ class ExportConfig:
     """What to export, and where to."""
 
     source: Annotated[Path, tyro.conf.arg(name="from")]
-    """A run's folder, a checkpoint of ours, or a net's .safetensors or .pth."""
+    """A run's folder (its last nets), a checkpoint of ours, or a net's .safetensors or .pth: the
+    best generator of a run with evaluations is RUN/netG_best.safetensors."""
     to: tuple[FormatName, ...] = ("safetensors",)
     """One or more of: onnx (model.onnx), torchscript (model.pt), torch-export (model.pt2),
     safetensors (model.safetensors, which from_pretrained reads)."""

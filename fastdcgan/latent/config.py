@@ -21,7 +21,8 @@ class GenerateConfig:
     """What to draw, and where to."""
 
     source: Annotated[Path, tyro.conf.arg(name="from")]
-    """A run's folder, a checkpoint of ours, or a generator's .safetensors or .pth."""
+    """A run's folder (its last generator), a checkpoint of ours, or a generator's .safetensors or
+    .pth: the best of a run with evaluations is RUN/netG_best.safetensors."""
     n: int = 64
     """How many images."""
     out: Path | None = None
