@@ -21,8 +21,8 @@ def fold(net: nn.Module) -> nn.Module:
     """
     folded = copy.deepcopy(net).eval()
     for module in list(folded.modules()):
-        if parametrize.is_parametrized(module, "weight"):  # as by spectral_norm: take its value
-            parametrize.remove_parametrizations(module, "weight")
+        if parametrize.is_parametrized(module):
+            _make_plain(module)
     for part in folded.modules():
         if not isinstance(part, nn.Sequential):
             continue
@@ -37,6 +37,16 @@ def fold(net: nn.Module) -> nn.Module:
             elif not (isinstance(module, nn.ZeroPad2d) and max(module.padding) <= 0):
                 before = None
     return folded
+
+
+def _make_plain(module: Any) -> None:
+    """Each parametrised tensor becomes a parameter of its present value. `parametrize` has its own
+    way to do that, which would break the net that `module` is a copy of: they share a class."""
+    values = {name: getattr(module, name).detach() for name in module.parametrizations}
+    module.__class__ = type(module).__bases__[0]
+    del module.parametrizations
+    for name, value in values.items():
+        setattr(module, name, nn.Parameter(value))
 
 
 def _joined(layer: Any, norm: Any) -> nn.Module:
