@@ -70,7 +70,7 @@ def train(model: nn.Module, batches: list[Tensor]) -> tuple[list[float], float]:
     return losses, sorted(seconds)[len(seconds) // 2]
 
 
-def main(steps: int = 12, batch: int = 64, width: int = 64) -> tuple[list[float], list[float]]:
+def main(steps: int = 12, batch: int = 32, width: int = 32) -> tuple[list[float], list[float]]:
     """Trains both and says how they compare; returns their losses."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     packed = prepare("blue-marble", size=64)
