@@ -122,6 +122,7 @@ class Discriminator(nn.Module):
         check_counts(ndf=ndf)
         check_channels(channels)
         self.size, self.ndf, self.channels = size, ndf, channels
+        self.norm, self.spectral_norm, self.minibatch_std = norm, spectral_norm, minibatch_std
         bias = norm == "none"
         layers: list[nn.Module] = [
             nn.Conv2d(channels, ndf, 4, stride=2, padding=1, bias=bias),

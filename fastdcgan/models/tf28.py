@@ -149,7 +149,7 @@ class TF28Discriminator(nn.Module):
     def __init__(self, channels: int = 1, *, spectral_norm: bool = False) -> None:
         super().__init__()
         check_channels(channels)
-        self.size, self.channels = SIZE, channels
+        self.size, self.channels, self.spectral_norm = SIZE, channels, spectral_norm
         # "same" at stride 2 pads 1 pixel before and 2 after; Conv2d alone pads both sides alike.
         self.main = nn.Sequential(
             nn.ZeroPad2d((1, 2, 1, 2)),
