@@ -139,11 +139,7 @@ def our_step(how: str, device: Device, batch: int, size: int, dtype: str) -> lis
     meta, compute = torch.device("meta"), torch_dtype(dtype)
     config = TrainConfig(channels=3, batch_size=batch, image_size=size, impl="triton")
     state = TrainState(config, meta)
-    for optimiser in (state.optD, state.optG):
-        for group in optimiser.param_groups:  # what it is on a GPU, and refuses to be here
-            group.update(fused=True, foreach=False)
-        _adam_state(optimiser, steps="meta")
-    # Nor has it an autocast: what that does to the input of a fused net is done by hand.
+    # The meta device has no autocast: what that does to the input of a fused net is done by hand.
     state.netG.register_forward_pre_hook(lambda net, z: z[0].to(compute))
     autocast = None if dtype == "fp32" else compute
     step = WholeStep(
@@ -174,9 +170,8 @@ def _on(device: Device, how: str) -> Iterator[None]:
         yield
 
 
-def _adam_state(optimiser: torch.optim.Adam, *, steps: str) -> None:
-    """That of a step that is not the first; `steps`: where Adam counts, which is the host unless it
-    is fused."""
+def _adam_state(optimiser: torch.optim.Adam) -> None:
+    """That of a step that is not the first; Adam counts on the host unless it is fused."""
     import torch
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
@@ -184,7 +179,7 @@ def _adam_state(optimiser: torch.optim.Adam, *, steps: str) -> None:
         for p in group["params"]:
             moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
             with unset_fake_temporarily():
-                optimiser.state[p] = {"step": torch.ones((), device=steps), **moments}
+                optimiser.state[p] = {"step": torch.ones(()), **moments}
 
 
 def _feed(batch: int, size: int, device: torch.device, dtype: torch.dtype) -> Any:
@@ -225,8 +220,8 @@ def eager_step(amp: bool, batch: int, size: int) -> list[Work]:
             adam(net.parameters(), lr=2e-4, betas=(0.5, 0.999), foreach=True)
             for net in (netD, netG)
         )
-        _adam_state(optD, steps="cpu")
-        _adam_state(optG, steps="cpu")
+        _adam_state(optD)
+        _adam_state(optG)
         loader = torch.empty(batch, 3, size, size)
         criterion = nn.BCEWithLogitsLoss() if amp else nn.BCELoss()
 

@@ -93,9 +93,6 @@ class _Operations(TorchDispatchMode):
             if _tensors(args):
                 self._work.append(Work("copy to the host", 1, args[0].itemsize, 0))
             return 1.0
-        if func._opname == "_fused_adam_":  # has no kernel for tensors without data
-            self._work.append(_multi_tensor(func, args[:4]))
-            return None
         result = func(*args, **kwargs)
         self._work += _work_of(func, args, kwargs, result)
         return result
@@ -210,9 +207,7 @@ def _multi_tensor(func: Any, lists: Iterable[Any]) -> Work:
     total = [sum(map(size, one)) for one in lists]
     written = sum(n for at, n in enumerate(total) if at in writes)
     read = sum(n for at, n in enumerate(total) if at not in writes or name != "_foreach_copy_")
-    if name == "_fused_adam_":
-        written -= total[1]  # declared as written, for gradients that are scaled
-    elif not writes:
+    if not writes:
         written = total[0]
     launches = multi_tensor_launches([t.numel() for t in lists[0]], len(lists))
     return Work(name, launches, read, written)
@@ -237,22 +232,21 @@ def multi_tensor_launches(elements: Iterable[int], lists: int) -> int:
 def work_of_launch(launch: Launch) -> Work:
     """By what the kernel of that name does with its arguments (`fastdcgan_kernels/jit`)."""
     name, given = launch.kernel.fn.__name__, launch.arguments
-    if name == "average":  # its tensors are known to its table alone; their last blocks as full
-        values = 4 * launch.grid[0] * given["BLOCK"]
-        return Work(name, 1, 2 * values + _size(given["table"]), values)
     reads, writes = traffic(name, given)
     flops, useful = _flops(name, launch.grid, given)
     taken = sum(_size(given[r]) for r in reads)
     if name == "crop":  # of uint8 images, as many values as it writes
         taken += given["out"].numel()
-    return Work(
-        name, 1, taken, sum(_size(given[w]) for w in writes),
-        flops, useful,
-    )  # fmt: skip
+    written = sum(_size(given[w]) for w in writes)
+    if name == "adam":  # buffers, behind the parameters, are only read
+        written -= _size(given["values"][len(given["steps"]) :])
+    return Work(name, 1, taken, written, flops, useful)
 
 
 def _size(value: Any) -> int:
-    """Bytes of a tensor or of the tensor that a descriptor describes."""
+    """Bytes of a tensor, of the tensor that a descriptor describes, or of several."""
+    if isinstance(value, tuple):
+        return sum(map(_size, value))
     return size(value if isinstance(value, Tensor) else value.base)
 
 
@@ -310,6 +304,12 @@ def traffic(name: str, given: dict[str, Any]) -> tuple[list[str], list[str]]:
         return ["partials"] if given["COLUMNS"] else ["partials", "coef"], ["out"]
     if name == "bce_rows":
         return ["logits", "targets", *["scale"] * given["SCALED"]], ["row", "gradient"]
+    if name == "adam":
+        followed = ["updates"] * bool(given["averages"])
+        state = ["values", "first_moments", "second_moments", "steps", "averages", *followed]
+        gradients, scaled = ["narrow", "gradients"], given["SCALED"]
+        reads = [*gradients, "counts", "rate", *["scale", "found_inf"] * scaled]
+        return [*state, *reads], [*state, *gradients * scaled, "copies", "counted"]
     if name == "crop":
         moved = [*["top", "left"] * given["MOVED"], *["flipped"] * given["FLIPPED"]]
         return ["rows", *moved], ["out"]

@@ -8,6 +8,7 @@ COMMANDS = {
     "train": ("fastdcgan.train", "train the DCGAN on your images"),
     "generate": ("fastdcgan.generate", "draw images from a trained generator"),
     "evaluate": ("fastdcgan.evaluate", "score generated images beside real ones"),
+    "tune": ("fastdcgan.tune", "search hyperparameters"),
     "doctor": ("fastdcgan.doctor", "say what this machine can do, and prove it"),
     "data": ("fastdcgan.data.__main__", "prepare and describe a source of images"),
 }

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from fastdcgan.errors import InputError, RunError
+from fastdcgan.errors import Collapsed, InputError, RunError
 
 Options = TypeVar("Options")
 
@@ -41,8 +41,23 @@ def parse(
     )
 
 
+def take(args: list[str], flag: str) -> str | None:
+    """Removes "flag value" or "flag=value" from `args`; the last one counts."""
+    value = None
+    for index in reversed(range(len(args))):
+        name, equals, text = args[index].partition("=")
+        if name == flag:
+            if not equals and index + 1 == len(args):
+                raise InputError(f"{flag} was given without a value")
+            found = text if equals else args.pop(index + 1)
+            args.pop(index)
+            value = found if value is None else value
+    return value
+
+
 def run(command: Callable[[Sequence[str]], None], args: Sequence[str] | None = None) -> int:
-    """Runs `command(args)` and returns its exit status: 0, or 1 after one line on stderr.
+    """Runs `command(args)` and returns its exit status: 0, or 1 after one line on stderr (3:
+    `Collapsed`).
 
     Args:
         command: takes the command line without the program's name.
@@ -52,5 +67,5 @@ def run(command: Callable[[Sequence[str]], None], args: Sequence[str] | None = N
         command(sys.argv[1:] if args is None else args)
     except (InputError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 3 if isinstance(error, Collapsed) else 1
     return 0

@@ -9,3 +9,7 @@ class InputError(ValueError):
 class RunError(RuntimeError):
     """A run could not go on (diverged, disk full, interrupted): the message says where it stands
     and how to continue."""
+
+
+class Collapsed(RunError):
+    """A run was ended, in good order, because its nets have failed; a command's status is 3."""

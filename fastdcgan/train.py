@@ -5,7 +5,6 @@ import sys
 from collections.abc import Sequence
 
 from fastdcgan import command
-from fastdcgan.errors import InputError
 from fastdcgan.training.config import PRESETS, TrainConfig, preset
 from fastdcgan.training.example_flags import translate
 
@@ -26,20 +25,6 @@ The flags of the PyTorch example (--dataroot, --batchSize, --niter, --outf, --ne
 """
 
 
-def _take(args: list[str], flag: str) -> str | None:
-    """Removes "flag value" or "flag=value" from `args`; the last one counts."""
-    value = None
-    for index in reversed(range(len(args))):
-        name, equals, text = args[index].partition("=")
-        if name == flag:
-            if not equals and index + 1 == len(args):
-                raise InputError(f"{flag} was given without a value")
-            found = text if equals else args.pop(index + 1)
-            args.pop(index)
-            value = found if value is None else value
-    return value
-
-
 def options(args: Sequence[str]) -> TrainConfig:
     """The configuration that a command line asks for.
 
@@ -48,7 +33,8 @@ def options(args: Sequence[str]) -> TrainConfig:
     """
     rest = translate(args)
     given = {arg.partition("=")[0] for arg in rest}
-    default = preset(_take(rest, "--preset") or ("dcgan" if "--data" in given else "blue-marble"))
+    name = command.take(rest, "--preset")
+    default = preset(name or ("dcgan" if "--data" in given else "blue-marble"))
 
     def parse(default: TrainConfig) -> TrainConfig:
         return command.parse(

@@ -31,7 +31,16 @@ __all__ = [
 
 
 def build(
-    net: Literal["dcgan", "tf28"], *, size: int, nz: int, ngf: int, ndf: int, channels: int
+    net: Literal["dcgan", "tf28"],
+    *,
+    size: int,
+    nz: int,
+    ngf: int,
+    ndf: int,
+    channels: int,
+    norm_d: Literal["batch", "none"] = "batch",
+    spectral_norm: bool = False,
+    minibatch_std: bool = False,
 ) -> tuple[Generator, Discriminator] | tuple[TF28Generator, TF28Discriminator]:
     """Return a generator and its discriminator, initialised in that order from torch's seed.
 
@@ -42,14 +51,23 @@ def build(
         ngf, ndf: feature maps beside the image layer of either net. The widths of "tf28" are
             fixed, and it does not read these.
         channels: image channels, 1 to 4.
+        norm_d, spectral_norm, minibatch_std: of the discriminator; the first and the last are for
+            "dcgan" only, "tf28" does not read them.
 
     Raises:
         InputError: for any other value.
     """
     if net == "dcgan":
-        return Generator(size, nz, ngf, channels), Discriminator(size, ndf, channels)
+        return Generator(size, nz, ngf, channels), Discriminator(
+            size,
+            ndf,
+            channels,
+            norm=norm_d,
+            spectral_norm=spectral_norm,
+            minibatch_std=minibatch_std,
+        )
     if net == "tf28":
         if size != 28:
             raise InputError(f"image size {size!r} was given; the tf28 nets make 28: give size 28")
-        return TF28Generator(nz, channels), TF28Discriminator(channels)
+        return TF28Generator(nz, channels), TF28Discriminator(channels, spectral_norm=spectral_norm)
     raise InputError(f'net={net!r} was given; give "dcgan" or "tf28"')

@@ -29,6 +29,9 @@ _WRAPPERS = ("state_dict", "model")
 # What DataParallel, DDP and torch.compile put into keys, at any depth.
 _WRAPPER_PARTS = {"module", "_orig_mod"}
 
+# What a weight is called where torch.nn.utils.parametrize computes it from another tensor.
+_NORMALISED = "parametrizations.weight.original"
+
 _LISTED = 3  # mismatches of each kind named in a message; the others are counted
 
 
@@ -126,12 +129,21 @@ def discriminator_from(source: Source, *, name: str = "netD") -> Discriminator |
     """
     state = read_state_dict(source, name=name)
     kernels = _kernels(state, source)
-    first = kernels[0].shape
+    first, last = kernels[0].shape, kernels[-1].shape
+    spectral = any(f".{_NORMALISED}" in key for key in state)
 
     def build() -> Discriminator | TF28Discriminator:
-        if _dense(state, "main.10.weight"):
-            return TF28Discriminator(channels=first[1])
-        return Discriminator(size=_size(kernels), ndf=first[0], channels=first[1])
+        if _dense(state, "main.10.weight") or _dense(state, f"main.10.{_NORMALISED}"):
+            return TF28Discriminator(channels=first[1], spectral_norm=spectral)
+        size = _size(kernels)
+        return Discriminator(
+            size=size,
+            ndf=first[0],
+            channels=first[1],
+            norm="batch" if any(key.endswith("running_mean") for key in state) else "none",
+            spectral_norm=spectral,
+            minibatch_std=last[1] == first[0] * size // 8 + 1,
+        )
 
     return _filled(build, state, source)
 
@@ -255,7 +267,8 @@ def _kernels(state: Mapping[str, Tensor], source: Source) -> list[Tensor]:
     layers = {
         int(match[1]): tensor
         for key, tensor in state.items()
-        if (match := re.fullmatch(r"main\.(\d+)\.weight", key)) and tensor.dim() == 4
+        if (match := re.fullmatch(rf"main\.(\d+)\.(?:weight|{_NORMALISED})", key))
+        and tensor.dim() == 4
     }
     if not layers:
         raise InputError(

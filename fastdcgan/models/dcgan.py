@@ -1,22 +1,27 @@
 """The DCGAN nets of the PyTorch example, for 32 to 256 pixels: same modules, state-dict keys and
 initial bits. Not here: losses, the training step, and the reading of checkpoints."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
 from fastdcgan.errors import InputError
 from fastdcgan.models.arguments import check_channels, check_counts, check_images, flat_latents
+from fastdcgan.models.regularised import MinibatchStd, spectrally_normalise
 
 SIZES = (32, 64, 128, 256)
 
 
 def weights_init(module: nn.Module) -> None:
     """Initialise one module as the DCGAN paper does (Radford et al. 2016, section 4); give it to
-    `net.apply`. Convolution weights become N(0, 0.02), BatchNorm weights N(1, 0.02) and biases 0;
+    `net.apply`. Convolution weights become N(0, 0.02), BatchNorm weights N(1, 0.02), and biases 0;
     any other module is left alone. The constructors below have already applied it.
     """
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, 0.0, 0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
     elif isinstance(module, nn.BatchNorm2d):
         nn.init.normal_(module.weight, 1.0, 0.02)
         nn.init.zeros_(module.bias)
@@ -84,40 +89,59 @@ class Discriminator(nn.Module):
     """Images to one logit each: stages that halve the side to 4x4, then one 4x4 convolution.
 
     `main` is Conv2d(k4, s2), LeakyReLU(0.2), then Conv2d, BatchNorm2d, LeakyReLU repeated, with
-    Conv2d(k4, s1) at the end; no convolution has a bias. The widths are ndf, 2 ndf, ...,
-    ndf * size/8. Keys, shapes and initial bits at size 64 are those of the PyTorch example. Its
-    closing Sigmoid has no state and is left to `probability`: losses take logits.
+    Conv2d(k4, s1) at the end; where there is BatchNorm, no convolution has a bias. The widths are
+    ndf, 2 ndf, ..., ndf * size/8. Keys, shapes and initial bits at size 64 are those of the PyTorch
+    example. Its closing Sigmoid has no state and is left to `probability`: losses take logits.
 
     Args:
         size: side of the square images in pixels: 32, 64, 128 or 256. Default 64 (the example).
         ndf: feature maps after the image layer. Default 64 (the example).
         channels: image channels, 1 to 4. Default 3 (the example).
+        norm: "batch" (default, the example), or "none": no BatchNorm, and every convolution has a
+            bias instead.
+        spectral_norm: divide every weight by its largest singular value. Default False.
+        minibatch_std: give the last convolution the minibatch's standard deviation as one more
+            channel. Default False.
 
     Raises:
         InputError: for any other value.
     """
 
-    def __init__(self, size: int = 64, ndf: int = 64, channels: int = 3) -> None:
+    def __init__(
+        self,
+        size: int = 64,
+        ndf: int = 64,
+        channels: int = 3,
+        *,
+        norm: Literal["batch", "none"] = "batch",
+        spectral_norm: bool = False,
+        minibatch_std: bool = False,
+    ) -> None:
         super().__init__()
         _check_size(size)
         check_counts(ndf=ndf)
         check_channels(channels)
         self.size, self.ndf, self.channels = size, ndf, channels
+        bias = norm == "none"
         layers: list[nn.Module] = [
-            nn.Conv2d(channels, ndf, 4, stride=2, padding=1, bias=False),
+            nn.Conv2d(channels, ndf, 4, stride=2, padding=1, bias=bias),
             nn.LeakyReLU(0.2, inplace=True),
         ]
         width = ndf
         while width < ndf * size // 8:
             layers += [
-                nn.Conv2d(width, width * 2, 4, stride=2, padding=1, bias=False),
-                nn.BatchNorm2d(width * 2),
+                nn.Conv2d(width, width * 2, 4, stride=2, padding=1, bias=bias),
+                *([nn.BatchNorm2d(width * 2)] if norm == "batch" else []),
                 nn.LeakyReLU(0.2, inplace=True),
             ]
             width *= 2
-        layers.append(nn.Conv2d(width, 1, 4, stride=1, padding=0, bias=False))
+        if minibatch_std:
+            layers.append(MinibatchStd())
+        layers.append(nn.Conv2d(width + minibatch_std, 1, 4, stride=1, padding=0, bias=bias))
         self.main = nn.Sequential(*layers)
         self.apply(weights_init)
+        if spectral_norm:
+            spectrally_normalise(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logit of "real" for each image.

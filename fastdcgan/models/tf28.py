@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastdcgan.errors import InputError
 from fastdcgan.models.arguments import check_channels, check_counts, check_images, flat_latents
+from fastdcgan.models.regularised import spectrally_normalise
 
 SIZE = 28
 
@@ -139,12 +140,13 @@ class TF28Discriminator(nn.Module):
 
     Args:
         channels: image channels, 1 to 4. Default 1 (the tutorial).
+        spectral_norm: divide every weight by its largest singular value. Default False.
 
     Raises:
         InputError: for any other value.
     """
 
-    def __init__(self, channels: int = 1) -> None:
+    def __init__(self, channels: int = 1, *, spectral_norm: bool = False) -> None:
         super().__init__()
         check_channels(channels)
         self.size, self.channels = SIZE, channels
@@ -163,6 +165,8 @@ class TF28Discriminator(nn.Module):
             nn.Linear(7 * 7 * 128, 1),
         )
         self.apply(keras_init)
+        if spectral_norm:
+            spectrally_normalise(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logit of "real" for each image.

@@ -29,16 +29,24 @@ class Checkpoints:
             return []
         return sorted(p for p in self.folder.iterdir() if _NAME.fullmatch(p.name))
 
-    def save(self, state: dict[str, Any]) -> Path:
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of this step is, or would be."""
+        return self.folder / f"step-{step:08d}.pt"
+
+    def save(self, state: dict[str, Any], *, spare: int | None = None) -> Path:
         """Writes `state` as the checkpoint of its step and removes those no longer kept.
 
         The file appears under its name only when all of it is on the disk.
+
+        Args:
+            state: what `load` is to give.
+            spare: the step of one more checkpoint that is kept.
 
         Raises:
             OSError: the disk is full, or the folder cannot be written; older checkpoints stay.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"step-{state['step']:08d}.pt"
+        path = self.path(state["step"])
         try:
             atomic_write(path, lambda file: torch.save(state, file), fsync=True)
         except (OSError, RuntimeError) as error:
@@ -49,9 +57,16 @@ class Checkpoints:
             raise
         recent = self.paths()[-self.keep :]
         for old in self.paths():
-            if old not in recent and not self._is_milestone(old):
+            spared = step_of(old) == spare or self._is_milestone(old)
+            if old not in recent and not spared:
                 old.unlink()
         return path
+
+    def drop_after(self, step: int) -> None:
+        """Removes the checkpoints of later steps."""
+        for path in self.paths():
+            if step_of(path) > step:
+                path.unlink()
 
     def _is_milestone(self, path: Path) -> bool:
         return self.milestone_every is not None and step_of(path) % self.milestone_every == 0

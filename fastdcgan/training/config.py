@@ -61,6 +61,36 @@ class TrainConfig:
     updates: Literal["alternating", "simultaneous"] = _option("alternating")
     """alternating: G learns from the D just updated (PyTorch example). simultaneous: both
     gradients are taken at the same weights (TensorFlow tutorial)."""
+    loss: Literal["bce", "hinge", "lsgan", "wgan-gp", "relativistic"] = _option("bce")
+    """bce: the example's. hinge. lsgan: least squares. wgan-gp: Wasserstein with gradient penalty.
+    relativistic: each real image against the generated one beside it. docs/losses.md says more."""
+    n_critic: int = _option(1)
+    """Updates of the discriminator, each on a batch of its own, per update of the generator: one
+    step takes so many batches. 5 in the paper of wgan-gp."""
+    r1: float = _option(0.0)
+    """Weight gamma of R1, a penalty on the discriminator's gradient at real images; 0: none."""
+    gradient_penalty: float | None = _option(None)
+    """Weight of the penalty of wgan-gp on the discriminator's slope between real and generated
+    images; by default 10 with --loss wgan-gp, else none. Strictly for --norm-d none."""
+    penalty_every: int = _option(1)
+    """Take the penalty at every so many steps only, and so many times as strongly."""
+    norm_d: Literal["batch", "none"] | None = _option(None)
+    """The discriminator's normalisation: batch: BatchNorm; none: biases instead. By default batch,
+    but none with --spectral-norm (BatchNorm undoes a weight's scale) and --loss wgan-gp (its
+    penalty is on single images, and BatchNorm mixes those of a batch)."""
+    spectral_norm: bool = _option(False)
+    """Divide the discriminator's weights by their largest singular values."""
+    minibatch_std: bool = _option(False)
+    """Show the discriminator's last layer how much the images of a batch differ."""
+    label_smoothing: float = _option(0.0)
+    """The discriminator is to give real images 1 minus this (bce and lsgan)."""
+    diffaugment: str | None = _option(None)
+    """Change real and generated images alike at random before the discriminator sees them: some
+    of color,translation,cutout. For few images."""
+    instance_noise: float = _option(0.0)
+    """Standard deviation of noise on all images that the discriminator sees, fading to nothing."""
+    instance_noise_steps: int | None = _option(None)
+    """Steps after which that noise is gone; by default the run's length when it began."""
     hflip: bool | None = _option(None)
     """Mirror images left to right at random; by default only for blue-marble."""
     ema: bool = _option(True)
@@ -118,6 +148,9 @@ class TrainConfig:
     max_minutes: float | None = _option(None, free=True)
     """End the run after so many minutes, counted from this process's first step, evaluations and
     all else included; --resume goes on."""
+    on_collapse: Literal["warn", "rollback", "stop"] = _option("warn", free=True)
+    """Where samples grow alike or D has won (docs/collapse.md): warn; rollback: go back to the last
+    healthy checkpoint, with other noise and half of D's rate, 3 times at most; stop the run."""
     tensorboard: bool = _option(True, free=True)
     """Write TensorBoard events."""
     workers: int | None = _option(None, example="workers", free=True)
@@ -129,11 +162,14 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Raises InputError, naming the flag, where a value cannot be. `train` calls it first."""
-        for name in ("batch_size", "epochs", "nz", "ngf", "ndf", "log_every", "keep"):
+        for name in (
+            *("batch_size", "epochs", "nz", "ngf", "ndf", "log_every", "keep"),
+            *("n_critic", "penalty_every"),
+        ):
             _at_least_one(name, getattr(self, name))
         for name in (
             *("steps", "sample_every", "checkpoint_every", "milestone_every", "workers"),
-            *("eval_every", "patience"),
+            *("eval_every", "patience", "instance_noise_steps"),
         ):
             if getattr(self, name) is not None:
                 _at_least_one(name, getattr(self, name))
@@ -162,6 +198,77 @@ class TrainConfig:
                 f"--image-size {self.image_size} was given; the DCGAN nets make images of 32, 64, "
                 "128 or 256 pixels"
             )
+        self._validate_losses()
+
+    def _validate_losses(self) -> None:
+        for name in ("r1", "gradient_penalty", "instance_noise"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise InputError(f"{_flag(name)} {value} was given; it must be 0 or above")
+        if not 0 <= self.label_smoothing < 1:
+            raise InputError(
+                f"--label-smoothing {self.label_smoothing} was given; it must be in [0, 1)"
+            )
+        if self.label_smoothing and self.loss not in ("bce", "lsgan"):
+            raise InputError(
+                f"--label-smoothing was given; --loss {self.loss} has no labels to smooth: "
+                "leave it out, or use bce or lsgan"
+            )
+        if self.loss == "wgan-gp" and self.gradient_penalty == 0:
+            raise InputError(
+                "--gradient-penalty 0 was given; --loss wgan-gp has no bound without it: "
+                "leave it out (it is 10)"
+            )
+        if self.r1 and self.slope_penalty:
+            raise InputError(
+                "--r1 and a gradient penalty were asked for; they pull the same gradient to 0 and "
+                "to 1: leave --r1 out"
+                + (", or use another --loss" if self.loss == "wgan-gp" else "")
+            )
+        if self.penalty_every > 1 and not (self.r1 or self.slope_penalty):
+            raise InputError(
+                f"--penalty-every {self.penalty_every} was given, and no penalty: add --r1 or "
+                "--gradient-penalty"
+            )
+        if (self.r1 or self.slope_penalty) and self.sync_bn and self.norm == "batch":
+            raise InputError(
+                "--sync-bn was given, and a penalty, whose second derivatives synchronised "
+                "BatchNorm does not have: leave one of them out, or add --norm-d none"
+            )
+        unknown = set(self.augmentations) - {"color", "translation", "cutout"}
+        if unknown or self.diffaugment == "":
+            raise InputError(
+                f"--diffaugment {self.diffaugment} was given; give some of "
+                "color,translation,cutout, with commas between"
+            )
+        if self.instance_noise_steps is not None and not self.instance_noise:
+            raise InputError("--instance-noise-steps was given, and no --instance-noise")
+        if self.n_critic > 1 and (self.updates == "simultaneous" or self.keras_epsilon):
+            raise InputError(
+                f"--n-critic {self.n_critic} was given; it is for --updates alternating and "
+                "PyTorch's Adam: leave it out, or give --updates alternating --no-keras-epsilon"
+            )
+        if self.net == "tf28" and (self.minibatch_std or self.norm_d == "batch"):
+            name = "minibatch_std" if self.minibatch_std else "norm_d"
+            raise InputError(f"{_flag(name)} was given; it is for the nets of dcgan, not for tf28")
+
+    @property
+    def slope_penalty(self) -> float:
+        """The weight of WGAN-GP's penalty, 0 where there is none."""
+        if self.gradient_penalty is None:
+            return 10.0 if self.loss == "wgan-gp" else 0.0
+        return self.gradient_penalty
+
+    @property
+    def norm(self) -> Literal["batch", "none"]:
+        """What `norm_d` comes to."""
+        bare = self.spectral_norm or self.loss == "wgan-gp" or self.net == "tf28"
+        return self.norm_d or ("none" if bare else "batch")
+
+    @property
+    def augmentations(self) -> tuple[str, ...]:
+        """The parts of `diffaugment`."""
+        return tuple(part.strip() for part in (self.diffaugment or "").split(",") if part.strip())
 
     def to_json(self) -> str:
         """The configuration as a JSON object, one field a line."""

@@ -56,6 +56,11 @@ def join(ranks: Ranks, device: torch.device) -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
 
+def processes() -> int:
+    """How many processes share the run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def leave() -> None:
     """Leaves the process group, if one was joined."""
     if dist.is_initialized():

@@ -38,24 +38,34 @@ class Journal:
         self.total = total
         self.steps_per_epoch = steps_per_epoch
         (out / "samples").mkdir(exist_ok=True)
-        for path in (out / "metrics.jsonl", out / "evaluations.jsonl"):
+        self._tensorboard = tensorboard
+        self._open(start)
+        rows = [*read_metrics(out), *read_evaluations(out)]
+        self.seconds: float = max((row.get("seconds", 0.0) for row in rows), default=0.0)
+        """Of training, before this process."""
+        self._bar: Any = None
+        self._last_line = -math.inf
+        self._first: tuple[int, float] | None = None
+
+    def _open(self, start: int) -> None:
+        """Drops the rows after `start` and goes on behind it."""
+        for path in (self.out / "metrics.jsonl", self.out / "evaluations.jsonl"):
             if path.exists():
                 kept = [row for row in _rows(path) if row["step"] <= start]
                 text = "".join(json.dumps(row) + "\n" for row in kept).encode()
                 atomic_write(path, partial(_write, text))
-        rows = [*read_metrics(out), *read_evaluations(out)]
-        self.seconds: float = max((row.get("seconds", 0.0) for row in rows), default=0.0)
-        """Of training, before this process."""
-        self._file = (out / "metrics.jsonl").open("a", encoding="utf-8")
+        self._file = (self.out / "metrics.jsonl").open("a", encoding="utf-8")
         self._events: Any = None
-        if tensorboard:
+        if self._tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._events = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
+            self._events = SummaryWriter(str(self.out / "tensorboard"), purge_step=start + 1)
         self.start = start
-        self._bar: Any = None
-        self._last_line = -math.inf
-        self._first: tuple[int, float] | None = None
+
+    def _close(self) -> None:
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
 
     def __enter__(self) -> "Journal":
         if sys.stderr.isatty():
@@ -83,9 +93,20 @@ class Journal:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        self._file.close()
-        if self._events is not None:
-            self._events.close()
+        self._close()
+
+    def rewind(self, step: int) -> None:
+        """The run goes on from an earlier step: rows and events behind it are dropped."""
+        self._close()
+        self._open(step)
+        self._first = None
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def event(self, row: dict[str, Any]) -> None:
+        """An alarm or a rollback: to watch.jsonl, which is only ever added to."""
+        with (self.out / "watch.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
     def say(self, line: str) -> None:
         """One line for people."""
@@ -170,30 +191,41 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def plot(out: Path) -> Path:
-    """Draws losses, probabilities and throughput over steps from metrics.jsonl, and FID and KID
-    with their floors from evaluations.jsonl where there are any, into plot.png."""
+    """Draws losses, D's answers, throughput and what is watched (docs/collapse.md) over steps from
+    metrics.jsonl, and FID and KID with their floors from evaluations.jsonl where there are any,
+    into plot.png; alarms and rollbacks of watch.jsonl are lines across."""
     import matplotlib
 
     matplotlib.use("Agg", force=False)
     from matplotlib.figure import Figure
 
     rows = read_metrics(out)
-    steps = [row["step"] for row in rows]
     evaluations = read_evaluations(out)
     scores = [] if not evaluations else ["fid", "kid"]
-    figure = Figure(figsize=(9, 9 + 2.5 * len(scores)), layout="constrained")
+    figure = Figure(figsize=(9, 14 + 2.5 * len(scores)), layout="constrained")
     panels = {
         "loss": {"loss_d": "discriminator", "loss_g": "generator"},
-        "probability of being real": {"d_real": "D(x)", "d_fake": "D(G(z))"},
+        "D's answer (bce: probability of being real)": {"d_real": "D(x)", "d_fake": "D(G(z))"},
         "images per second": {"images_per_second": "training, without samples and checkpoints"},
+        "samples' distance / the data's": {"diversity": "of any two", "nearest": "of the nearest"},
+        "D is right on": {"accuracy_real": "real images", "accuracy_fake": "generated images"},
+        "gradient norm": {"gradient_d": "discriminator", "gradient_g": "generator"},
     }
+    alarms = [row for row in _rows(out / "watch.jsonl") if row.get("began", True)]
     axes = list(figure.subplots(len(panels) + len(scores), 1, sharex=True))
     for axis, (title, lines) in zip(axes, panels.items(), strict=False):
         for name, label in lines.items():
-            axis.plot(steps, [row[name] for row in rows], label=label, linewidth=1.2)
+            found = [(row["step"], row[name]) for row in rows if name in row]
+            axis.plot([step for step, _ in found], [value for _, value in found], label=label)
         axis.set_ylabel(title)
         axis.grid(alpha=0.3)
-        axis.set_ylim(bottom=0)
+        if title == "gradient norm":
+            axis.set_yscale("log")
+        else:
+            axis.set_ylim(bottom=0)
+        for row in alarms:
+            colour = "tab:green" if row["kind"] == "rollback" else "tab:red"
+            axis.axvline(row["step"], color=colour, linestyle="--", linewidth=1)
         axis.legend(loc="upper right")
     for axis, name in zip(axes[len(panels) :], scores, strict=True):
         # Scores by other networks or of other numbers of images are no points of one line.

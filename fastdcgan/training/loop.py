@@ -17,7 +17,7 @@ import torch
 from fastdcgan import models
 from fastdcgan.data import Order, Packed, grid, inspect_source, make_feed, prepare, to_uint8
 from fastdcgan.data.picture import atomic_write
-from fastdcgan.errors import InputError, RunError
+from fastdcgan.errors import Collapsed, InputError, RunError
 from fastdcgan.hardware import pick_device, use_allowed_threads
 from fastdcgan.training import checkpoints, distributed, folders, journal, plan, quality
 from fastdcgan.training.config import TrainConfig, TrainResult
@@ -26,7 +26,9 @@ from fastdcgan.training.interrupts import Interrupts
 from fastdcgan.training.readings import Meter, Readings
 from fastdcgan.training.state import TrainState
 from fastdcgan.training.step import READINGS
+from fastdcgan.training.watch import ROLLBACKS, STOPS, TRY, News, Probe, Watch, new_seed
 from fastdcgan.training.whole_step import WholeStep
+from fastdcgan_kernels.plan import implementation
 
 SAMPLES = 64
 CHECKPOINT_SECONDS = 120.0
@@ -34,8 +36,6 @@ WARM_UP_STEPS = 3
 """Steps of this process (compilation, allocator, caches) that are left out of images_per_second."""
 AGREE_EVERY = 10
 """Under torchrun, the processes compare their signals and clocks every so many steps."""
-WON_LOSS, WON_STEPS = 0.01, 100
-"""A discriminator whose loss stays below this for so many steps has nothing left to teach."""
 
 
 def train(config: TrainConfig, on_evaluation: quality.OnEvaluation | None = None) -> TrainResult:
@@ -60,6 +60,7 @@ def train(config: TrainConfig, on_evaluation: quality.OnEvaluation | None = None
         InputError: the configuration cannot work: the message says why, and what to do.
         RunError: the run could not go on (losses not finite, disk full); the message names the
             last good checkpoint.
+        Collapsed: `on_collapse` ended the run, after a checkpoint and the plot.
     """
     config.validate()
     quality.require(config)
@@ -109,6 +110,7 @@ def _train(
     packed = _open_data(config, ranks)
     config = dataclasses.replace(config, channels=packed.channels, resume=None)
     found = None if target is None else _load(target, ranks)
+    config = _with_length_of_noise(config, packed, ranks, found and found[1])
     if found is not None:
         _refuse_changes(found[1], config, ranks)
     judge = None
@@ -127,6 +129,7 @@ def _train(
             path, saved = found
             state.load_state_dict(saved)
             run.last_checkpoint, run.saved_step = path, state.step
+            run.take_up_watch(saved)
             run.say(f"resuming {path} at step {state.step}")
             if saved["data"]["sha256"] != packed.sha256:
                 run.say("the data is not what it was at that checkpoint; going on with what it is")
@@ -148,6 +151,19 @@ def _train(
         return run.go()
 
 
+def _with_length_of_noise(
+    config: TrainConfig, packed: Packed, ranks: Ranks, saved: dict[str, Any] | None
+) -> TrainConfig:
+    """By default the instance noise fades over the run as it was when it began."""
+    if not config.instance_noise or config.instance_noise_steps is not None:
+        return config
+    if saved is not None:
+        steps = TrainConfig.from_json(saved["config"]).instance_noise_steps
+    else:
+        steps = plan.total_steps(config, packed.epoch_images, ranks)[0]
+    return dataclasses.replace(config, instance_noise_steps=steps)
+
+
 def _open_data(config: TrainConfig, ranks: Ranks) -> Packed:
     def pack() -> Packed:
         return prepare(
@@ -162,10 +178,12 @@ def _open_data(config: TrainConfig, ranks: Ranks) -> Packed:
     packed = pack() if ranks.writes else None
     distributed.barrier()
     packed = packed or pack()
-    batch = config.batch_size * ranks.world
+    batch = config.batch_size * config.n_critic * ranks.world
     if batch > packed.epoch_images:
         raise InputError(
-            f"a batch of {batch} was asked for, and {config.data} has {packed.epoch_images} images"
+            f"a batch of {batch} "
+            + (f"(for {config.n_critic} updates of D) " if config.n_critic > 1 else "")
+            + f"was asked for, and {config.data} has {packed.epoch_images} images"
             + (f" ({packed.skipped} could not be read)" if packed.skipped else "")
             + ": lower --batch-size or add images"
         )
@@ -213,9 +231,8 @@ class _Run:
         )  # fmt: skip
         self.engine = engine
         self.total, self.per_epoch = plan.total_steps(config, packed.epoch_images, ranks)
-        self.order = Order(
-            packed.n, packed.epoch_images, config.batch_size * ranks.world, config.seed
-        )
+        batch = config.batch_size * config.n_critic * ranks.world
+        self.order = Order(packed.n, packed.epoch_images, batch, config.seed)
         self.checkpoints = checkpoints.Checkpoints(
             out / "checkpoints", keep=config.keep, milestone_every=config.milestone_every
         )
@@ -225,10 +242,13 @@ class _Run:
         self.judge = judge
         self.pending: list[list[float]] = []
         self.last_row: dict[str, Any] = {}
-        self.won_steps = 0
         self.meter = Meter()
         fixed = torch.Generator().manual_seed(config.seed)
         self.fixed_z = torch.randn(SAMPLES, config.nz, 1, 1, generator=fixed).to(state.device)
+        self.watch, self.probe = Watch(config), Probe(state, packed, self.fixed_z)
+        self.alarm: News | None = None
+        """What --on-collapse is to act upon."""
+        self.judged_step = -1
 
     def say(self, line: str) -> None:
         if self.journal is not None:
@@ -266,7 +286,7 @@ class _Run:
         if self.judge is not None:
             self.judge.resume(self.out)
         readings = Readings(config.log_every, state.device)
-        step = WholeStep(
+        step = self.whole_step = WholeStep(
             state, feed, engine=engine, ranks=self.ranks, readings=readings, say=self.say
         )
         sample_every = config.sample_every or min(self.per_epoch, 500)
@@ -296,11 +316,22 @@ class _Run:
             last = now == self.total or late
             evaluate = not stop and quality.is_due(config, now, last=last)
             save = save or stop or self._plan_says_save(now)
+            save = save or (done == 1 and config.on_collapse == "rollback")
             if full or log or sample or save or evaluate or done in (1, WARM_UP_STEPS):
                 self._read(readings, now)
                 self.meter.lap(steady=done > WARM_UP_STEPS)
+            seen: dict[str, float] = {}
+            if log and self.watch.due(now):
+                with self.meter.paused():
+                    seen = self._probe()
+                    self._tell(self.watch.look(now, seen))
             if log or stop:
-                self._log(now)
+                self._log(now, seen)
+            if self.alarm is not None and config.on_collapse != "warn":
+                self._act(self.alarm)
+                self.alarm = None
+                saved_at, self.saved_step = time.monotonic(), state.step
+                continue
             with self.meter.paused():
                 if sample:
                     self._sample(now)
@@ -310,7 +341,7 @@ class _Run:
                 if evaluate:
                     ended = self._evaluate() or ended
             if ended:
-                self._log(now)
+                self._log(now, {})
         self._checkpoint()
         interrupted = state.step < self.total and not ended
         best = "" if self.judge is None else f"; the best: {self.judge}"
@@ -378,13 +409,7 @@ class _Run:
             values = dict(zip(READINGS, row, strict=True))
             if not (math.isfinite(values["loss_d"]) and math.isfinite(values["loss_g"])):
                 raise RunError(self._diverged(f"the losses of step {step} are not finite"))
-            self.won_steps = self.won_steps + 1 if values["loss_d"] < WON_LOSS else 0
-            if self.won_steps == WON_STEPS:
-                self.say(
-                    f"warning: the discriminator's loss has been below {WON_LOSS} for {WON_STEPS} "
-                    f"steps (step {step}): it tells all images apart and the generator no longer "
-                    "learns; try a lower --lr-d, a larger --batch-size, or more images"
-                )
+            self._tell(self.watch.loss(step, values["loss_d"]))
         self.pending += rows
 
     def _diverged(self, what: str) -> str:
@@ -404,7 +429,91 @@ class _Run:
             return "there is no checkpoint yet"
         return f"the last good checkpoint is {self.last_checkpoint}"
 
-    def _log(self, now: int) -> None:
+    def _probe(self) -> dict[str, float]:
+        """A measurement of the nets as they are. Synchronised BatchNorm makes it a collective, so
+        every process takes part; all go by the first one's."""
+        with implementation(self.whole_step.impl):
+            return distributed.from_first(self.probe(self.whole_step.gradients()))
+
+    def _tell(self, news: list[News]) -> None:
+        for one in news:
+            self.say(one.text)
+            if self.journal is not None:
+                self.journal.event(dataclasses.asdict(one))
+            if one.began and one.kind in STOPS:
+                self.alarm = one
+
+    def _act(self, alarm: News) -> None:
+        """Goes back to the last healthy checkpoint, or ends the run in good order."""
+        healthy = self.watch.healthy_step
+        if self.config.on_collapse == "rollback" and healthy is not None:
+            if self.watch.rollbacks < ROLLBACKS:
+                self._roll_back(alarm, healthy)
+                return
+            why = f"{ROLLBACKS} rollbacks did not help"
+        elif self.config.on_collapse == "rollback":
+            why = "there is no healthy checkpoint to go back to"
+        else:
+            why = "--on-collapse stop"
+        self._save()
+        if self.ranks.writes:
+            journal.plot(self.out)
+        last = ""
+        if healthy is not None:
+            last = f", the last healthy one {self.checkpoints.path(healthy)}"
+        raise Collapsed(
+            f"the run ends at step {self.state.step} ({alarm.kind}: {why}). Its checkpoint is "
+            f"{self.checkpoints.path(self.state.step)}{last}. Start anew with {TRY[alarm.kind]}; "
+            "or go on all the same: "
+            f"python -m fastdcgan.train --resume {self.out} --on-collapse warn"
+        )
+
+    def _roll_back(self, alarm: News, to: int) -> None:
+        """To the checkpoint of step `to`, which becomes another: so that a resumed run is rolled
+        back, too. The order of the images, which is a function of --seed and step, stays."""
+        state, config, count = self.state, self.config, self.watch.rollbacks + 1
+        content = checkpoints.load(self.checkpoints.path(to))
+        state.load_state_dict(content)
+        self.whole_step.renew()
+        self.watch.load_state_dict(content["watch"])
+        self.watch.rollbacks = count
+        rate = (config.lr_d or config.lr) / 2**count
+        for group in state.optD.param_groups:
+            group["lr"] = rate
+        seed = new_seed(config.seed, count)
+        torch.manual_seed(seed + self.ranks.rank)
+        if state.generator is not None:
+            state.generator.manual_seed(seed)
+        self.pending, self.judged_step = [], -1
+        distributed.barrier()  # before the first process writes, all have read
+        if self.journal is not None:
+            self.checkpoints.drop_after(to)
+            self._write_checkpoint()
+            self.journal.rewind(to)
+            text = (
+                f"step {alarm.step}: rollback {count} of {ROLLBACKS}, to the healthy checkpoint of "
+                f"step {to}, with other noise and D's rate halved to {rate:g}"
+            )
+            self.say(text)
+            self.journal.event(
+                {"kind": "rollback", "step": alarm.step, "to": to, "lr_d": rate, "text": text}
+            )
+        distributed.barrier()  # the rows are rewound
+        if self.judge is not None:
+            self.judge.resume(self.out)
+
+    def take_up_watch(self, saved: dict[str, Any]) -> None:
+        """Goes on watching where the checkpoint that is resumed left off."""
+        if "watch" not in saved:
+            return
+        self.watch.load_state_dict(saved["watch"])
+        if self.config.on_collapse != "warn":
+            self.watch.rearm()
+        healthy = self.watch.healthy_step
+        if healthy is not None and not self.checkpoints.path(healthy).is_file():
+            self.watch.healthy_step = None  # the run branched off into another folder
+
+    def _log(self, now: int, measured: dict[str, float]) -> None:
         means = [sum(column) / len(column) for column in zip(*self.pending, strict=True)]
         if not means:
             return
@@ -415,6 +524,7 @@ class _Run:
             **dict(zip(READINGS, means, strict=True)),
             "images_per_second": self.meter.rate,
             "seconds": self._seconds(),
+            **{name: value for name, value in measured.items() if math.isfinite(value)},
         }
         if self.journal is not None:
             self.journal.record(self.last_row)
@@ -427,6 +537,13 @@ class _Run:
             )
             images = models.sample(self.state.sampler, self.fixed_z, statistics=statistics)
             self.journal.grid(now, grid(to_uint8(images)))
+
+    def _judge_health(self) -> None:
+        """Whether a checkpoint of this step is one to go back to. In every process, once a step."""
+        if self.judged_step != self.state.step:
+            self.judged_step = self.state.step
+            if self.watch.healthy(self.state.step, self._probe()):
+                self.watch.healthy_step = self.state.step
 
     def _evaluate(self) -> str:
         """Scores the generator; in every process, why the run is to end now, or ""."""
@@ -457,13 +574,17 @@ class _Run:
 
     def _save(self) -> None:
         self.saved_step = self.state.step
-        if not self.ranks.writes:
-            return
+        self._judge_health()
+        if self.ranks.writes:
+            self._write_checkpoint()
+
+    def _write_checkpoint(self) -> None:
         self._refuse_broken_weights()
         content = self.state.state_dict()
         content["data"] = {"name": self.packed.name, "sha256": self.packed.sha256}
         content["world"] = self.ranks.world
-        self.last_checkpoint = self.checkpoints.save(content)
+        content["watch"] = self.watch.state_dict()
+        self.last_checkpoint = self.checkpoints.save(content, spare=self.watch.healthy_step)
 
     def _finish(self, best: str) -> None:
         if not self.ranks.writes:

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from fastdcgan import models
 from fastdcgan.errors import InputError
 from fastdcgan.hardware import amp_dtype
 from fastdcgan.training.config import TrainConfig
 from fastdcgan.training.distributed import Ranks
+from fastdcgan.training.state import build_nets
 from fastdcgan_kernels import plan as kernels
 from fastdcgan_kernels.cpu.build import library
 
@@ -85,7 +86,7 @@ def _no_graph(config: TrainConfig, ranks: Ranks, device: torch.device) -> str:
 
 def total_steps(config: TrainConfig, epoch_images: int, ranks: Ranks) -> tuple[int, int]:
     """(steps of the run, steps of an epoch); the last batch of an epoch may be ragged."""
-    per_epoch = -(-epoch_images // (config.batch_size * ranks.world))
+    per_epoch = -(-epoch_images // (config.batch_size * config.n_critic * ranks.world))
     return config.steps or config.epochs * per_epoch, per_epoch
 
 
@@ -93,25 +94,18 @@ def memory_bytes(config: TrainConfig, autocast: torch.dtype | None) -> tuple[int
     """(weights, gradients, Adam's moments and average; activations of one step), in bytes.
 
     The first is exact. The second is the sum of the outputs of all layers over G's pass and D's
-    two, found by running the nets on the meta device: a good guess of the peak, not a bound.
+    two, or with a penalty over G's and, in float32, one of D and its gradients, where that is more;
+    found by running the nets on the meta device: a good guess of the peak, not a bound.
     """
-    assert config.channels is not None
     with torch.device("meta"):
-        netG, netD = models.build(
-            config.net,
-            size=config.image_size,
-            nz=config.nz,
-            ngf=config.ngf,
-            ndf=config.ndf,
-            channels=config.channels,
-        )
+        netG, netD = build_nets(config)
         sizes = [sum(p.numel() for p in net.parameters()) for net in (netG, netD)]
         copies = 4 * sum(sizes) + (sizes[0] if config.ema else 0)
         seen = 0
 
         def count(module: nn.Module, inputs: object, output: Tensor) -> None:
             nonlocal seen
-            if not list(module.children()):
+            if not list(module.children()) or is_parametrized(module):
                 seen += output.numel()
 
         for net in (netG, netD):
@@ -119,10 +113,35 @@ def memory_bytes(config: TrainConfig, autocast: torch.dtype | None) -> tuple[int
                 module.register_forward_hook(count)
         z = torch.empty(config.batch_size, config.nz, 1, 1)
         fake = netG(z)
+        of_g = seen
         netD(fake)
-        netD(fake)
+        of_d = seen - of_g
     width = 4 if autocast is None else 2
-    return copies * 4, seen * width
+    activations = (of_g + 2 * of_d) * width
+    if config.r1 or config.slope_penalty:
+        activations = max(activations, of_g * width + 2 * of_d * 4)
+    return copies * 4, activations
+
+
+def _loss(config: TrainConfig) -> str:
+    """What is trained with, in words."""
+    lazily = "" if config.penalty_every == 1 else f" every {config.penalty_every} steps"
+    noise = f"instance noise {config.instance_noise:g}"
+    if config.instance_noise_steps:
+        noise += f" over {config.instance_noise_steps} steps"
+    parts = {
+        config.loss: True,
+        f"labels of real images {1 - config.label_smoothing:g}": config.label_smoothing,
+        f"R1 {config.r1:g}{lazily}": config.r1,
+        f"gradient penalty {config.slope_penalty:g}{lazily}": config.slope_penalty,
+        "D without BatchNorm": config.norm == "none" and config.net == "dcgan",
+        "spectral norm": config.spectral_norm,
+        "minibatch deviation": config.minibatch_std,
+        f"DiffAugment {','.join(config.augmentations)}": config.augmentations,
+        noise: config.instance_noise,
+        f"{config.n_critic} updates of D per update of G": config.n_critic > 1,
+    }
+    return ", ".join(part for part, on in parts.items() if on)
 
 
 def _blocks(engine: Engine) -> str:
@@ -173,8 +192,10 @@ def describe(
         f"blocks     {_blocks(engine)}",
         f"nets       {config.net}, {config.channels}x{config.image_size}x{config.image_size}, "
         f"nz {config.nz}, ngf {config.ngf}, ndf {config.ndf}",
+        f"loss       {_loss(config)}",
         f"data       {source}: {images}",
         f"length     {length}, batch {config.batch_size}"
+        + (f" x {config.n_critic}" if config.n_critic > 1 else "")
         + (f" x {ranks.world}" if ranks.world > 1 else ""),
         *(
             [f"evaluation every {config.eval_every} steps, features by {config.eval_features}"]

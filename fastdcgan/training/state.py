@@ -11,6 +11,23 @@ from fastdcgan import models
 from fastdcgan.training.config import TrainConfig
 from fastdcgan.training.ema import EMA
 from fastdcgan_kernels import fuse
+from fastdcgan_kernels.adam import Adam
+
+
+def build_nets(config: TrainConfig) -> tuple[nn.Module, nn.Module]:
+    """G and D as the configuration has them; `channels` must be filled in."""
+    assert config.channels is not None
+    return models.build(
+        config.net,
+        size=config.image_size,
+        nz=config.nz,
+        ngf=config.ngf,
+        ndf=config.ndf,
+        channels=config.channels,
+        norm_d=config.norm,
+        spectral_norm=config.spectral_norm,
+        minibatch_std=config.minibatch_std,
+    )
 
 
 class TrainState:
@@ -31,16 +48,8 @@ class TrainState:
         dtype: torch.dtype = torch.float32,
         scaling: bool = False,
     ) -> None:
-        assert config.channels is not None
         torch.manual_seed(config.seed)
-        netG, netD = models.build(
-            config.net,
-            size=config.image_size,
-            nz=config.nz,
-            ngf=config.ngf,
-            ndf=config.ndf,
-            channels=config.channels,
-        )
+        netG, netD = build_nets(config)
         place: dict[str, Any] = {
             "device": device,
             "dtype": dtype,
@@ -56,6 +65,8 @@ class TrainState:
         self.ema = EMA(self.netG, config.ema_decay) if config.ema else None
         self.optG = _adam(self.netG, config.lr_g or config.lr, config, device)
         self.optD = _adam(self.netD, config.lr_d or config.lr, config, device)
+        if self.ema is not None:
+            self.optG.average = self.ema.moving
         self.scalers = [torch.amp.GradScaler(device.type, enabled=scaling) for _ in range(2)]
         # Crops, flips and noise come from a generator of our own, so that nothing else that draws
         # random numbers in this process moves them. Dropout draws from torch's.
@@ -63,6 +74,9 @@ class TrainState:
         if device.type != "meta":
             self.generator = torch.Generator(device).manual_seed(config.seed)
         self.step = 0
+        # The step once more, on the device, where something in a step depends on it: a CUDA graph
+        # repeats whatever the host gives it.
+        self.clock = torch.zeros((), device=device) if config.instance_noise else None
 
     @property
     def sampler(self) -> nn.Module:
@@ -114,8 +128,10 @@ class TrainState:
         if self.device.type == "cuda" and "cuda" in rng:
             torch.cuda.set_rng_state(rng["cuda"], self.device)
         self.step = state["step"]
+        if self.clock is not None:
+            self.clock.fill_(self.step)
 
-    def trained(self) -> list[tuple[torch.optim.Adam, Tensor]]:
+    def trained(self) -> list[tuple[Adam, Tensor]]:
         """Every parameter of both nets, with its optimiser."""
         return [
             (optimiser, p)
@@ -127,15 +143,9 @@ class TrainState:
     def tensors(self) -> list[Tensor]:
         """Every tensor that a step changes, gradients left out. Makes those that the optimisers and
         scalers would otherwise make in their first step."""
-        for optimiser, p in self.trained():
-            if not optimiser.state[p]:
-                optimiser.state[p] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=self.device),
-                    "exp_avg": torch.zeros_like(p),
-                    "exp_avg_sq": torch.zeros_like(p),
-                }
         found = [*_tensors(self.netG), *_tensors(self.netD)]
         for optimiser in (self.optG, self.optD):
+            optimiser.prepare()
             for slots in optimiser.state.values():
                 found += slots.values()
         for scaler in self.scalers:
@@ -144,6 +154,8 @@ class TrainState:
                 found += [t for t in (scaler._scale, scaler._growth_tracker) if t is not None]
         if self.ema is not None:
             found += [*_tensors(self.ema.average), self.ema.updates]
+        if self.clock is not None:
+            found.append(self.clock)
         return found
 
     def is_finite(self) -> bool:
@@ -157,13 +169,13 @@ def _tensors(net: nn.Module) -> list[Tensor]:
     return [t.detach() for t in net.state_dict(keep_vars=True).values()]
 
 
-def _adam(net: nn.Module, lr: float, config: TrainConfig, device: torch.device) -> torch.optim.Adam:
+def _adam(net: nn.Module, lr: float, config: TrainConfig, device: torch.device) -> Adam:
     betas = (config.beta1, config.beta2)
     options = _adam_options(device)
-    return torch.optim.Adam(net.parameters(), lr=lr, betas=betas, eps=config.adam_eps, **options)
+    return Adam(net.parameters(), lr=lr, betas=betas, eps=config.adam_eps, **options)
 
 
 def _adam_options(device: torch.device) -> dict[str, bool]:
-    """Fused Adam is one pass over memory, and on CUDA it keeps the fp16 overflow test on the
-    device; a CUDA graph can hold it only if its step count is there, too."""
+    """PyTorch's fused Adam is one pass over memory, and on CUDA it keeps the fp16 overflow test on
+    the device; a CUDA graph can hold it only if its step count is there, too."""
     return {"fused": device.type in ("cpu", "cuda"), "capturable": device.type == "cuda"}

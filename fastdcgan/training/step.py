@@ -8,18 +8,23 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastdcgan.models.regularised import power_iteration
 from fastdcgan.training import distributed
+from fastdcgan.training.augmentation import Augmentation
 from fastdcgan.training.compiling import Compiler
+from fastdcgan.training.losses import Loss, Role
+from fastdcgan.training.regularisers import Penalty
 from fastdcgan.training.state import TrainState
 from fastdcgan_kernels.functional import runs_cpu_kernels, runs_kernels
 from fastdcgan_kernels.modules import WorkingCopies, stat_groups
 from fastdcgan_kernels.plan import implementation
-from fastdcgan_kernels.step import bce
 
 READINGS = ("loss_d", "loss_g", "d_real", "d_fake", "d_fake_g")
-"""What a step measures: both losses, and the mean D(x), D(G(z)) before and after D's update."""
+"""What a step measures: both losses, penalties left out, and the mean D(x), D(G(z)) before and
+after D's update: probabilities with bce, else D's output. Of several updates of D the last."""
 
 
 def generate(netG: nn.Module, z: Tensor) -> Tensor:
@@ -40,6 +45,12 @@ def discriminate_through(netD: nn.Module, images: Tensor) -> Tensor:
     return discriminate(netD, images)
 
 
+def discriminate_aside(netD: nn.Module, images: Tensor) -> Tensor:
+    """D's logits of images from which nobody learns: another function, compiled without one."""
+    with torch.no_grad():
+        return discriminate(netD, images)
+
+
 def discriminate_both(netD: nn.Module, images: Tensor, fake: Tensor) -> Tensor:
     """A fused D's logits of real and of generated images, as many of each: one pass over both, each
     normalised by its own statistics."""
@@ -54,9 +65,9 @@ class Step:
 
     Args:
         state: is changed in place by every call.
-        batch_size: rows of a whole batch in this process. With `compile`, batches of this size run
-            compiled; a ragged one, once an epoch, runs eagerly rather than compile everything
-            again.
+        batch_size: rows of a whole batch in this process, of one update of D. With `compile`,
+            batches of this size run compiled; a ragged one, once an epoch, runs eagerly rather
+            than compile everything again.
         autocast: dtype of the matrix products; None leaves them in the parameters' dtype.
             Losses, BatchNorm statistics, parameters and optimisers stay in float32.
         compile: compile both nets' passes, forward and backward, and what is not one kernel already
@@ -76,6 +87,7 @@ class Step:
     ) -> None:
         self.state = state
         self.compiler = Compiler(compile, say)
+        self.compiles = compile
         self.batch_size = batch_size
         self.autocast = autocast
         self.impl = state.config.impl
@@ -88,20 +100,23 @@ class Step:
             generate,
             discriminate,
             discriminate_through,
+            discriminate_aside,
             discriminate_both,
         )
         self._compiled = {part: self.compiler(part) for part in parts}
-        self._compiled_bce = self.compiler(bce)
+        self.loss = Loss(state.config, self.compiler)
+        self.penalty = Penalty(state.config)
+        self.shown = Augmentation(state.config, state.clock)
         if compile and simultaneous:
             # Both losses go back through one pass over the fakes, so its saved tensors are needed
             # twice and must not be given away to the first.
             torch._functorch.config.donated_buffer = False
         # Made at the first step that needs them, which is in no CUDA graph.
         self._copies: list[WorkingCopies] = []
-        self._constants: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, images: Tensor, z: Tensor, *, share: float = 1.0) -> Tensor:
-        """One step on real `images` (B, C, H, W) and latent vectors `z` (B, nz, 1, 1).
+        """One step on real `images` (B, C, H, W) and latent vectors `z` (B, nz, 1, 1), B being
+        `n_critic` times `batch_size`, or less.
 
         Args:
             share: this process's part of the global batch; 1 where there is one process.
@@ -113,45 +128,49 @@ class Step:
         state = self.state
         state.netG.train()
         state.netD.train()
-        self._whole = images.shape[0] == self.batch_size and not self.eagerly
+        whole = self.batch_size * state.config.n_critic
+        self._whole = images.shape[0] == whole and not self.eagerly
         with implementation(self.impl):
             row = self._train(images, z, share)
-            if state.ema is not None:
-                state.ema.update()
+            if state.clock is not None:
+                state.clock.add_(1)
         state.step += 1
         return row
 
     def refresh(self) -> None:
-        """Takes notice of weights that something else than a step has changed, a loaded checkpoint,
-        say. For a replay of this step by a graph it is to be called before."""
+        """Takes notice of what something else than a step has changed: weights, by a loaded
+        checkpoint, say, and learning rates. For a replay of this step by a graph it is to be called
+        before."""
+        for optimiser in (self.state.optD, self.state.optG):
+            optimiser.refresh()
         for copies in self._copies:
             if not copies.fresh():
                 copies.refresh()
 
     def _alternating(self, images: Tensor, z: Tensor, share: float) -> Tensor:
         """The PyTorch example's step: D learns from a real and from a fake batch, each with its
-        own BatchNorm statistics, then G learns from the updated D."""
+        own BatchNorm statistics, then G learns from the updated D. With `n_critic` D does so that
+        many times, each time on other images, and G learns from the last ones it made."""
         state = self.state
         with self._working_copies():
-            state.optD.zero_grad(set_to_none=True)
-            fake = self._run(generate, state.netG, z)
-            if self._in_one_pass():
-                logits = self._run(discriminate_both, state.netD, images, fake.detach())
-                loss_d, d_real, d_fake = self._back(0, logits, (1, 0), share).split(1)
-            else:
-                logits = self._run(discriminate, state.netD, images)
-                loss_real, d_real = self._back(0, logits, (1,), share).split(1)
-                logits = self._run(discriminate, state.netD, fake.detach())
-                loss_fake, d_fake = self._back(0, logits, (0,), share).split(1)
-                loss_d = loss_real + loss_fake
-            self._update(0, state.optD, state.netD)
+            for part, z_part in self._parts(images, z, share):
+                state.optD.zero_grad(set_to_none=True)
+                self._iterate_norms()
+                fake = self._run(generate, state.netG, z_part)
+                real, faked = self.shown(part), self.shown(fake.detach())
+                loss_d, d_real, d_fake = self._judge(real, faked, share)
+                self._penalise(real, faked, share)
+                self._update(0, state.optD, state.netD)
 
             state.optG.zero_grad(set_to_none=True)
             # G's loss needs the gradient through D to its images, never that of D's weights.
             state.netD.requires_grad_(False)
             try:
-                logits = self._run(discriminate_through, state.netD, fake)
-                loss_g, d_fake_g = self._back(1, logits, (1,), share).split(1)
+                logits = self._run(discriminate_through, state.netD, self.shown(fake))
+                against = None
+                if self.loss.paired:  # with what the updated D says of the real images
+                    against = self._run(discriminate_aside, state.netD, real)
+                loss_g, d_fake_g = self._back(1, logits, ("wanted",), share, against).split(1)
             finally:
                 state.netD.requires_grad_(True)
             self._update(1, state.optG, state.netG)
@@ -163,20 +182,67 @@ class Step:
         state = self.state
         state.optD.zero_grad(set_to_none=True)
         state.optG.zero_grad(set_to_none=True)
+        self._iterate_norms()
         fake = self._run(generate, state.netG, z)
-        of_real = self._run(discriminate, state.netD, images)
-        of_fake = self._run(discriminate_through, state.netD, fake)
-        real, real_gradient = self._loss(0, of_real, (1,), share)
-        faked, fake_gradient = self._loss(0, of_fake, (0,), share)
-        wanted, gradient = self._loss(1, of_fake, (1,), share)
+        real, faked = self.shown(images), self.shown(fake)
+        of_real = self._run(discriminate, state.netD, real)
+        of_fake = self._run(discriminate_through, state.netD, faked)
+        if self.loss.paired:
+            row, both = self._loss(0, torch.cat([of_real, of_fake]), ("real", "fake"), share)
+            loss_d, d_real, d_fake = row.split(1)
+            real_gradient, fake_gradient = both.chunk(2)
+        else:
+            row, real_gradient = self._loss(0, of_real, ("real",), share)
+            row_too, fake_gradient = self._loss(0, of_fake, ("fake",), share)
+            loss_d, d_real, d_fake = row[:1] + row_too[:1], row[1:], row_too[1:]
+        wanted, gradient = self._loss(1, of_fake, ("wanted",), share, of_real)
         torch.autograd.backward(
             [of_real, of_fake], [real_gradient, fake_gradient],
             inputs=list(state.netD.parameters()), retain_graph=True,
         )  # fmt: skip
         of_fake.backward(gradient, inputs=list(state.netG.parameters()))
+        self._penalise(real, faked, share)
         self._update(0, state.optD, state.netD)
         self._update(1, state.optG, state.netG)
-        return torch.cat([real[:1] + faked[:1], wanted[:1], real[1:], faked[1:], faked[1:]])
+        return torch.cat([loss_d, wanted[:1], d_real, d_fake, d_fake])
+
+    def _parts(self, images: Tensor, z: Tensor, share: float) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of D's updates, of equal size but for one image; as many in every process,
+        also of a ragged batch, because each update waits for all of them."""
+        whole = round(len(z) / share) if share else 0  # that of all processes
+        needed = -(-whole // (self.batch_size * distributed.processes()))
+        count = max(1, min(self.state.config.n_critic, needed))
+        if count == 1:
+            yield images, z
+        else:
+            yield from zip(images.tensor_split(count), z.tensor_split(count), strict=True)
+
+    def _judge(self, real: Tensor, fake: Tensor, share: float) -> tuple[Tensor, ...]:
+        """Backward from D's loss on a real and a generated batch, each with its own statistics: the
+        loss, and the mean D of either."""
+        netD = self.state.netD
+        if self._in_one_pass():
+            logits = self._run(discriminate_both, netD, real, fake)
+        elif self.loss.paired:
+            logits = torch.cat([self._run(discriminate, netD, images) for images in (real, fake)])
+        else:  # one after the other: so half the activations are held at a time
+            logits = self._run(discriminate, netD, real)
+            loss_real, d_real = self._back(0, logits, ("real",), share).split(1)
+            logits = self._run(discriminate, netD, fake)
+            loss_fake, d_fake = self._back(0, logits, ("fake",), share).split(1)
+            return loss_real + loss_fake, d_real, d_fake
+        row = self._back(0, logits, ("real", "fake"), share)
+        return row[:1], row[1:2], row[2:]
+
+    def _iterate_norms(self) -> None:
+        if self.state.config.spectral_norm:
+            power_iteration(self.state.netD)
+
+    def _penalise(self, real: Tensor, fake: Tensor, share: float) -> None:
+        """Adds the gradients of D's penalty, in the steps that have it, to those of its loss."""
+        if self.penalty.due(self.state.step):
+            penalty = self.penalty(self.state.netD, real, fake) * share
+            self.state.scalers[0].scale(penalty).backward()
 
     def _in_one_pass(self) -> bool:
         """Whether D takes its two batches in one pass: where blocks take groups of statistics."""
@@ -189,8 +255,17 @@ class Step:
         with ExitStack() as stack:
             if self.autocast is not None and runs_kernels(self.state.device):
                 if not self._copies:
-                    nets = (self.state.netD, self.state.netG)
-                    self._copies = [WorkingCopies(net, self.autocast) for net in nets]
+                    # Gradients in 16 bits where they need no more: not in float16, unscaled; not
+                    # added up over processes, or a loss and a penalty. Compiled passes would cast
+                    # there and back.
+                    narrow = self.autocast == torch.bfloat16
+                    narrow = narrow and not self.compiles and not dist.is_initialized()
+                    for optimiser, net, one in (
+                        (self.state.optD, self.state.netD, narrow and not self.penalty.chosen),
+                        (self.state.optG, self.state.netG, narrow),
+                    ):
+                        optimiser.copies = WorkingCopies(net, self.autocast, narrow=one)
+                        self._copies.append(optimiser.copies)
                 self.refresh()
                 for copies in self._copies:
                     stack.enter_context(copies)
@@ -203,28 +278,31 @@ class Step:
         with context:
             return (self._compiled[part] if self._whole else part)(net, *x)
 
-    def _back(self, scaler: int, logits: Tensor, targets: tuple[int, ...], share: float) -> Tensor:
-        """Backward from the loss on these logits; see `_loss`."""
-        row, gradient = self._loss(scaler, logits, targets, share)
+    def _back(
+        self,
+        scaler: int,
+        logits: Tensor,
+        roles: tuple[Role, ...],
+        share: float,
+        against: Tensor | None = None,
+    ) -> Tensor:
+        """Backward from the loss on these logits; see `Loss`."""
+        row, gradient = self._loss(scaler, logits, roles, share, against)
         logits.backward(gradient)
         return row
 
     def _loss(
-        self, scaler: int, logits: Tensor, targets: tuple[int, ...], share: float
+        self,
+        scaler: int,
+        logits: Tensor,
+        roles: tuple[Role, ...],
+        share: float,
+        against: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The loss and the mean probability of each batch that the logits are of, with what it
-        should be (1 for real), times `share`; and the scaled gradient of the loss."""
-        if self._constants is None:
-            device = logits.device
-            both = torch.arange(1, -1, -1, device=device, dtype=torch.float32)  # real, fake
-            self._constants = both, torch.ones((), device=device)
-        both, one = self._constants
-        wanted = both if len(targets) == 2 else both[1 - targets[0] : 2 - targets[0]]
+        """The loss and the mean D of each batch that the logits are of, times `share`; and the
+        scaled gradient of the loss."""
         scale = self.state.scalers[scaler]
-        factor = scale.scale(one) if scale.is_enabled() else None
-        one_kernel = runs_kernels(logits.device)
-        loss = self._compiled_bce if self._whole and not one_kernel else bce
-        return loss(logits.detach(), wanted, share, factor)
+        return self.loss(logits, roles, share, scale, compiled=self._whole, against=against)
 
     def _update(self, scaler: int, optimiser: torch.optim.Adam, net: nn.Module) -> None:
         distributed.sum_gradients(net.parameters())
@@ -235,5 +313,3 @@ class Step:
                 group["eps"] = self.state.config.adam_eps / correction**0.5
         self.state.scalers[scaler].step(optimiser)
         self.state.scalers[scaler].update()
-        for copies in self._copies[scaler : scaler + 1]:  # fused Adam moves no version count
-            copies.refresh()

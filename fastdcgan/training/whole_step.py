@@ -37,7 +37,8 @@ class WholeStep:
     """Makes the step number `state.step` of a run at every call.
 
     Whole batches are replayed where the engine asks for a graph; the ragged last batch of an epoch
-    runs eagerly, on the same tensors. Where fused blocks fail or are wrong on this GPU, steps run
+    runs eagerly, on the same tensors. Steps with a lazy penalty and those without have a graph
+    each: a graph has no branches. Where fused blocks fail or are wrong on this GPU, steps run
     in plain PyTorch, and where a graph does, eagerly, after a line that says so.
 
     Args:
@@ -65,7 +66,8 @@ class WholeStep:
         self.state, self.feed, self.readings = state, feed, readings
         self.ranks = ranks or Ranks()
         self._say, self._wanted = say, engine.cuda_graph
-        self._graph: _StepGraph | None = None
+        self._graphs: dict[bool, _StepGraph] = {}
+        self._replayed: _StepGraph | None = None  # in the last step
         self._proved = False
         self._step = Step(
             state,
@@ -80,7 +82,22 @@ class WholeStep:
     @property
     def graphed(self) -> bool:
         """Whether whole batches are replayed."""
-        return self._graph is not None
+        return bool(self._graphs)
+
+    @property
+    def impl(self) -> str:
+        """How fused blocks run, once the first step has looked: as Step's."""
+        return self._step.impl
+
+    def renew(self) -> None:
+        """Takes notice of a checkpoint loaded into the state: the optimisers' tensors are others,
+        and their rates may be, so the next whole batch is captured again."""
+        self._graphs.clear()
+        self._replayed = None
+
+    def gradients(self) -> list[list[Tensor]]:
+        """netG's and netD's, as the last step left them: summed over processes, unscaled."""
+        return _gradients(self.state) if self._replayed is None else self._replayed.gradients
 
     def __call__(self) -> Tensor:
         """One step; returns step.READINGS, (5,) float32 on the device, times this process's share
@@ -93,11 +110,14 @@ class WholeStep:
         self._proved = True
         if self._wanted == "off" or batch < self.feed.order.batch:
             return self._run(images, rows, batch)
-        if self._graph is None:
-            self._graph = self._capture(images, rows, batch)
-            if self._graph is None:
+        kind = self._step.penalty.due(step)
+        if kind not in self._graphs:
+            graph = self._capture(images, rows, batch)
+            if graph is None:
+                self._graphs.clear()
                 return self._run(images, rows, batch)
-        row = self._replay(self._graph, images, rows)
+            self._graphs[kind] = graph
+        row = self._replay(self._graphs[kind], images, rows)
         self.state.step += 1
         return row
 
@@ -105,6 +125,7 @@ class WholeStep:
         """The step, eagerly. Noise is drawn for the batch of all processes, and each keeps its
         rows: so a run does not depend on how many processes share it."""
         state, ranks = self.state, self.ranks
+        self._replayed = None
         whole = batch == self.feed.order.batch
         with implementation(self._step.impl):
             real = self.feed.assemble(
@@ -120,6 +141,7 @@ class WholeStep:
 
     def _replay(self, graph: "_StepGraph", images: Tensor, rows: Tensor) -> Tensor:
         self._step.refresh()
+        self._replayed = graph
         return graph.replay(images, rows)
 
     def _tensors(self) -> list[Tensor]:
@@ -212,6 +234,11 @@ def wants_proof(device: torch.device) -> bool:
     return device.type == "cuda" and runs_kernels(device)
 
 
+def _gradients(state: TrainState) -> list[list[Tensor]]:
+    nets = (state.netG, state.netD)
+    return [[p.grad for p in net.parameters() if p.grad is not None] for net in nets]
+
+
 def _first_line(error: Exception) -> str:
     lines = (line for line in str(error).splitlines() if line.strip())
     return next(lines, type(error).__name__)
@@ -244,6 +271,7 @@ class _StepGraph:
                 self._graph.register_generator_state(state.generator)
             with torch.cuda.graph(self._graph):
                 self._row = run(self._images, self._rows, batch)
+            self.gradients = _gradients(state)  # steps outside of the graph make others
 
     def replay(self, images: Tensor, rows: Tensor) -> Tensor:
         """The step on these images; waits for nothing."""

@@ -20,7 +20,7 @@ from fastdcgan_kernels import image, normalisation, plan
 from fastdcgan_kernels.convolution import Epilogue, Operand, Result
 from fastdcgan_kernels.convolution import gather as _gather
 from fastdcgan_kernels.convolution import weight_gradient as _weight_gradient
-from fastdcgan_kernels.geometry import Geometry, geometry_of
+from fastdcgan_kernels.geometry import Geometry, geometry_of, gradient_dtype
 from fastdcgan_kernels.normalisation import Running
 
 CHANNELS_LAST = torch.channels_last
@@ -283,7 +283,7 @@ def _convolution_backward(
         values = _materialise(source, groups) if need_weight else source.value
         gx, gw = _vendor_gradients(dy.value, values, w, geometry, up, (need_x, need_weight))
         if gw is not None:
-            gw = gw.to(weight.dtype)
+            gw = gw.to(gradient_dtype(weight))
         if gx is not None and source.coef is not None:
             gx = gx.contiguous(memory_format=CHANNELS_LAST)
             gx, partials = normalisation.activation_gradient(
@@ -302,7 +302,8 @@ def _convolution_backward(
         assert source.coef is not None
         gx, gx_coef = result.value, normalisation.finalize_gradient(result.partials, source.coef)
     if need_weight:
-        gw = _weight_gradient_of(source, dy, geometry, up, weight.dtype, groups)
+        dtype = gradient_dtype(weight)
+        gw = _weight_gradient_of(source, dy, geometry, up, dtype, groups)
     return gx, gx_coef, gw, gbias
 
 

@@ -79,6 +79,12 @@ def geometry_of(x: Tensor, weight: Tensor, up: bool, stride: int) -> Geometry:
     return Geometry(n, h // 2, w // 2, small, h, w, large, 2, 1)
 
 
+def gradient_dtype(weight: Tensor) -> torch.dtype:
+    """In which the gradient of a parameter is wanted: its own, unless it says otherwise."""
+    wanted: torch.dtype | None = weight.grad_dtype if weight.is_leaf else None
+    return wanted or weight.dtype
+
+
 def empty(n: int, c: int, h: int, w: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised channels_last [n, c, h, w] on the device of `like`."""
     return torch.empty(

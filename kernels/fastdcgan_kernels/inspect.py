@@ -52,9 +52,9 @@ class Order:
 
     module: str
     kernel: str
-    signature: tuple[tuple[str, str], ...]
+    signature: tuple[tuple[str, Any], ...]  # of a tuple of arguments: a tuple
     constants: tuple[tuple[str, Any], ...]
-    aligned: tuple[int, ...]  # positions of the arguments divisible by 16
+    aligned: tuple[tuple[int, ...], ...]  # positions of the arguments divisible by 16
     warps: int
     stages: int
 
@@ -66,22 +66,27 @@ def order_of(launch: Launch) -> Order:
 
     names = {
         torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64",
-        torch.uint8: "u8",
+        torch.uint8: "u8", torch.int32: "i32",
     }  # fmt: skip
-    kernel, signature, constants, aligned = launch.kernel, [], [], []
+    kernel, signature, constants = launch.kernel, [], []
+    aligned: list[tuple[int, ...]] = []
     for position, parameter in enumerate(kernel.params):
         name, value = parameter.name, launch.arguments[parameter.name]
         plain = parameter.do_not_specialize
+        kind: Any
         if parameter.is_constexpr or (isinstance(value, int) and value == 1 and not plain):
             kind = "constexpr"
             constants.append((name, value))
         elif isinstance(value, torch.Tensor):
             kind = "*" + names[value.dtype]
-            aligned.append(position)
+            aligned.append((position,))
+        elif isinstance(value, tuple):  # of tensors
+            kind = tuple("*" + names[each.dtype] for each in value)
+            aligned += [(position, at) for at in range(len(value))]
         elif isinstance(value, int):
             kind = "i32"
             if value % 16 == 0 and not plain:
-                aligned.append(position)
+                aligned.append((position,))
         elif isinstance(value, float):
             kind = "fp32"
         else:  # a tensor descriptor
@@ -108,7 +113,7 @@ def build(order: Order, arch: str) -> Any:
         getattr(importlib.import_module(order.module), order.kernel),
         dict(order.signature),
         dict(order.constants),
-        {(position,): [["tt.divisibility", 16]] for position in order.aligned},
+        {position: [["tt.divisibility", 16]] for position in order.aligned},
     )
     return triton.compile(
         source,
@@ -253,7 +258,10 @@ def launches(arch: str, dtype: str, batch: int = BATCH) -> Iterator[tuple[str, L
     import torch
 
     from fastdcgan_kernels import blocks, plan, step
+    from fastdcgan_kernels.adam import Adam, Average
+    from fastdcgan_kernels.geometry import gradient_dtype
     from fastdcgan_kernels.launch import recording
+    from fastdcgan_kernels.modules import WorkingCopies
     from fastdcgan_kernels.normalisation import Running
 
     of = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
@@ -319,7 +327,22 @@ def launches(arch: str, dtype: str, batch: int = BATCH) -> Iterator[tuple[str, L
     with plan.implementation("triton"), recording() as rest:
         step.bce(few_logits, few(2), scale=few())
         step.crop(pictures, rows, 64, of, corner=(rows, rows), flipped=rows)
-        step.Average([few(64, 64)], [few(64, 64)]).update(few(), 0.001)
+        for whole in (True, False):  # with all that may follow an update, and without
+            net = torch.nn.Sequential(
+                torch.nn.ConvTranspose2d(64, 64, 4, 2, 1, bias=False, device="meta"),
+                torch.nn.BatchNorm2d(64, device="meta"),
+            )
+            optimiser = Adam(net.parameters(), betas=(0.5, 0.999))
+            if whole:
+                tensors = list(net.state_dict(keep_vars=True).values())
+                optimiser.average = Average(map(torch.empty_like, tensors), tensors, 0.999)
+                narrow = torch.bfloat16 if dtype == "fp32" else of
+                optimiser.copies = WorkingCopies(net, narrow, narrow=True)
+                for name in ("grad_scale", "found_inf"):  # as GradScaler gives them
+                    setattr(optimiser, name, few())
+            for p in net.parameters():
+                p.grad = torch.empty_like(p, dtype=gradient_dtype(p))
+            optimiser.step()
     for launch in rest:
         yield "step, all", launch
 

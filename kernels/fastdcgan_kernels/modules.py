@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torch.nn.utils.parametrize import is_parametrized
 
 from fastdcgan_kernels import functional
 from fastdcgan_kernels.functional import Deferred, Input
@@ -53,13 +55,29 @@ class WorkingCopies:
     Args:
         net: its weights may change in place, and stay where they are.
         dtype: what the blocks compute in, e.g. bfloat16 under autocast.
+        narrow: the gradients of the weights are to be in that dtype, too, as convolutions of
+            PyTorch's make them under autocast; but here they stay so (`Tensor.grad_dtype`), and
+            more than one backward between two updates would add them up in it. `adam.Adam` takes
+            them. Default: as the weights.
     """
 
-    def __init__(self, net: nn.Module, dtype: torch.dtype) -> None:
-        self._convs: list[Any] = [m for m in net.modules() if is_convolution(m)]
+    def __init__(self, net: nn.Module, dtype: torch.dtype, *, narrow: bool = False) -> None:
+        # A weight that is computed at each access (spectral norm) has no copy: it is cast.
+        self._convs: list[Any] = [
+            m for m in net.modules() if is_convolution(m) and not is_parametrized(m)
+        ]
         self._weights: list[Tensor] = [m.weight.detach() for m in self._convs]
         self._copies = [torch.empty_like(w, dtype=dtype) for w in self._weights]
         self._versions: list[int] = []
+        for conv in self._convs if narrow else ():
+            conv.weight.grad = None
+            conv.weight.grad_dtype = dtype
+
+    @property
+    def of(self) -> dict[Tensor, Tensor]:
+        """The copy of each weight."""
+        weights = (conv.weight for conv in self._convs)
+        return dict(zip(weights, self._copies, strict=True))
 
     def fresh(self) -> bool:
         """Whether no weight was changed in place, by PyTorch's own count, since the last refresh.
@@ -69,7 +87,13 @@ class WorkingCopies:
     @torch.no_grad()
     def refresh(self) -> None:
         """Cast the weights as they are now: one launch."""
-        torch._foreach_copy_(self._copies, self._weights)
+        if self._weights:
+            torch._foreach_copy_(self._copies, self._weights)
+        self._versions = [w._version for w in self._weights]
+
+    def written(self) -> None:
+        """To be called by who has changed the weights and the copies as `refresh` would have."""
+        increment_version(self._copies)
         self._versions = [w._version for w in self._weights]
 
     def __enter__(self) -> WorkingCopies:

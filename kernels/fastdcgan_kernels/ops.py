@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdcgan_kernels import reference
-from fastdcgan_kernels.geometry import empty_output
+from fastdcgan_kernels.geometry import empty_output, gradient_dtype
 
 ops: Any = torch.ops.fastdcgan
 CHANNELS_LAST = torch.channels_last
@@ -156,7 +156,8 @@ def fake_gradients(x, x_coef, weight, bias, need) -> tuple[Tensor, Tensor, Tenso
     def one(wanted: bool, like: Tensor) -> Tensor:
         if not wanted:
             return present(None, x)
-        return torch.empty_like(like, memory_format=CHANNELS_LAST if like.dim() == 4 else None)
+        form = CHANNELS_LAST if like.dim() == 4 else None
+        return torch.empty_like(like, dtype=gradient_dtype(like), memory_format=form)
 
     with_coef = need[0] and x_coef is not None
     return (

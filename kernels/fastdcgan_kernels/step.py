@@ -1,6 +1,6 @@
 """What a training step has besides its nets, as functions of tensors, each of them one launch: the
-loss with its gradient, the cropping of images, the moving average. They have no gradients of their
-own, and are for devices that have kernels (`functional.runs_kernels`)."""
+loss with its gradient, the cropping of images. They have no gradients of their own, and are for
+devices that have kernels (`functional.runs_kernels`). Not here: the update of weights (adam.py)."""
 
 from __future__ import annotations
 
@@ -95,39 +95,3 @@ def crop(
         },
     ).run(images.device)  # fmt: skip
     return out
-
-
-class Average:
-    """averages <- averages + share * (values - averages) for many tensors in one launch, with
-    share = max(9 / (10 + t), least) at update t.
-
-    Args:
-        averages, values: float32, alike in shape and in memory (contiguous or channels_last). They
-            stay where they are: a CUDA graph may hold an update.
-
-    Raises:
-        ValueError: for other tensors.
-    """
-
-    def __init__(self, averages: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        blocks = []
-        for average, value in zip(averages, values, strict=True):
-            whole = value.is_contiguous() or (
-                value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last)
-            )
-            alike = average.dtype == value.dtype == torch.float32
-            if not whole or not alike or average.stride() != value.stride():
-                raise ValueError("averages are of float32 tensors, alike in memory, without gaps")
-            for first in range(0, value.numel(), BLOCK):
-                n = min(BLOCK, value.numel() - first)
-                blocks.append([value.data_ptr() + 4 * first, average.data_ptr() + 4 * first, n])
-        self.tensors = list(averages), list(values)
-        self._table = torch.tensor(blocks, dtype=torch.int64).to(values[0].device)
-
-    def update(self, updates: Tensor, least: float) -> None:
-        """One update; `updates` (), float32: how many there were."""
-        Launch(
-            _kernel("average"),
-            (len(self._table),),
-            {"table": self._table, "updates": updates, "least": float(least), "BLOCK": BLOCK},
-        ).run(self._table.device)

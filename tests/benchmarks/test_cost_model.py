@@ -159,12 +159,12 @@ def steps():
 
 
 def test_a_step_makes_few_launches(steps):
-    assert steps["prologue"].launches <= 90
+    assert steps["prologue"].launches <= 79
     assert steps["eager-amp"].launches > 2.5 * steps["prologue"].launches
 
 
 def test_a_step_moves_few_bytes(steps):
-    assert steps["prologue"].bytes * 2.1 <= steps["eager-amp"].bytes
+    assert steps["prologue"].bytes * 2.23 <= steps["eager-amp"].bytes
 
 
 def test_a_step_wastes_no_flops(steps):

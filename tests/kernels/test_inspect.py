@@ -58,7 +58,7 @@ def every_layer_is_there(rows):
         assert {
             "gather_pointers", "weight_gradient_pointers", "image_down", "image_up",
             "image_weight_gradient", "partial_statistics", "merge_statistics", "apply_prologue",
-            "activation_gradient", "sum_partials", "reduce_splits", "bce_rows", "crop", "average",
+            "activation_gradient", "sum_partials", "reduce_splits", "bce_rows", "crop", "adam",
         } <= kernels  # fmt: skip
     needed = {
         "kernel", "layer", "arch", "dtype", "registers", "spill_bytes", "shared_bytes",

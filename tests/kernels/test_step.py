@@ -1,5 +1,5 @@
-"""What a step has besides its nets (in the interpreter): loss and gradient, crops and averages
-against plain PyTorch, working copies of weights."""
+"""What a step has besides its nets (in the interpreter): loss and gradient, crops against
+plain PyTorch, working copies of weights. Their update is in test_adam.py."""
 
 import pytest
 import torch
@@ -83,33 +83,6 @@ def test_crops_are_the_feeds_bits(b, channels, size, margin, flip, dtype, seed):
     assert ours.is_contiguous(memory_format=torch.channels_last)
     if not margin and not flip:
         assert torch.equal(step.crop(images, rows, size, dtype), expected)
-
-
-def test_an_average_forgets_its_first_values():
-    """Of tensors with more elements than a block, and of the memory formats that weights have."""
-    draw = Draw(torch.float32)
-    values = [draw.normal(5, 3, 4, 4), draw.normal(step.BLOCK + 7), draw.normal()]
-    values[0] = values[0].contiguous(memory_format=torch.channels_last)
-    averages = [v.clone() for v in values]
-    twins = [v.double() for v in values]
-    average, updates = step.Average(averages, values), torch.zeros(())
-    for t in range(30):
-        for value, twin in zip(values, twins, strict=True):
-            value += torch.linspace(0, 1, value.numel()).view_as(value) * (t % 3)
-            twin.lerp_(value.double(), 1 - min(0.7, (1 + t) / (10 + t)))
-        average.update(updates, 1 - 0.7)
-        updates += 1
-    for mine, twin in zip(averages, twins, strict=True):
-        close(mine, twin)
-
-
-def test_averages_alike_in_memory_are_asked_for():
-    plain = torch.zeros(2, 3, 4, 4)
-    for other in (plain.bfloat16(), plain.contiguous(memory_format=torch.channels_last)):
-        with pytest.raises(ValueError, match="alike in memory"):
-            step.Average([plain], [other])
-    with pytest.raises(ValueError, match="without gaps"):
-        step.Average([plain[:, :2]], [plain[:, :2]])
 
 
 def net():

@@ -27,9 +27,37 @@ def made(impl, autocast):
         images, z = (torch.randn(BATCH, *s, generator=draw) for s in ((3, 32, 32), (6, 1, 1)))
         rows.append(step(images.contiguous(memory_format=torch.channels_last), z, share=0.5))
     assert len(step._copies) == (2 if impl == "triton" and autocast else 0)
+    # Where one backward makes a weight's gradient, it is left in the dtype of the products.
+    narrow = {p.grad.dtype for p in state.netG.parameters() if p.dim() == 4}
+    assert narrow == {autocast if impl == "triton" and autocast else torch.float32}
     for copies in step._copies:
         assert all(map(torch.equal, copies._copies, (w.to(autocast) for w in copies._weights)))
     return torch.stack(rows), state
+
+
+def test_gradients_of_a_loss_and_a_penalty_are_added_in_float32():
+    config = TrainConfig(
+        image_size=32, channels=3, nz=6, ngf=4, ndf=4, batch_size=BATCH, impl="triton", r1=1.0
+    )
+    state = TrainState(config, CPU)
+    step = Step(state, batch_size=BATCH, autocast=torch.bfloat16)
+    step(torch.randn(BATCH, 3, 32, 32), torch.randn(BATCH, 6, 1, 1))
+    of = [{p.grad.dtype for p in net.parameters() if p.dim() == 4}
+          for net in (state.netD, state.netG)]  # fmt: skip
+    assert of == [{torch.float32}, {torch.bfloat16}]
+
+
+def test_a_step_after_kernels_were_left_is_plain():
+    """As where they turn out wrong on a GPU: PyTorch's Adam takes gradients in float32."""
+    config = TrainConfig(image_size=32, channels=3, nz=6, ngf=4, ndf=4, batch_size=BATCH)
+    state = TrainState(config, CPU)
+    step = Step(state, batch_size=BATCH, autocast=torch.bfloat16)
+    images, z = torch.randn(BATCH, 3, 32, 32), torch.randn(BATCH, 6, 1, 1)
+    for step.impl in ("triton", "reference", "reference"):
+        assert step(images, z).isfinite().all()
+    assert {p.grad.dtype for _, p in state.trained()} == {torch.float32}
+    assert {int(state.optG.state[p]["step"]) for p in state.netG.parameters()} == {3}
+    assert state.ema.updates == 3
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)

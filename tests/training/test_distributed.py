@@ -9,7 +9,10 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from fastdcgan.training import distributed
+from fastdcgan.training.config import TrainConfig
 from fastdcgan.training.distributed import Ranks, SyncBatchNorm2d, synchronise_batch_norm
+from fastdcgan.training.state import TrainState
+from fastdcgan.training.step import Step
 
 
 def batch():
@@ -71,6 +74,54 @@ def test_synchronised_batch_norm_equals_one_process_with_unequal_batches(tmp_pat
         torch.testing.assert_close(rank["dw"], plain.weight.grad, rtol=0, atol=1e-12)
         for key, value in plain.state_dict().items():
             torch.testing.assert_close(rank["state"][key], value, rtol=0, atol=1e-12)
+
+
+def step_worker(rank, port, folder):
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    distributed.join(distributed.ranks_from_environment(), torch.device("cpu"))
+    torch.save(steps_of(rank, 2), f"{folder}/step-{rank}.pt")
+    distributed.leave()
+
+
+def steps_of(rank, world):
+    """Two steps of 2 x 4 images, two updates of D each, as one of so many processes."""
+    config = TrainConfig(
+        image_size=32, channels=3, nz=6, ngf=4, ndf=4, batch_size=4 // world, loss="hinge",
+        r1=10.0, spectral_norm=True, n_critic=2, ema=False,
+    )  # fmt: skip
+    state = TrainState(config, torch.device("cpu"), dtype=torch.float64)
+    for module in state.netG.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()  # its batch would be the process's own
+            module.train = lambda mode=True: None
+    step = Step(state, batch_size=config.batch_size)
+    draw = torch.Generator().manual_seed(4)
+    for _ in range(2):
+        images = torch.rand(8, 3, 32, 32, generator=draw, dtype=torch.float64)
+        z = torch.randn(8, 6, 1, 1, generator=draw, dtype=torch.float64)
+        # Which images meet in an update of D: halves of each process's rows.
+        order = [0, 1, 4, 5, 2, 3, 6, 7] if world == 2 else range(8)
+        mine = slice(rank * 8 // world, (rank + 1) * 8 // world)
+        images, z = images[list(order)][mine], z[list(order)][mine]
+        row = distributed.sum_over_ranks(step(images, z, share=1 / world))
+    return {"row": row, "G": state.netG.state_dict(), "D": state.netD.state_dict()}
+
+
+def test_penalties_and_several_updates_of_d_split_over_processes(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(step_worker, (port, str(tmp_path)), nprocs=2)
+    alone = steps_of(0, 1)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"step-{rank}.pt")
+        torch.testing.assert_close(found["row"], alone["row"], rtol=0, atol=1e-9)
+        for net in "GD":
+            for key, value in alone[net].items():
+                torch.testing.assert_close(found[net][key], value, rtol=0, atol=1e-9)
 
 
 def test_one_process_needs_no_group():

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from fastdcgan import models
 from fastdcgan.errors import InputError, RunError
-from fastdcgan.training import TrainConfig, TrainResult, checkpoints, folders, loop, preset, train
+from fastdcgan.training import TrainConfig, TrainResult, checkpoints, folders, preset, train, watch
 from fastdcgan.training.journal import read_metrics
 
 
@@ -49,7 +49,8 @@ def same(a, b):
 
 def final_state(out):
     state = checkpoints.Checkpoints(out / "checkpoints").newest()[1]
-    return {k: v for k, v in state.items() if k != "config"}
+    # The watch knows which checkpoints there are, which no two of these runs agree about.
+    return {k: v for k, v in state.items() if k not in ("config", "watch")}
 
 
 def test_a_run_writes_everything_it_promises(tiny, tmp_path):
@@ -122,6 +123,50 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tiny, tmp_path, 
     assert read_metrics(resumed.out)[-1]["step"] == 12
 
 
+def test_a_run_with_all_of_it_resumes_bit_for_bit(tiny, tmp_path, capsys):
+    """A lazy penalty goes on in its rhythm, noise fades over the run as it began, several updates
+    of D take their batches (2 steps of 16 images and a ragged one an epoch); and D loads again."""
+    config = dataclasses.replace(
+        tiny, loss="hinge", r1=1.0, penalty_every=3, spectral_norm=True, minibatch_std=True,
+        diffaugment="color,translation,cutout", instance_noise=0.1, instance_noise_steps=8,
+        n_critic=2, lr_d=4e-4,
+    )  # fmt: skip
+    whole = train(dataclasses.replace(config, out=tmp_path / "whole"))
+    printed = capsys.readouterr().out
+    assert "R1 1 every 3 steps, D without BatchNorm, spectral norm, minibatch deviation" in printed
+    assert "36 images an epoch" in printed
+    assert "12 steps (3 an epoch), batch 8 x 2" in printed
+    part = dataclasses.replace(config, out=tmp_path / "part")
+    train(dataclasses.replace(part, steps=5))
+    torch.manual_seed(999)
+    resumed = train(dataclasses.replace(part, resume="auto"))
+    assert same(final_state(whole.out), final_state(resumed.out))
+    with pytest.raises(InputError, match="--loss: hinge -> bce"):
+        train(dataclasses.replace(part, resume="auto", loss="bce", steps=20))
+    netD = models.discriminator_from(resumed.out / "netD.safetensors")
+    assert same(dict(netD.state_dict()), dict(final_state(resumed.out)["netD"]))
+    one = dataclasses.replace(config, init_d=resumed.out / "netD.safetensors", steps=1)
+    assert train(dataclasses.replace(one, out=tmp_path / "one")).steps == 1
+    with pytest.raises(InputError, match=r"a batch of 40 \(for 5 updates of D\)"):
+        train(dataclasses.replace(tiny, n_critic=5))
+
+
+def test_instance_noise_fades_over_the_run_as_it_began(tiny, tmp_path):
+    config = dataclasses.replace(tiny, out=tmp_path / "run", instance_noise=0.2, steps=4)
+    train(config)
+    train(dataclasses.replace(config, resume="auto", steps=6))
+    saved = TrainConfig.from_json((tmp_path / "run" / "config.json").read_text())
+    assert (saved.steps, saved.instance_noise_steps) == (6, 4)
+
+
+def test_a_critic_that_is_far_ahead_has_not_won(tiny, tmp_path, capsys, monkeypatch):
+    """The loss of wgan-gp is a distance below 0, not a share of mistakes."""
+    monkeypatch.setattr(watch, "WON_STEPS", 5)
+    config = dataclasses.replace(tiny, out=tmp_path / "run", loss="wgan-gp", lr_d=2e-3, n_critic=2)
+    assert train(config).loss_d < 0
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_rows_after_the_resumed_checkpoint_are_dropped(tiny, tmp_path):
     config = dataclasses.replace(tiny, out=tmp_path / "run", checkpoint_every=5, log_every=1)
     train(config)
@@ -159,7 +204,8 @@ def test_last_checkpoints_and_all_milestones_are_kept(tiny, tmp_path):
     )
     train(config)
     kept = checkpoints.Checkpoints(tmp_path / "run" / "checkpoints").paths()
-    assert [checkpoints.step_of(p) for p in kept] == [4, 8, 11, 12]
+    # And the first, as long as no later one is healthy (docs/collapse.md).
+    assert [checkpoints.step_of(p) for p in kept] == [1, 4, 8, 11, 12]
 
 
 def test_a_changed_configuration_is_refused_and_named(tiny, tmp_path):
@@ -226,12 +272,12 @@ def test_weights_that_are_not_finite_are_never_saved(tiny, tmp_path):
 def test_a_discriminator_that_has_won_is_reported_while_running(
     tiny, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(loop, "WON_STEPS", 20)
-    monkeypatch.setattr(loop, "WON_LOSS", 0.2)
+    monkeypatch.setattr(watch, "WON_STEPS", 20)
+    monkeypatch.setattr(watch, "WON_LOSS", 0.2)
     config = dataclasses.replace(tiny, out=tmp_path / "run", steps=120, lr_d=2e-3, lr_g=1e-6)
     train(config)
     printed = capsys.readouterr().out
-    assert printed.count("warning: the discriminator's loss has been below") >= 1
+    assert printed.count("D's loss has been below 0.2 for 20 steps") >= 1
     assert printed.index("warning:") < printed.index("[24/24]"), "while it runs, not at its end"
 
 

@@ -3,6 +3,7 @@ down every operation with the tensors it read and wrote, and a replay runs them 
 tensors. What a host computed in between is frozen, as in a real graph; tests/gpu has that one."""
 
 import contextlib
+import copy
 import dataclasses
 import types
 
@@ -107,7 +108,7 @@ def build(graph="off", *, autocast=None, resident=True, said=None, images=15, sc
     pixels = np.random.default_rng(3).integers(0, 256, (images, 36, 36, 3), dtype=np.uint8)
     feed = make_feed(
         types.SimpleNamespace(images=pixels, n=images, window=36, size=32),
-        order=Order(images, images, config.batch_size, 0), device=CPU, hflip=True,
+        order=Order(images, images, config.batch_size * config.n_critic, 0), device=CPU, hflip=True,
         resident=resident, dtype=autocast or torch.float32,
     )  # fmt: skip
     readings = Readings(100, CPU)
@@ -164,6 +165,62 @@ def test_a_graph_and_eager_agree_step_for_step(tape, autocast, resident):
     assert graphed[1:] == eager[1:]
     for name, value in eager[0].items():
         assert torch.equal(value, graphed[0][name]), name
+
+
+@pytest.mark.parametrize("autocast", [None, torch.float16])
+def test_a_lazy_penalty_has_a_graph_of_its_own(tape, autocast):
+    """Each step replays the one of its kind; the noise fades, spectral norm's vectors move, and the
+    augmentation draws anew, also in replays."""
+    options = {
+        "loss": "hinge", "r1": 1.0, "penalty_every": 3, "spectral_norm": True, "n_critic": 2,
+        "diffaugment": "color,translation,cutout", "instance_noise": 0.1,
+        "instance_noise_steps": 9, "minibatch_std": True, "batch_size": 3,
+    }  # fmt: skip
+    torch.manual_seed(1)
+    eager = trained(build(autocast=autocast, **options), 7)
+    torch.manual_seed(1)
+    whole = build("on", autocast=autocast, **options)
+    graphed = trained(whole, 7)
+    assert len(tape) == len(whole._graphs) == 2
+    assert float(whole.state.clock) == 7
+    assert graphed[1:] == eager[1:]
+    for name, value in eager[0].items():
+        assert torch.equal(value, graphed[0][name]), name
+
+
+def norms(whole):
+    return [[float(g.norm()) for g in gradients] for gradients in whole.gradients()]
+
+
+def test_gradients_are_those_of_the_last_step_replayed_or_not(tape):
+    """Steps 3 and 6 of 15 images in batches of 6 are ragged and run eagerly."""
+    eager, graphed = build(), build("on")
+    for step in range(1, 8):
+        eager()
+        graphed()
+        assert [len(n) for n in norms(graphed)] == [10, 8]
+        for got, expected in zip(norms(graphed), norms(eager), strict=True):
+            assert got == pytest.approx(expected, rel=1e-3), step
+    assert len(tape) == 1
+    for whole in (eager, graphed):
+        whole.feed.close()
+
+
+def test_a_renewed_graph_has_the_optimisers_and_rates_of_the_loaded_state(tape):
+    eager, graphed = build(), build("on")
+    saved = copy.deepcopy(eager.state.state_dict())
+    for whole in (eager, graphed):
+        whole()
+        whole()
+        whole.state.load_state_dict(copy.deepcopy(saved))
+        whole.state.optD.param_groups[0]["lr"] = 0.05
+        whole.renew()
+        for _ in range(2):
+            whole()
+    assert len(tape) == 2
+    (expected, *_), (got, *_) = trained(eager, 0), trained(graphed, 0)
+    for name in ("netD.main.0.weight", "netG.main.0.weight", "optD.0.exp_avg"):
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-3, atol=1e-5)
 
 
 def test_a_graph_of_kernels_and_eager_agree(tape, monkeypatch):

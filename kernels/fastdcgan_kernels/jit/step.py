@@ -1,5 +1,5 @@
 """What a training step has besides convolutions and norms, each in one launch: the loss on logits,
-the cropping of uint8 images, the moving average of parameters. Not here: any GEMM."""
+the cropping of uint8 images. Not here: any GEMM; the update of parameters (adam.py)."""
 
 import triton
 import triton.language as tl
@@ -81,22 +81,3 @@ def crop(
     value = tl.div_rn(value.to(tl.float32), tl.full((BLOCK,), 127.5, tl.float32)) - 1.0
     to = image.to(tl.int64) * (SIZE * SIZE * C) + at
     tl.store(out + to, value.to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def average(
-    table,  # [blocks, 3] int64: addresses of a value's and of an average's first element, and how
-    # many of them there are, BLOCK at most; all fp32
-    updates,  # [] fp32: how often the averages were moved before
-    least,  # the share of the new value is 9 / (10 + updates), but no less than this
-    BLOCK: tl.constexpr,
-):
-    """average += share * (value - average). Grid: (blocks,)."""
-    entry = table + tl.program_id(0) * 3
-    value = tl.load(entry).to(tl.pointer_type(tl.float32))
-    to = tl.load(entry + 1).to(tl.pointer_type(tl.float32))
-    at = tl.arange(0, BLOCK)
-    mask = at < tl.load(entry + 2)
-    share = tl.maximum(9.0 / (10.0 + tl.load(updates)), least)
-    old = tl.load(to + at, mask=mask, other=0.0)
-    tl.store(to + at, old + share * (tl.load(value + at, mask=mask, other=0.0) - old), mask=mask)

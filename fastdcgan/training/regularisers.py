@@ -1,0 +1,87 @@
+"""Penalties on the gradient of D at its images, added to D's loss: R1, and that of WGAN-GP.
+
+They need second derivatives, which neither the fused blocks nor compiled nets have. So each is a
+pass of its own through plain layers, in the dtype of the weights (float32 also where the other
+passes run in 16 bits), whose backward adds to the gradients that D has.
+
+A penalty is on each image's own gradient, and BatchNorm in D mixes the images of a batch: what is
+penalised is then the gradient of the sum of the batch's logits, which is not the papers' quantity.
+`--norm-d none` leaves BatchNorm out; it is the default of wgan-gp. Where it is in, the pass
+normalises by its own batch and leaves running statistics as they were.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fastdcgan.training.config import TrainConfig
+from fastdcgan_kernels.plan import implementation
+
+
+def r1(gradients: Tensor, gamma: float) -> Tensor:
+    """gamma / 2 * E[|grad D(x)|^2] at real images x; `gradients`: (B, C, H, W).
+
+    Mescheder, Geiger & Nowozin 2018, "Which training methods for GANs do actually converge?",
+    equation 9.
+    """
+    penalty: Tensor = gradients.square().flatten(1).sum(1).mean() * (gamma / 2)
+    return penalty
+
+
+def slope_penalty(gradients: Tensor, weight: float) -> Tensor:
+    """weight * E[(|grad D(x)| - 1)^2] at images between real and generated ones.
+
+    Gulrajani et al. 2017, "Improved training of Wasserstein GANs", equation 3.
+    """
+    penalty: Tensor = (gradients.flatten(1).norm(dim=1) - 1).square().mean() * weight
+    return penalty
+
+
+def between(real: Tensor, fake: Tensor) -> Tensor:
+    """e * real + (1 - e) * fake, with e ~ U[0, 1] for each pair of images."""
+    e = torch.rand(len(real), 1, 1, 1, dtype=real.dtype, device=real.device)
+    return fake + e * (real - fake)
+
+
+def image_gradients(netD: nn.Module, images: Tensor) -> Tensor:
+    """d (sum of D's logits) / d images, itself differentiable. Buffers of D (running statistics,
+    vectors of spectral norm) stay as they are."""
+    images = images.detach().to(next(netD.parameters()).dtype).requires_grad_()
+    buffers = {name: buffer.clone() for name, buffer in netD.named_buffers()}
+    with implementation("reference"):
+        logits = functional_call(netD, buffers, (images,))
+        (gradients,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
+    return gradients
+
+
+class Penalty:
+    """The penalty that a run has chosen: at most one.
+
+    With `penalty_every` K it is taken at every K-th step only and multiplied by K (Karras et al.
+    2020, "Analyzing and improving the image quality of StyleGAN", lazy regularisation). Those steps
+    launch other work than the others; as CUDA graphs the two are captured one by one.
+
+    Args:
+        config: its `r1`, `gradient_penalty`, `penalty_every` and `loss`.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._r1, self._slope = config.r1, config.slope_penalty
+        self._every = config.penalty_every
+
+    @property
+    def chosen(self) -> bool:
+        """Whether there is one."""
+        return self._r1 > 0 or self._slope > 0
+
+    def due(self, step: int) -> bool:
+        """Whether step number `step`, from 0, has it."""
+        return self.chosen and step % self._every == 0
+
+    def __call__(self, netD: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
+        """The penalty, of no dimension, for the images that D was shown, (B, C, H, W) each."""
+        if self._r1:
+            return r1(image_gradients(netD, real), self._r1 * self._every)
+        dtype = next(netD.parameters()).dtype
+        images = between(real.detach().to(dtype), fake.detach().to(dtype))
+        return slope_penalty(image_gradients(netD, images), self._slope * self._every)

@@ -1,0 +1,251 @@
+"""How a net's weights are updated: PyTorch's Adam, and what follows an update, a moving average of
+the net and copies of its weights in 16 bits, all in one launch where there are kernels. Not here:
+where gradients come from."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+
+from fastdcgan_kernels.functional import runs_kernels
+from fastdcgan_kernels.geometry import cdiv
+from fastdcgan_kernels.launch import Launch
+from fastdcgan_kernels.modules import WorkingCopies
+
+BLOCK = 1024
+MOST = 48
+"""Parameters of a launch: a launch has room for 4 KB of arguments, and up to ten pointers are for
+each of them (its gradient, moments, count, copy and average, and a norm's buffers)."""
+
+
+class Average:
+    """An exponential moving average: average <- average + share * (value - average) for floating
+    tensors, share = max(9 / (10 + t), 1 - decay) at update t; others are copied.
+
+    Args:
+        averages, values: alike in shape, dtype and device. They stay where they are.
+        decay: 0.999 remembers about the last thousand updates.
+    """
+
+    def __init__(self, averages: Iterable[Tensor], values: Iterable[Tensor], decay: float) -> None:
+        self.of: dict[Tensor, Tensor] = dict(zip(values, averages, strict=True))
+        """The average of each value."""
+        self.least = 1 - decay
+        device = next(iter(self.of)).device
+        # On the device, because a CUDA graph repeats whatever the host gives it.
+        self.updates = torch.zeros((), device=device)
+        """Updates until now, float32."""
+
+    @property
+    def floating(self) -> list[Tensor]:
+        """The values that are averaged."""
+        return [value for value in self.of if value.is_floating_point()]
+
+    @property
+    def counts(self) -> list[Tensor]:
+        """The values that are copied."""
+        return [value for value in self.of if not value.is_floating_point()]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Takes in the values as they are now; the twin of what the kernel does."""
+        # 1 - d, in a form that float32 does not cancel.
+        share = (9 / (10 + self.updates)).clamp(min=self.least)
+        values = self.floating
+        averages = [self.of[value] for value in values]
+        if share.device.type == "cpu":  # one pass over memory, where launches cost nothing
+            for average, value in zip(averages, values, strict=True):
+                average.lerp_(value, share.to(average.dtype))
+        else:
+            steps = torch._foreach_sub(values, averages)
+            torch._foreach_mul_(steps, share.to(steps[0].dtype))
+            torch._foreach_add_(averages, steps)
+        if self.counts:
+            torch._foreach_copy_([self.of[count] for count in self.counts], self.counts)
+        self.updates.add_(1)
+
+
+class Adam(torch.optim.Adam):
+    """torch.optim.Adam (Kingma and Ba, https://arxiv.org/abs/1412.6980), whose step is one launch
+    where there are kernels (`functional.runs_kernels`): for one group of `MOST` float32 parameters
+    or less that all have gradients, without weight decay, amsgrad and the like; else PyTorch's.
+
+    A step also moves `average` and writes `copies`, where they are given, by the same launch.
+    State and state_dict are PyTorch's: each loads the other's. torch.amp.GradScaler works as with
+    PyTorch's fused Adam, on the device alone; gradients are left unscaled.
+
+    A CUDA graph may hold a step: the counts are on the device, and so is the learning rate, which
+    `refresh` takes there from its group.
+    """
+
+    average: Average | None = None
+    """Of parameters and buffers of the net that these parameters are of."""
+    copies: WorkingCopies | None = None
+    """Of that net's weights."""
+    _rate: Tensor | None = None
+    _given_rate: float | None = None
+    _tickets: Tensor | None = None
+
+    def prepare(self) -> None:
+        """Makes the state that PyTorch's Adam makes in its first step."""
+        for p in self._parameters():
+            if not self.state[p]:
+                self.state[p] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                    "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
+                    "exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format),
+                }
+
+    def refresh(self) -> None:
+        """Takes notice of another learning rate in the group. To be called before a CUDA graph
+        that holds a step is replayed; a step does it by itself."""
+        rate = self.param_groups[0]["lr"]
+        if isinstance(rate, Tensor):  # PyTorch's own way to change it
+            return
+        if self._rate is None:
+            device = self._parameters()[0].device
+            self._rate = torch.full((), rate, dtype=torch.float32, device=device)
+            self._tickets = torch.zeros((), dtype=torch.int32, device=device)
+        elif rate != self._given_rate:
+            self._rate.fill_(rate)
+        self._given_rate = rate
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update by the gradients as they are; returns what the closure does."""
+        if closure is None and self._in_one_launch():
+            self._launch()
+            return None
+        self._widen()
+        result = super().step(closure)
+        if self.copies is not None:
+            self.copies.refresh()
+        if self.average is not None:
+            self.average.update()
+        return result
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return list(itertools.chain(*(group["params"] for group in self.param_groups)))
+
+    def _widen(self) -> None:
+        """Gradients in the parameters' dtype from now on, as PyTorch's Adam takes them."""
+        for p in self._parameters():
+            if p.grad is not None and p.grad.dtype != p.dtype:
+                wide, p.grad = p.grad.to(p.dtype), None
+                p.grad_dtype = p.dtype
+                p.grad = wide
+
+    def _in_one_launch(self) -> bool:
+        parameters = self._parameters()
+        (group, *others), device = self.param_groups, parameters[0].device
+        unknown = ("weight_decay", "amsgrad", "maximize", "differentiable")
+        if others or any(group[name] for name in unknown) or isinstance(group["lr"], Tensor):
+            return False
+        if not runs_kernels(device) or len(parameters) > MOST:
+            return False
+        if any(p.grad is None for p in parameters):
+            return False
+        self.prepare()
+        copied = {} if self.copies is None else self.copies.of
+        followed = {} if self.average is None else self.average.of
+        known = set(parameters)
+        if not copied.keys() <= known or (followed and not known <= followed.keys()):
+            return False
+        gradients: dict[Tensor, Tensor] = {p: p.grad for p in parameters if p.grad is not None}
+        narrow = {copy.dtype for copy in copied.values()} == {gradients[p].dtype for p in copied}
+        wide: list[Tensor] = [g for p, g in gradients.items() if not (narrow and p in copied)]
+        pairs: list[tuple[Tensor, Tensor]] = list(gradients.items())
+        for p in parameters:
+            slots = self.state[p]
+            moments = [slots["exp_avg"], slots["exp_avg_sq"]]
+            if slots["step"].device != device:
+                return False
+            wide += [p, *moments]
+            pairs += [(p, moment) for moment in moments]
+        for value, average in followed.items():
+            if value.is_floating_point():
+                wide += [value, average]
+                pairs.append((value, average))
+        return all(t.dtype == torch.float32 for t in wide) and all(_alike(*pair) for pair in pairs)
+
+    def _launch(self) -> None:
+        self.refresh()
+        assert self._rate is not None
+        copied = {} if self.copies is None else self.copies.of
+        parameters = sorted(self._parameters(), key=lambda p: p not in copied)
+        values: list[Tensor] = list(parameters)
+        averages: dict[Tensor, Tensor] = {}
+        counts: list[Tensor] = []
+        updates, least = self._rate, 0.0
+        if self.average is not None:
+            own = set(parameters)
+            values += [value for value in self.average.floating if value not in own]
+            averages, counts = self.average.of, self.average.counts
+            updates, least = self.average.updates, self.average.least
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        group = self.param_groups[0]
+        beta1, beta2 = group["betas"]
+        state = [self.state[p] for p in parameters]
+        scale = getattr(self, "grad_scale", None)  # both are there or none: GradScaler's contract
+        found_inf = getattr(self, "found_inf", None)
+        sizes = [value.numel() for value in values]
+        first = [0, *itertools.accumulate(cdiv(size, BLOCK) for size in sizes)]
+        Launch(
+            _kernel(),
+            (first[-1],),
+            {
+                "values": tuple(values),
+                "narrow": tuple(g for g in gradients if g.dtype != torch.float32),
+                "gradients": tuple(g for g in gradients if g.dtype == torch.float32),
+                "first_moments": tuple(slots["exp_avg"] for slots in state),
+                "second_moments": tuple(slots["exp_avg_sq"] for slots in state),
+                "steps": tuple(slots["step"] for slots in state),
+                "copies": tuple(copied[p] for p in parameters if p in copied),
+                "averages": tuple(averages[value] for value in values if averages),
+                "counts": tuple(counts), "counted": tuple(averages[count] for count in counts),
+                "updates": updates, "least": float(least), "rate": self._rate,
+                "share1": 1.0 - beta1, "share2": 1.0 - beta2,
+                "log1": _log(beta1), "log2": _log(beta2), "eps": float(group["eps"]),
+                "scale": self._rate if scale is None else scale,
+                "found_inf": self._rate if found_inf is None else found_inf,
+                "tickets": self._tickets, "SCALED": scale is not None,
+                "FIRST": tuple(first), "SIZES": tuple(sizes), "BLOCK": BLOCK,
+            },
+        ).run(self._rate.device)  # fmt: skip
+        increment_version([*values, *averages.values()])
+        if self.copies is not None:
+            self.copies.written()
+
+
+def _kernel() -> Any:
+    """Triton is imported when it is wanted: some devices lack it."""
+    from fastdcgan_kernels.jit import adam
+
+    return adam.adam
+
+
+def _log(beta: float) -> float:
+    return math.log(beta) if beta > 0 else -math.inf
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether these have the same elements at the same places, without gaps."""
+    whole = one.is_contiguous() or (
+        one.dim() == 4 and one.is_contiguous(memory_format=torch.channels_last)
+    )
+    return (
+        whole
+        and one.device == other.device
+        and one.shape == other.shape
+        and _places(one) == _places(other)
+    )
+
+
+def _places(tensor: Tensor) -> list[int]:
+    return [s for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n != 1]
