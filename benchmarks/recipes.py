@@ -1,10 +1,12 @@
-"""`python -m benchmarks.recipes`: training recipes side by side at equal time on this machine, by
-FID and KID. Each runs alone, through the same commands that a user types, which the page repeats.
+"""`python -m benchmarks.recipes`: training recipes side by side for equal time on this machine, by
+FID and KID. They run at once, with as many cores each, by the commands that a user types, which the
+page repeats.
 Not for: speed (pytest benchmarks/), search (`python -m fastdcgan.tune`).
 """
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -23,10 +25,11 @@ class Trained:
     """One recipe after its time."""
 
     preset: str
-    commands: tuple[list[str], ...]
+    commands: tuple[list[str], list[str]]
     """Of training and of evaluation, without the interpreter."""
     steps: int
-    images_per_second: float
+    cpu_seconds: float
+    """Of training, compilation and samples included."""
     report: dict[str, Any]
     """What `fastdcgan.evaluate --json` printed."""
     grid: Path
@@ -34,10 +37,10 @@ class Trained:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; returns 1 where one of its commands fails."""
+    """The command; ends with an error where one of its commands fails."""
     parser = argparse.ArgumentParser(
         prog=COMMAND,
-        description="Train recipes for equal time, one after another, and compare FID and KID.",
+        description="Train recipes side by side for equal time, and compare FID and KID.",
         epilog=f"Example: {COMMAND} --data fashion-mnist --image-size 32 --minutes 15 "
         "dcgan small-data --out benchmarks/results/recipes",
     )
@@ -48,16 +51,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--n", type=int, default=5000, help="images that are scored; default 5000")
     parser.add_argument("--name", help="of the page; default that of the data")
     parser.add_argument("--out", type=Path, required=True, help="folder of the page and its sheets")
+    parser.add_argument("--flags", default="", help="more flags of every training, as one word")
     parser.add_argument("--runs", type=Path, required=True, help="folder of the runs; kept")
     given = parser.parse_args(arguments)
-    try:
-        found = [
-            train(preset, given.data, given.image_size, given.minutes, given.n, given.runs)
-            for preset in given.presets
-        ]
-    except subprocess.CalledProcessError as error:
-        print(f"{shlex.join(error.cmd)} failed:\n{error.stderr}", file=sys.stderr)
-        return 1
+    words = [commands(preset, given) for preset in given.presets]
+    seconds = train([training for training, _ in words])
+    found = [score(*each) for each in zip(given.presets, words, seconds, strict=True)]
     name = given.name or Path(given.data).stem
     given.out.mkdir(parents=True, exist_ok=True)
     for one in found:
@@ -68,34 +67,56 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def train(preset: str, data: str, size: int, minutes: float, n: int, runs: Path) -> Trained:
-    """Trains one recipe in a process of its own and scores its averaged generator."""
-    run = runs / f"{Path(data).stem}-{preset}"
+def commands(preset: str, given: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Of training and of scoring a recipe, without the interpreter."""
+    run = given.runs / f"{Path(given.data).stem}-{preset}"
     training = [
-        *("fastdcgan.train", "--preset", preset, "--data", data, "--image-size", str(size)),
-        *("--epochs", "100000", "--max-minutes", f"{minutes:g}", "--out", str(run)),
+        *("fastdcgan.train", "--preset", preset, "--data", given.data),
+        *("--image-size", str(given.image_size), "--epochs", "100000"),
+        *("--max-minutes", f"{given.minutes:g}", "--out", str(run), *shlex.split(given.flags)),
     ]
-    scoring = ["fastdcgan.evaluate", "--real", data, "--fake", str(run), "--n", str(n), "--json"]
-    _run(training)
-    report = json.loads(_run(scoring))
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    speeds = sorted(row["images_per_second"] for row in rows[1:] or rows)
+    scoring = ["fastdcgan.evaluate", "--real", given.data, "--fake", str(run)]
+    return training, [*scoring, "--n", str(given.n), "--json"]
+
+
+def train(trainings: list[list[str]]) -> list[float]:
+    """Runs all at once, each with its share of the cores; returns the CPU seconds of each."""
+    threads = str(max((os.cpu_count() or 1) // len(trainings), 1))
+    started = []
+    for words in trainings:
+        print("python -m " + shlex.join(words), file=sys.stderr, flush=True)
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-m", *words],
+                env={**os.environ, "OMP_NUM_THREADS": threads},
+                stdout=subprocess.DEVNULL,
+            )
+        )
+    seconds = []
+    for process in started:
+        _, status, used = os.wait4(process.pid, 0)
+        if status:
+            raise SystemExit(f"{shlex.join(process.args)} failed")
+        seconds.append(used.ru_utime + used.ru_stime)
+    return seconds
+
+
+def score(preset: str, words: tuple[list[str], list[str]], cpu_seconds: float) -> Trained:
+    """The averaged generator of a recipe that has been trained."""
+    training, scoring = words
+    done = subprocess.run(
+        [sys.executable, "-m", *scoring], check=True, stdout=subprocess.PIPE, text=True
+    )
+    run = Path(training[training.index("--out") + 1])
+    last = (run / "metrics.jsonl").read_text().splitlines()[-1]
     return Trained(
         preset,
-        (training, scoring),
-        steps=rows[-1]["step"],
-        images_per_second=speeds[len(speeds) // 2],
-        report=report,
+        words,
+        steps=json.loads(last)["step"],
+        cpu_seconds=cpu_seconds,
+        report=json.loads(done.stdout),
         grid=max((run / "samples").glob("step-*.png")),
     )
-
-
-def _run(words: list[str]) -> str:
-    print("python -m " + shlex.join(words), file=sys.stderr, flush=True)
-    done = subprocess.run(
-        [sys.executable, "-m", *words], check=True, capture_output=True, text=True
-    )
-    return done.stdout
 
 
 def page(name: str, found: list[Trained], minutes: float) -> str:
@@ -104,18 +125,18 @@ def page(name: str, found: list[Trained], minutes: float) -> str:
     lines = [
         f"# {name}: {minutes:g} minutes each",
         "",
-        f"{machine()}, one run after another. KID and FID by {report['features']}, "
-        f"n = {report['n']:,}; floor (real against real): KID {report['kid_floor']:.4f}, "
+        f"{machine()} in all, shared by the runs, which went side by side. KID and FID by "
+        f"{report['features']}, n = {report['n']:,}; floor (real against real): KID {report['kid_floor']:.4f}, "
         f"FID {report['fid_floor']:.1f}.",
         "",
-        "| recipe | steps | images/s | " + " | ".join(SCORES) + " | KID of the first |",
+        "| recipe | steps | CPU s | " + " | ".join(SCORES) + " | KID of the first |",
         "|---" * (4 + len(SCORES)) + "|",
     ]
     for one in found:
         scores = " | ".join(f"{one.report[key]:.4g}" for key in SCORES)
         ratio = one.report["kid"] / first.report["kid"]
         lines.append(
-            f"| {one.preset} | {one.steps:,} | {one.images_per_second:.0f} | {scores} "
+            f"| {one.preset} | {one.steps:,} | {one.cpu_seconds:.0f} | {scores} "
             f"| {100 * ratio:.0f} % |"
         )
     for one in found:

@@ -1,5 +1,6 @@
 """The table of docs/metrics.md: what every score says of images that are good, or bad in a known
-way. `python benchmarks/which_metric.py [RUN ...] [--n 2000]` prints it as Markdown.
+way. `python benchmarks/which_metric.py [RUN ...] [--n 2000] [--picture FILE.png]` prints it as
+Markdown, and draws ten images of each row beside its scores.
 
 The real images are Fashion-MNIST's train split at 32 pixels; those in the fakes' place are made of
 its test split.
@@ -63,11 +64,29 @@ def row(title: str, scores: Scores) -> str:
     return f"| {title} | " + " | ".join(f"{value:.3g}" for value in asdict(scores).values()) + " |"
 
 
+def draw(rows: list[tuple[str, np.ndarray, Scores]], path: Path) -> None:
+    """A strip of images (n, H, W, 1) for each row, with its scores."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 0.8 * len(rows)), layout="constrained")
+    for axis, (title, images, scores) in zip(
+        figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows, strict=True
+    ):
+        strip = np.concatenate([np.pad(image[..., 0], 1) for image in images], axis=1)
+        axis.imshow(strip, cmap="gray", vmin=0, vmax=255)
+        axis.set_axis_off()
+        text = f"FID {scores.fid:.0f}, KID {scores.kid:.3f}, recall {scores.recall:.2f}"
+        axis.text(-0.02, 0.5, f"{title}\n{text}", transform=axis.transAxes, ha="right", va="center")
+    figure.savefig(path, dpi=90)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="*", help="runs on Fashion-MNIST at 32 pixels")
     parser.add_argument("--n", type=int, default=2000)
+    parser.add_argument("--picture", type=Path, help="a PNG to draw the rows to")
     options = parser.parse_args()
+    drawn = []
     print("| in the fakes' place | FID | KID | IS | precision | recall | density | coverage |")
     print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
@@ -79,9 +98,12 @@ def main() -> None:
             if title.startswith("real"):
                 print(row("floor: other training images", found.floor))
             print(row(title, found.scores), flush=True)
+            drawn.append((title, images[:12], found.scores))
         for run in options.runs:
             found = evaluate(REAL, run, **settings).comparison
             print(row(f"run {Path(run).name}", found.scores))
+    if options.picture is not None:
+        draw(drawn, options.picture)
     print(f"\nn = {found.n:,}, features by {found.features}")
 
 
