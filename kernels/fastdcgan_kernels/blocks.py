@@ -10,6 +10,7 @@ block, which applies it as it loads. Nothing else is kept for the backward pass.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -75,7 +76,8 @@ def _convolve(
     """Our GEMM, the image kernels where the large side is an image."""
     x = source.value
     run = (image.image_up if up else image.image_down) if _is_image(geometry) else None
-    tile = _task("up" if up else "down", geometry, x, source.prologue, epilogue.kind, groups)
+    kind = "store" if epilogue.kind in ("signs", "signed") else epilogue.kind
+    tile = _task("up" if up else "down", geometry, x, source.prologue, kind, groups)
     options = {"tile": tile, "epilogue": epilogue, "groups": groups}
     if run is not None:
         return run(source, weight, geometry, precision=_precision(x), **options)
@@ -92,6 +94,20 @@ def _weight_gradient_of(
     return run(
         small, large, geometry, tile=tile, dtype=dtype, groups=groups,
         precision=_precision(x.value),
+    )  # fmt: skip
+
+
+def _image_gradients(
+    dy: Operand, weight: Tensor, geometry: Geometry, epilogue: Epilogue, dtype: torch.dtype,
+    groups: int,
+) -> tuple[Result, Tensor]:  # fmt: skip
+    """Both gradients of a layer up to an image in one launch."""
+    x = dy.value
+    tile = _task("down", geometry, x, dy.prologue, "gradient", groups)
+    return image.image_gradients(
+        dy, weight, geometry, epilogue=epilogue, dtype=dtype, groups=groups,
+        tile=replace(tile, rows=min(tile.rows, 64)),  # more would spill, with two products
+        parts=plan.parts(_target(x.device), groups), precision=_precision(x),
     )  # fmt: skip
 
 
@@ -193,6 +209,57 @@ def conv_bn_backward(
     )  # fmt: skip
 
 
+def conv_bn_of_image_backward(
+    gy: Tensor,
+    gcoef: Tensor,
+    picture: Tensor,
+    picture_weight: Tensor,
+    picture_working: Tensor | None,
+    signs: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    working: Tensor | None,
+    y: Tensor,
+    groups: int,
+    x_activation: str,
+    x_slope: float,
+    sync: str,
+    need_picture: bool,
+    need_picture_weight: bool,
+    need_weight: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of picture, its weight and weight, through a `conv_bn` down and the layer before
+    it, x = act(conv2d(picture, picture_weight)), of which there are `signs`."""
+    dcoef, _, _ = normalisation.norm_gradient(gcoef.contiguous(), sync)
+    gy = gy.to(y.dtype).contiguous(memory_format=CHANNELS_LAST)
+    dy = Operand(gy, "normgrad", aux=y, coef=dcoef)
+    geometry = geometry_of(x, weight, False, 2)
+    first = geometry_of(picture, picture_weight, False, 2)
+    w = working_copy(weight, x.dtype) if working is None else working
+    picture = picture.contiguous(memory_format=CHANNELS_LAST)
+    gpicture = gpicture_weight = gw = None
+    if need_picture:
+        epilogue = Epilogue("signed", aux=signs, activation=x_activation, slope=x_slope)
+        g = Operand(_convolve(dy, w, geometry, True, epilogue, groups).value)
+        first_w = picture_working
+        if first_w is None:
+            first_w = working_copy(picture_weight, x.dtype)
+        gpicture = _convolve(g, first_w, first, True, Epilogue(), 1).value
+        if need_picture_weight:
+            dtype = picture_weight.dtype
+            gpicture_weight = _weight_gradient_of(Operand(picture), g, first, False, dtype, 1)
+    elif need_picture_weight:  # nobody else wants the gradient between the layers
+        gpicture_weight = image.image_weight_gradient_through(
+            dy, w, geometry, signs, x_activation, x_slope, picture,
+            tile=_task("up", geometry, gy, dy.prologue, "store", groups),
+            parts=plan.parts(_target(x.device), groups), dtype=picture_weight.dtype,
+            groups=groups, precision=_precision(x),
+        )  # fmt: skip
+    if need_weight:
+        gw = _weight_gradient_of(Operand(x), dy, geometry, False, weight.dtype, groups)
+    return gpicture, gpicture_weight, gw
+
+
 def conv_act(
     x: Tensor,
     x_coef: Tensor | None,
@@ -205,8 +272,9 @@ def conv_act(
     activation: str,
     slope: float,
     working: Tensor | None = None,
+    signs: Tensor | None = None,
 ) -> Tensor:
-    """act(convolution + bias)."""
+    """act(convolution + bias), and its signs, of a layer down from an image, into `signs`."""
     source = _source(x, x_coef, x_activation, x_slope)
     w = working_copy(weight, x.dtype) if working is None else working
     geometry, groups = geometry_of(x, weight, up, stride), _groups(x_coef, 1)
@@ -220,7 +288,8 @@ def conv_act(
         return normalisation.pointwise(
             Operand(y, "activate", coef=coef, activation=activation, slope=slope), 1
         )
-    epilogue = Epilogue("store", bias=bias, activation=activation, slope=slope)
+    kind = "store" if signs is None else "signs"
+    epilogue = Epilogue(kind, bias=bias, aux=signs, activation=activation, slope=slope)
     return _convolve(source, w, geometry, up, epilogue, groups).value
 
 
@@ -297,11 +366,14 @@ def _convolution_backward(
         epilogue = Epilogue(
             "gradient", aux=source.value, coef=source.coef, activation=x_activation, slope=x_slope
         )
-        result = _convolve(dy, w, geometry, not up, epilogue, groups)
+        if need_weight and up and _is_image(geometry):
+            result, gw = _image_gradients(dy, w, geometry, epilogue, weight.dtype, groups)
+        else:
+            result = _convolve(dy, w, geometry, not up, epilogue, groups)
         assert result.partials is not None
         assert source.coef is not None
         gx, gx_coef = result.value, normalisation.finalize_gradient(result.partials, source.coef)
-    if need_weight:
+    if need_weight and gw is None:
         gw = _weight_gradient_of(source, dy, geometry, up, weight.dtype, groups)
     return gx, gx_coef, gw, gbias
 

@@ -34,7 +34,8 @@ class Operand:
 
 @dataclass(frozen=True)
 class Epilogue:
-    """What happens to a result before it is stored (`jit.tile.store_tile`)."""
+    """What happens to a result before it is stored (`jit.tile.store_tile`). `aux`: the raw y; or
+    signs, uint8 [N, P, Q, C / 8], which "signs" writes and "signed" reads."""
 
     kind: str = "store"
     bias: Tensor | None = None
@@ -58,7 +59,7 @@ def epilogue_buffers(
     kind: str, groups: int, tiles: int, channels: int, like: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
     """Where the epilogue's partials and counts go."""
-    if kind == "store":
+    if kind not in ("statistics", "gradient"):
         return None, None
     partials = like.new_empty((2, groups, tiles, channels), dtype=torch.float32)
     counts = like.new_empty((groups, tiles), dtype=torch.float32) if kind == "statistics" else None

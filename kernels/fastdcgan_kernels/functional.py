@@ -42,7 +42,26 @@ class Deferred(NamedTuple):
         return self.y.shape
 
 
-Input: TypeAlias = "Tensor | Deferred"
+class FromImage(NamedTuple):
+    """The output y = act(conv2d(image, weight)) of a layer with what its consumer needs to work out
+    the gradients of image and weight itself: signs of y, uint8 [N, P, Q, CO / 8], and the weight as
+    the kernels take it, or None."""
+
+    y: Tensor
+    signs: Tensor
+    image: Tensor
+    weight: Tensor
+    working: Tensor | None
+    activation: str
+    slope: float
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the output."""
+        return self.y.shape
+
+
+Input: TypeAlias = "Tensor | Deferred | FromImage"
 
 
 def conv_bn_act(
@@ -139,9 +158,11 @@ def conv_act(
     activation: Activation,
     slope: float = 0.0,
     working: Tensor | None = None,
-) -> Tensor:
-    """act(conv2d(x, weight) + bias); as `reference.conv_act`, dtypes and x as `conv_bn_act`."""
-    return _plain(False, x, weight, bias, stride, padding, activation, slope, working)
+    defer: bool = False,
+) -> Any:
+    """act(conv2d(x, weight) + bias); as `reference.conv_act`, dtypes and x as `conv_bn_act`.
+    defer: a layer from an image may return `FromImage`. Default False."""
+    return _plain(False, x, weight, bias, stride, padding, activation, slope, working, defer)
 
 
 def conv_transpose_act(
@@ -156,13 +177,16 @@ def conv_transpose_act(
     working: Tensor | None = None,
 ) -> Tensor:
     """act(conv_transpose2d(x, weight) + bias); else as `conv_act`."""
-    return _plain(True, x, weight, bias, stride, padding, activation, slope, working)
+    out: Tensor = _plain(True, x, weight, bias, stride, padding, activation, slope, working)
+    return out
 
 
 def materialise(x: Input) -> Tensor:
-    """The output that a `Deferred` stands for; a tensor as it is."""
+    """The output that a `Deferred` or `FromImage` stands for; a tensor as it is."""
     if isinstance(x, Tensor):
         return x
+    if isinstance(x, FromImage):
+        return x.y
     out: Tensor = ops.activate(x.y, x.coef, x.activation, x.slope)
     return out
 
@@ -228,8 +252,11 @@ def unsupported(
     return ""
 
 
-def _cast(x: Input) -> Input:
-    """x in the autocast dtype, where autocast is on and would cast it."""
+def _cast(x: Input) -> Tensor | Deferred:
+    """x in the autocast dtype, where autocast is on and would cast it; without the layer before
+    it."""
+    if isinstance(x, FromImage):
+        return x.y
     if not isinstance(x, Tensor):
         return x
     kind = x.device.type
@@ -306,6 +333,7 @@ def _block(
     defer: bool,
 ) -> Any:  # fmt: skip
     reference.check_activation(activation)
+    layer = x
     x = _cast(x)
     if not sync and _takes_cpu_kernels(x, weight, stride, padding, up, slope, norm=True):
         if training and batches is not None:
@@ -322,7 +350,8 @@ def _block(
         return _plain(up, x, weight, bias, stride, padding, activation, slope, None)
     if x.shape[0] % groups:
         raise ValueError(f"stat_groups={groups} does not divide a batch of {x.shape[0]}")
-    if kernels and _how(x, weight, stride, up, True, groups) == "reference":
+    how = _how(x, weight, stride, up, True, groups) if kernels else "reference"
+    if kernels and how == "reference":
         kernels = False
         weight, bias = _like(x, weight, bias)
     if not kernels:
@@ -347,10 +376,15 @@ def _block(
                 batches.add_(groups)  # nn.BatchNorm2d counts before it refuses
             raise
     momenta = momentum if isinstance(momentum, Tensor) else None
+    before: tuple[Tensor | None, ...] = (None, None, None, None)
+    taken = how == "prologue" and bias is None and stride == 2 and not up
+    if isinstance(layer, FromImage) and taken:
+        before = layer.image, layer.weight, layer.working, layer.signs
+        y, x_activation, x_slope = y.detach(), layer.activation, layer.slope
     y, coef = ops.conv_bn(
         y, coef, weight, bias, gamma, beta, up, stride, groups, eps, x_activation, x_slope, sync,
         _working(weight, y.dtype, working), running_mean, running_var, batches,
-        0.0 if isinstance(momentum, Tensor) else momentum, momenta,
+        0.0 if isinstance(momentum, Tensor) else momentum, momenta, *before,
     )  # fmt: skip
     deferred = Deferred(y, coef, activation, slope)
     return deferred if defer else materialise(deferred)
@@ -358,15 +392,16 @@ def _block(
 
 def _plain(
     up: bool, x: Input, weight: Tensor, bias: Tensor | None, stride: int, padding: int,
-    activation: Activation, slope: float, working: Tensor | None,
-) -> Tensor:  # fmt: skip
+    activation: Activation, slope: float, working: Tensor | None, defer: bool = False,
+) -> Any:  # fmt: skip
     reference.check_activation(activation)
     x = _cast(x)
     if _takes_cpu_kernels(x, weight, stride, padding, up, slope, norm=False):
         return cpu.conv_act(x, weight, bias, up, stride, activation, slope)
     kernels = _takes_kernels(x, weight, stride, padding, up, slope)
     groups = x.coef.shape[1] if isinstance(x, Deferred) else 1
-    if kernels and _how(x, weight, stride, up, False, groups) == "reference":
+    how = _how(x, weight, stride, up, False, groups) if kernels else "reference"
+    if kernels and how == "reference":
         kernels = False
         weight, bias = _like(x, weight, bias)
     if not kernels:
@@ -376,11 +411,21 @@ def _plain(
             activation=activation, slope=slope,
         )  # fmt: skip
     y, coef, x_activation, x_slope = x if isinstance(x, Deferred) else (x, None, "none", 0.0)
+    working, signs = _working(weight, y.dtype, working), None
+    channels = weight.shape[0]
+    if (
+        defer and how == "prologue" and isinstance(x, Tensor) and not up and bias is None
+        and stride == 2 and y.shape[1] <= 4 and channels % 8 == 0
+        and activation in ("relu", "leaky_relu") and torch.is_grad_enabled()
+    ):  # fmt: skip
+        sides = _output_shape(y, weight, stride, up)
+        signs = y.new_empty((sides[0], *sides[2:], channels // 8), dtype=torch.uint8)
     out: Tensor = ops.conv_act(
-        y, coef, weight, bias, up, stride, x_activation, x_slope, activation, slope,
-        _working(weight, y.dtype, working),
-    )  # fmt: skip
-    return out
+        y, coef, weight, bias, up, stride, x_activation, x_slope, activation, slope, working, signs
+    )
+    if signs is None:
+        return out
+    return FromImage(out, signs, y, weight, working, activation, slope)
 
 
 def _output_shape(x: Tensor, weight: Tensor, stride: int, up: bool) -> torch.Size:

@@ -9,7 +9,7 @@ None of the defaults below was timed on a GPU: they are predictions. tuner.py me
 user's device, and what it stored is taken before any default.
 
 By bytes and launches alone a prologue is better everywhere (benchmarks/cost_model.py: a step of 128
-images moves 1.3 GB in 86 launches, and 1.8 GB in 119 materialised). That counts no instructions. A
+images moves 1.2 GB in 84 launches, and 1.8 GB in 119 materialised). That counts no instructions. A
 prologue transforms each value once for every tap and column tile that reads it: by docs/inspect.md
 a sm_90 program with one has some 100 instructions for each matrix instruction in its loop, some 30
 without. A multiprocessor starts 4 warps' instructions a cycle and multiplies 2048 pairs of bf16, so
@@ -267,6 +267,12 @@ def tile_for(task: Task, target: Target) -> Tile:
     if _questions:
         _questions[-1][task] = None
     return measured.stored_tile(task, target.device) or _heuristic(task, target)
+
+
+def parts(target: Target, groups: int) -> int:
+    """Programs of each group that go over its tiles and keep a sum: one for each multiprocessor in
+    all, because each writes its part of the sum, which is then read once more."""
+    return max(1, target.multiprocessors // groups)
 
 
 def shared_bytes(task: Task, tile: Tile) -> int:

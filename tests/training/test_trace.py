@@ -36,13 +36,13 @@ PROLOGUE = {
     "down": ["gather", "merge_statistics"],
     "to input": ["sum_partials", "gather"],
     "to both": ["gather", "sum_partials", "weight_gradient"],
-    "to both, before it no norm": ["gather", "weight_gradient"],
+    "to both, before it no norm": ["image_weight_gradient_through", "weight_gradient"],
     "to weight": ["weight_gradient"],
     "last logit": ["gather"],
     "last logit to both": ["gather", "sum_partials", "weight_gradient"],
-    "image to weight": ["image_weight_gradient"],
+    "image to weight": [],  # by the launch that made its gradient
     "image to input": ["image_up"],
-    "picture to both": ["image_down", "sum_partials", "image_weight_gradient"],
+    "picture to both": ["image_gradients", "sum_partials"],
 }
 
 
