@@ -10,7 +10,6 @@ block, which applies it as it loads. Nothing else is kept for the backward pass.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -102,12 +101,12 @@ def _image_gradients(
     groups: int,
 ) -> tuple[Result, Tensor]:  # fmt: skip
     """Both gradients of a layer up to an image in one launch."""
-    x = dy.value
+    x, target = dy.value, _target(dy.value.device)
     tile = _task("down", geometry, x, dy.prologue, "gradient", groups)
     return image.image_gradients(
         dy, weight, geometry, epilogue=epilogue, dtype=dtype, groups=groups,
-        tile=replace(tile, rows=min(tile.rows, 64)),  # more would spill, with two products
-        parts=plan.parts(_target(x.device), groups), precision=_precision(x),
+        tile=plan.tile_of_both(tile, target), parts=plan.parts(target, groups),
+        precision=_precision(x),
     )  # fmt: skip
 
 

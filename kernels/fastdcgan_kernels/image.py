@@ -159,13 +159,12 @@ def image_gradients(
     precision: str = "ieee",
 ) -> tuple[Result, Tensor]:
     """With `source` the gradient of an image that was made of act(z): what `image_down` gives for
-    the epilogue "gradient", and d weight [CS, CL, 4, 4]. Of `tile` the depth and the split are not
-    read."""
+    the epilogue "gradient", whose tiles here are the parts, and d weight [CS, CL, 4, 4]. Of `tile`
+    the depth and the split are not read."""
     g = geometry
     assert epilogue.kind == "gradient"
     out = empty(g.N, g.CS, g.P, g.Q, source.value)
-    tiles = cdiv(g.N // groups * g.P * g.Q, tile.rows)
-    result = Result(out, *epilogue_buffers("gradient", groups, tiles, g.CS, out))
+    result = Result(out, *epilogue_buffers("gradient", groups, parts, g.CS, out))
     store = _parts(g.CS, g.CL, parts, groups, out)
     arguments = epilogue_arguments(epilogue, out, result)
     Launch(

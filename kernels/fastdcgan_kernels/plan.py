@@ -269,6 +269,13 @@ def tile_for(task: Task, target: Target) -> Tile:
     return measured.stored_tile(task, target.device) or _heuristic(task, target)
 
 
+def tile_of_both(tile: Tile, target: Target) -> Tile:
+    """That of both gradients of an image in one launch, from that of the features' alone; others
+    would spill (inspect.py)."""
+    rows = 32 if target.name in ("sm_80", "sm_89", "sm_120") else 64
+    return replace(tile, rows=rows, stages=1 if target.name == "gfx942" else tile.stages)
+
+
 def parts(target: Target, groups: int) -> int:
     """Programs of each group that go over its tiles and keep a sum: one for each multiprocessor in
     all, because each writes its part of the sum, which is then read once more."""

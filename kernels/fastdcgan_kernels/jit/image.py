@@ -14,7 +14,12 @@ import triton
 import triton.language as tl
 
 from fastdcgan_kernels.jit.gather import gather_sum
-from fastdcgan_kernels.jit.tile import load_operand, signs_derivative, store_tile
+from fastdcgan_kernels.jit.tile import (
+    load_operand,
+    signs_derivative,
+    store_gradient,
+    store_tile,
+)
 
 
 @triton.jit
@@ -376,7 +381,7 @@ def image_gradients(
     out,  # [N, P, Q, CS]
     out_aux,  # like out: raw y
     out_coef,  # [3, groups, CS] fp32
-    partials,  # [2, groups, tiles, CS] fp32
+    partials,  # [2, groups, PARTS, CS] fp32
     gw,  # fp32 [groups, PARTS, like w]
     groups,
     images,  # N / groups
@@ -411,6 +416,8 @@ def image_gradients(
     tiles = tl.cdiv(images * (P * Q), BLOCK_M)
 
     gw_acc = tl.zeros((BLOCK_N, 64), dtype=tl.float32)
+    s1 = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    s2 = tl.zeros((BLOCK_N,), dtype=tl.float32)
     for row_tile in range(part, tiles, PARTS):
         row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
         row_mask = row < images * (P * Q)
@@ -436,13 +443,14 @@ def image_gradients(
         )
         a = tl.where(used[None, :], a, 0.0)
         offsets = (((n * P + p) * Q + q) * CS)[:, None] + channel[None, :]
+        mask = row_mask[:, None] & channel_mask[None, :]
         features = load_operand(
             out_aux,
             out_aux,
             out_coef + group * CS,
             groups * CS,
             offsets,
-            row_mask[:, None] & channel_mask[None, :],
+            mask,
             channel[None, :],
             channel_mask[None, :],
             slope,
@@ -450,26 +458,25 @@ def image_gradients(
             ACTIVATION,
         )
         gw_acc = tl.dot(tl.trans(features), a, gw_acc, input_precision=PRECISION)
-        store_tile(
+        dz, dz_apart = store_gradient(
             tl.dot(a, b, input_precision=PRECISION),
             out,
             offsets,
-            row_mask,
+            mask,
             channel,
             channel_mask,
-            out,
             out_aux,
             out_coef + group * CS,
             groups * CS,
             slope,
-            partials,
-            (group * tiles + row_tile) * CS + channel,
-            groups * tiles * CS,
-            False,
-            "gradient",
             ACTIVATION,
         )
+        s1 += dz
+        s2 += dz_apart
 
+    own = (group * PARTS + part) * CS + channel
+    tl.store(partials + own, s1, mask=channel_mask)
+    tl.store(partials + tl.num_programs(1) * PARTS * CS + own, s2, mask=channel_mask)
     to = gw + (group * PARTS + part) * (CS * 16 * CL)
     to += (channel * (16 * CL))[:, None] + taps[None, :]
     tl.store(to, gw_acc, mask=channel_mask[:, None] & used[None, :])

@@ -125,6 +125,30 @@ def signs_derivative(signs, offsets, mask, channels, slope, ACTIVATION: tl.const
 
 
 @triton.jit
+def store_gradient(
+    result,  # [BM, BN] fp32: d act(z), z = scale * (y - mean) + shift
+    out,
+    offsets,
+    mask,
+    channels,
+    channel_mask,
+    y,  # pointer, like out
+    coef,
+    plane,
+    slope,
+    ACTIVATION: tl.constexpr,
+):
+    """Stores scale * dz with dz = result * act'(z); returns sum dz and sum dz * (y - mean) of each
+    column."""
+    mean, scale, shift = coefficients(coef, plane, channels, channel_mask)
+    apart = tl.load(y + offsets, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
+    o = activate(scale[None, :] * apart + shift[None, :], slope, ACTIVATION)
+    dz = tl.where(mask, result * activation_derivative(o, slope, ACTIVATION), 0.0)
+    tl.store(out + offsets, (scale[None, :] * dz).to(out.dtype.element_ty), mask=mask)
+    return tl.sum(dz, axis=0), tl.sum(dz * apart, axis=0)
+
+
+@triton.jit
 def store_tile(
     result,  # [BM, BN] fp32
     out,  # pointer
@@ -178,16 +202,9 @@ def store_tile(
         tl.store(partials + partial_offsets, mean, mask=channel_mask)
         tl.store(partials + partial_plane + partial_offsets, m2, mask=channel_mask)
     elif EPILOGUE == "gradient":
-        y = tl.load(aux + offsets, mask=mask, other=0.0).to(tl.float32)
-        mean, scale, shift = coefficients(coef, plane, channels, channel_mask)
-        apart = y - mean[None, :]
-        o = activate(scale[None, :] * apart + shift[None, :], slope, ACTIVATION)
-        dz = tl.where(mask, result * activation_derivative(o, slope, ACTIVATION), 0.0)
-        tl.store(out + offsets, (scale[None, :] * dz).to(out.dtype.element_ty), mask=mask)
-        tl.store(partials + partial_offsets, tl.sum(dz, axis=0), mask=channel_mask)
-        tl.store(
-            partials + partial_plane + partial_offsets,
-            tl.sum(dz * apart, axis=0),
-            mask=channel_mask,
+        s1, s2 = store_gradient(
+            result, out, offsets, mask, channels, channel_mask, aux, coef, plane, slope, ACTIVATION
         )
+        tl.store(partials + partial_offsets, s1, mask=channel_mask)
+        tl.store(partials + partial_plane + partial_offsets, s2, mask=channel_mask)
     return count
