@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdcgan_kernels import image, normalisation, plan
-from fastdcgan_kernels.convolution import Epilogue, Operand, Result
+from fastdcgan_kernels.convolution import Epilogue, Operand, Result, logit_gradients
 from fastdcgan_kernels.convolution import gather as _gather
 from fastdcgan_kernels.convolution import weight_gradient as _weight_gradient
 from fastdcgan_kernels.geometry import Geometry, geometry_of
@@ -367,6 +367,11 @@ def _convolution_backward(
         )
         if need_weight and up and _is_image(geometry):
             result, gw = _image_gradients(dy, w, geometry, epilogue, weight.dtype, groups)
+        elif not up and (geometry.stride, geometry.CS, dy.prologue) == (1, 1, "none"):
+            wanted = weight.dtype if need_weight else None
+            result, gw = logit_gradients(
+                dy.value, w, geometry, epilogue, groups=groups, dtype=wanted
+            )
         else:
             result = _convolve(dy, w, geometry, not up, epilogue, groups)
         assert result.partials is not None

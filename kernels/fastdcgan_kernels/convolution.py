@@ -15,6 +15,7 @@ from torch import Tensor
 from fastdcgan_kernels.geometry import Geometry, Tile, box_of, cdiv, empty
 from fastdcgan_kernels.jit.descriptors import gather_descriptors, weight_gradient_descriptors
 from fastdcgan_kernels.jit.gather import gather_pointers
+from fastdcgan_kernels.jit.logit import logit_gradients as _logit_gradients
 from fastdcgan_kernels.jit.norm import reduce_splits
 from fastdcgan_kernels.jit.wgrad import weight_gradient_pointers
 from fastdcgan_kernels.launch import Launch
@@ -274,3 +275,46 @@ def weight_gradient(
         tile.stages,
     ).run(out.device)
     return out if parts == 1 else reduce(store, out).value
+
+
+def logit_gradients(
+    g: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    epilogue: Epilogue,
+    *,
+    groups: int = 1,
+    dtype: torch.dtype | None = None,
+) -> tuple[Result, Tensor | None]:
+    """Of a layer down to one number of each image [N, 1, 1, 1], of which g is the gradient: what
+    `gather` gives for the epilogue "gradient", whose tiles here are the taps, and d weight
+    [1, CL, 4, 4] where its `dtype` is given."""
+    assert (geometry.CS, geometry.stride, epilogue.kind) == (1, 1, "gradient")
+    assert epilogue.aux is not None
+    y, channels = epilogue.aux, geometry.CL
+    out = torch.empty_like(y, memory_format=torch.channels_last)
+    result = Result(out, *epilogue_buffers("gradient", groups, 16, channels, out))
+    gw = None if dtype is None else empty(1, channels, 4, 4, out, dtype)
+    block = min(64, max(16, 1 << (channels - 1).bit_length()))
+    Launch(
+        _logit_gradients,
+        (16 * cdiv(channels, block),),
+        {
+            "g": g,
+            "w": weight,
+            "y": y,
+            "coef": epilogue.coef,
+            "out": out,
+            "partials": result.partials,
+            "gw": out if gw is None else gw,
+            "groups": groups,
+            "images": geometry.N // groups,
+            "slope": float(epilogue.slope),
+            "C": channels,
+            "ACTIVATION": epilogue.activation,
+            "WEIGHT": gw is not None,
+            "BLOCK_M": 64,
+            "BLOCK_N": block,
+        },
+    ).run(out.device)
+    return result, gw

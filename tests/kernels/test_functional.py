@@ -207,6 +207,53 @@ def test_a_layer_from_an_image_leaves_its_gradients_to_the_next(needs, groups, l
     ]  # fmt: skip
 
 
+ENDS = {  # a block with a norm, the layer behind it, its output's activation, and their kernels
+    "to an image": (
+        [(4, 5, 2, 3), (5, 6, 4, 4), (6, 3, 4, 4)], 2, "tanh",
+        {"both": ["image_gradients", "reduce_splits"], "input": ["image_down"]},
+    ),
+    "to a number": (
+        [(4, 5, 8, 8), (6, 5, 4, 4), (1, 6, 4, 4)], 1, "none",
+        {"both": ["logit_gradients"], "input": ["logit_gradients"]},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("need", ["both", "input"])
+@pytest.mark.parametrize("end", ENDS)
+def test_both_gradients_of_the_last_layers_are_one_launch(end, need, groups, launched):
+    shapes, stride, activation, kernels = ENDS[end]
+    up, c = end == "to an image", 6
+    tensors = leaves(*shapes, (c,), (c,))
+    tensors[2].requires_grad_(need == "both")
+    twins = [t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
+    found = []
+    for own, op in ((tensors, functional), (twins, reference)):
+        x, first, last, gamma, beta = own
+        prefix = "conv_transpose" if up else "conv"
+        block, plain = (getattr(op, f"{prefix}_{name}") for name in ("bn_act", "act"))
+        options = {"stride": stride, "padding": stride - 1, "activation": activation}
+        if op is functional:
+            with plan.override("prologue"):
+                h = run_bn(block, (x, first, None, gamma, beta), (None, None), 2, defer=True,
+                           stat_groups=groups)  # fmt: skip
+                found.append(plain(h, last, **options))
+                launched.clear()
+                found[0].backward(upstream := torch.randn(found[0].shape))
+        else:
+            h = torch.cat([run_bn(block, (part, first, None, gamma, beta), (None, None), 2)
+                           for part in x.chunk(groups)])  # fmt: skip
+            found.append(plain(h, last, **options))
+    close(*found, 4e-6, 4e-5)
+    found[1].backward(upstream.double())
+    for mine, theirs in zip(tensors, twins, strict=True):
+        assert (mine.grad is None) == (theirs.grad is None)
+        if mine.grad is not None:
+            close(mine.grad, theirs.grad, 1e-5, 1e-4)
+    assert launched[: len(kernels[need]) + 1] == [*kernels[need], "sum_partials"]
+
+
 def test_a_layer_from_an_image_whose_output_others_take():
     """Materialised, it is the tensor with its own gradients."""
     x, first = leaves(*FIRST_TWO[:2])

@@ -24,6 +24,7 @@ MATERIALISED = {
     "to weight": ["activation_gradient", "sum_partials", "apply_prologue", "weight_gradient"],
     "last logit": ["gather"],
     "last logit to both": ["gather", "weight_gradient"],
+    "last logit to input": ["gather"],
     "image to weight": ["apply_prologue", "image_weight_gradient"],
     "image to input": ["apply_prologue", "image_up"],
     "picture to both": ["apply_prologue", "image_down", "image_weight_gradient"],
@@ -39,7 +40,8 @@ PROLOGUE = {
     "to both, before it no norm": ["image_weight_gradient_through", "weight_gradient"],
     "to weight": ["weight_gradient"],
     "last logit": ["gather"],
-    "last logit to both": ["gather", "sum_partials", "weight_gradient"],
+    "last logit to both": ["logit_gradients", "sum_partials"],
+    "last logit to input": ["logit_gradients"],
     "image to weight": [],  # by the launch that made its gradient
     "image to input": ["image_up"],
     "picture to both": ["image_gradients", "sum_partials"],
@@ -56,7 +58,7 @@ def expected(of):
         + of["to both, before it no norm"]
         + of["image to weight"]
     )
-    d_to_images = of["last logit"] + 3 * of["to input"] + of["image to input"]
+    d_to_images = of["last logit to input"] + 3 * of["to input"] + of["image to input"]
     g_to_both = of["picture to both"] + 3 * of["to both"] + of["to weight"]
     return [
         *DATA, *g_forward,
