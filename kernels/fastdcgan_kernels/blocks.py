@@ -345,7 +345,10 @@ def _convolution_backward(
     gx = gx_coef = gw = gbias = None
     if need_bias:
         gbias = normalisation.column_sum(dy, groups)
-    if how != "prologue":
+    # On an image's few channels, and where all taps of a value are one tile, a prologue repeats
+    # next to nothing.
+    cheap = how == "materialised" and _is_image(geometry) and (up or not need_x)
+    if how != "prologue" and not cheap:
         dy = Operand(_materialise(dy, groups))
     if how == "vendor":
         values = _materialise(source, groups) if need_weight else source.value

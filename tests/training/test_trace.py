@@ -25,9 +25,9 @@ MATERIALISED = {
     "last logit": ["gather"],
     "last logit to both": ["gather", "weight_gradient"],
     "last logit to input": ["gather"],
-    "image to weight": ["apply_prologue", "image_weight_gradient"],
+    "image to weight": ["image_weight_gradient"],
     "image to input": ["apply_prologue", "image_up"],
-    "picture to both": ["apply_prologue", "image_down", "image_weight_gradient"],
+    "picture to both": ["image_down", "image_weight_gradient"],
 }  # fmt: skip
 # All that is in the products' loads and stores. What a layer's sums are made of is stored by the
 # layer behind it, so they come after its gradient and before its own weight's.
