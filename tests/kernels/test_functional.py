@@ -269,6 +269,32 @@ def test_a_layer_from_an_image_whose_output_others_take():
         assert isinstance(h, torch.Tensor)  # nobody will ask for gradients
 
 
+@pytest.mark.parametrize(
+    ("name", "stride", "weight", "bias"),
+    [("conv_transpose_bn_act", 2, (8, 5, 4, 4), None), ("conv_bn_act", 1, (5, 8, 4, 4), None),
+     ("conv_bn_act", 2, (5, 8, 4, 4), (5,))],
+    ids=["up", "collapse", "bias"],
+)  # fmt: skip
+def test_blocks_that_take_no_gradients_over(name, stride, weight, bias, launched):
+    """What they get from a layer from an image is its output."""
+    tensors = leaves((3, 3, 8, 8), (8, 3, 4, 4), weight, bias, (5,), (5,))
+    twins, found = wide(tensors), []
+    for own, op in ((tensors, functional), (twins, reference)):
+        x, first, *rest = own
+        more = {"defer": True} if op is functional else {}
+        with plan.override("prologue"):
+            h = op.conv_act(x, first, stride=2, padding=1, activation="relu", **more)
+            out = run_bn(getattr(op, name), (h, *rest), (None, None), stride)
+            out.square().sum().backward()
+        found.append(out)
+    close(*found, 4e-6, 4e-5)
+    assert "image_weight_gradient_through" not in launched
+    for mine, theirs in zip(tensors, twins, strict=True):
+        if mine is not None:  # a bias before a norm has no gradient but what is rounded
+            floor = 1e-5 * (theirs.shape == (5,))
+            assert (mine.grad - theirs.grad).abs().max() <= 4e-5 * theirs.grad.abs().max() + floor
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_layer_from_an_image_under_autocast(dtype):
     """No further from float64 than by themselves."""
