@@ -292,7 +292,7 @@ def traffic(name: str, given: dict[str, Any]) -> tuple[list[str], list[str]]:
         reads = [*_operand("x", given, given["PROLOGUE"]), "w", "out_aux", "out_coef"]
         return reads, ["out", "partials", "gw"]
     if name == "logit_gradients":
-        return ["g", "w", "y", "coef"], ["out", "partials", *["gw"] * given["WEIGHT"]]
+        return ["g", "w", "y", "coef"], ["out", "parts"]
     if name == "image_weight_gradient_through":
         return [*_operand("x", given, given["PROLOGUE"]), "w", "signs", "image"], ["gw"]
     if "weight_gradient" in name:

@@ -181,7 +181,7 @@ def conv_bn(
 
 def conv_bn_backward(
     gy: Tensor,
-    gcoef: Tensor,
+    gcoef: Tensor | None,
     x: Tensor,
     x_coef: Tensor | None,
     weight: Tensor,
@@ -198,10 +198,12 @@ def conv_bn_backward(
     need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, x_coef, weight and bias, from those of y and coef, of which that of coef is
-    as `normalisation.finalize_gradient` makes it."""
-    dcoef, _, _ = normalisation.norm_gradient(gcoef.contiguous(), sync)
+    as `normalisation.finalize_gradient` makes it; None: that of y is all there is."""
     gy = gy.to(y.dtype).contiguous(memory_format=CHANNELS_LAST)
-    dy = Operand(gy, "normgrad", aux=y, coef=dcoef)
+    dy = Operand(gy)
+    if gcoef is not None:
+        dcoef, _, _ = normalisation.norm_gradient(gcoef.contiguous(), sync)
+        dy = Operand(gy, "normgrad", aux=y, coef=dcoef)
     return _convolution_backward(
         dy, x, x_coef, weight, working, up, stride, groups, x_activation, x_slope,
         need_x, need_weight, need_bias, norm=True,
@@ -320,6 +322,17 @@ def conv_act_backward(
     )  # fmt: skip
 
 
+def logit_backward(
+    g: Tensor, x: Tensor, x_coef: Tensor, weight: Tensor, working: Tensor | None,
+    x_activation: str, x_slope: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`logit_gradients` of a `conv_act` to one number without an activation."""
+    g = g.to(x.dtype).contiguous()
+    w = working_copy(weight, x.dtype) if working is None else working
+    source = _source(x, x_coef, x_activation, x_slope)
+    return logit_gradients(g, w, source, x_coef.shape[1])
+
+
 def _convolution_backward(
     dy: Operand,
     x: Tensor,
@@ -370,11 +383,6 @@ def _convolution_backward(
         )
         if need_weight and up and _is_image(geometry):
             result, gw = _image_gradients(dy, w, geometry, epilogue, weight.dtype, groups)
-        elif not up and (geometry.stride, geometry.CS, dy.prologue) == (1, 1, "none"):
-            wanted = weight.dtype if need_weight else None
-            result, gw = logit_gradients(
-                dy.value, w, geometry, epilogue, groups=groups, dtype=wanted
-            )
         else:
             result = _convolve(dy, w, geometry, not up, epilogue, groups)
         assert result.partials is not None

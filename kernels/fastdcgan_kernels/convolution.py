@@ -278,43 +278,39 @@ def weight_gradient(
 
 
 def logit_gradients(
-    g: Tensor,
-    weight: Tensor,
-    geometry: Geometry,
-    epilogue: Epilogue,
-    *,
-    groups: int = 1,
-    dtype: torch.dtype | None = None,
-) -> tuple[Result, Tensor | None]:
-    """Of a layer down to one number of each image [N, 1, 1, 1], of which g is the gradient: what
-    `gather` gives for the epilogue "gradient", whose tiles here are the taps, and d weight
-    [1, CL, 4, 4] where its `dtype` is given."""
-    assert (geometry.CS, geometry.stride, epilogue.kind) == (1, 1, "gradient")
-    assert epilogue.aux is not None
-    y, channels = epilogue.aux, geometry.CL
+    g: Tensor, weight: Tensor, source: Operand, groups: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Of a layer down to one number of each image, of which g [N, 1, 1, 1] is the gradient: that of
+    the raw y [N, C, 4, 4] of the block before it, through its norm, too, and fp32 [18, C]: those of
+    the 16 taps of the weight, of gamma and of beta. `source`: y with "activate" and all planes of
+    its coef."""
+    y, coef = source.value, source.coef
+    assert coef is not None
+    assert coef.shape[0] == 5
+    channels = y.shape[1]
     out = torch.empty_like(y, memory_format=torch.channels_last)
-    result = Result(out, *epilogue_buffers("gradient", groups, 16, channels, out))
-    gw = None if dtype is None else empty(1, channels, 4, 4, out, dtype)
-    block = min(64, max(16, 1 << (channels - 1).bit_length()))
+    parts = coef.new_empty((groups, 18, channels))
+    block = 16
     Launch(
         _logit_gradients,
-        (16 * cdiv(channels, block),),
+        (cdiv(channels, block), groups),
         {
             "g": g,
             "w": weight,
             "y": y,
-            "coef": epilogue.coef,
+            "coef": coef,
             "out": out,
-            "partials": result.partials,
-            "gw": out if gw is None else gw,
+            "parts": parts,
             "groups": groups,
-            "images": geometry.N // groups,
-            "slope": float(epilogue.slope),
+            "images": y.shape[0] // groups,
+            "slope": float(source.slope),
             "C": channels,
-            "ACTIVATION": epilogue.activation,
-            "WEIGHT": gw is not None,
-            "BLOCK_M": 64,
+            "ACTIVATION": source.activation,
+            "BLOCK_M": 512,
             "BLOCK_N": block,
         },
+        warps=8,
     ).run(out.device)
-    return result, gw
+    if groups == 1:
+        return out, parts[0]
+    return out, reduce(parts, parts.new_empty((18, channels))).value

@@ -29,12 +29,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class Deferred(NamedTuple):
     """A block's output of which the activation is left to its consumer: raw y [N, C, P, Q],
     coef [5, groups, C] (mean, scale, shift, and two for the way back), and the activation of
-    scale * (y - mean) + shift."""
+    scale * (y - mean) + shift; gamma and beta, if that is what coef was made of, here alone."""
 
     y: Tensor
     coef: Tensor
     activation: str
     slope: float
+    gamma: Tensor | None = None
+    beta: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -367,7 +369,7 @@ def _block(
         if training and batches is not None:
             batches.add_(groups)
         return outs[0] if groups == 1 else torch.cat(outs)
-    y, coef, x_activation, x_slope = x if isinstance(x, Deferred) else (x, None, "none", 0.0)
+    y, coef, x_activation, x_slope = x[:4] if isinstance(x, Deferred) else (x, None, "none", 0.0)
     if not sync:
         try:
             reference.check_values_per_channel(_output_shape(y, weight, stride, up), groups)
@@ -386,7 +388,7 @@ def _block(
         _working(weight, y.dtype, working), running_mean, running_var, batches,
         0.0 if isinstance(momentum, Tensor) else momentum, momenta, *before,
     )  # fmt: skip
-    deferred = Deferred(y, coef, activation, slope)
+    deferred = Deferred(y, coef, activation, slope, *((None, None) if sync else (gamma, beta)))
     return deferred if defer else materialise(deferred)
 
 
@@ -410,7 +412,11 @@ def _plain(
             materialise(x), weight, bias, stride=stride, padding=padding,
             activation=activation, slope=slope,
         )  # fmt: skip
-    y, coef, x_activation, x_slope = x if isinstance(x, Deferred) else (x, None, "none", 0.0)
+    y, coef, x_activation, x_slope = x[:4] if isinstance(x, Deferred) else (x, None, "none", 0.0)
+    norm: tuple[Tensor | None, Tensor | None] = (None, None)
+    to_a_number = not up and stride == 1 and weight.shape[0] == 1 and activation == "none"
+    if isinstance(x, Deferred) and how == "prologue" and to_a_number and bias is None:
+        norm = (x.gamma, x.beta) if x.gamma is not None and x.beta is not None else norm
     working, signs = _working(weight, y.dtype, working), None
     channels = weight.shape[0]
     if (
@@ -421,8 +427,9 @@ def _plain(
         sides = _output_shape(y, weight, stride, up)
         signs = y.new_empty((sides[0], *sides[2:], channels // 8), dtype=torch.uint8)
     out: Tensor = ops.conv_act(
-        y, coef, weight, bias, up, stride, x_activation, x_slope, activation, slope, working, signs
-    )
+        y, coef, weight, bias, up, stride, x_activation, x_slope, activation, slope, working, signs,
+        *norm,
+    )  # fmt: skip
     if signs is None:
         return out
     return FromImage(out, signs, y, weight, working, activation, slope)

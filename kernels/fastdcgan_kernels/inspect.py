@@ -320,6 +320,11 @@ def launches(arch: str, dtype: str, batch: int = BATCH) -> Iterator[tuple[str, L
                         y, own, x, coef, weight, None, y, up, stride, 1, before, 0.2, "", True,
                         True, False,
                     )  # fmt: skip
+                    if how == "prologue" and name == "D4":  # behind it D5, see below
+                        blocks.conv_bn_backward(
+                            y, None, x, coef, weight, None, y, up, stride, 1, before, 0.2, "",
+                            True, True, False,
+                        )  # fmt: skip
                     if how == "prologue" and name == "D2":  # with D1, in D's step and in G's
                         picture, signs = image(3, 2 * side), image(ci // 8, side).byte()
                         for need in ((False, True, False), (True, False, False)):
@@ -332,6 +337,8 @@ def launches(arch: str, dtype: str, batch: int = BATCH) -> Iterator[tuple[str, L
                         y, y, x, coef, weight, None, up, stride, before, 0.2, after, 0.2, True,
                         True, first,
                     )  # fmt: skip
+                    if coef is not None and name == "D5":
+                        blocks.logit_backward(y, x, coef, weight, None, before, 0.2)
             for when, recorded in (("forward", forward), ("backward", backward)):
                 for launch in recorded:
                     yield f"{name} {when}, {how}", launch

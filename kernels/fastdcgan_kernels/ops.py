@@ -59,7 +59,7 @@ def _(x, x_coef, weight, bias, gamma, beta, up, stride, groups, eps, x_activatio
 
 @torch.library.custom_op("fastdcgan::conv_bn_backward", mutates_args=())
 def conv_bn_backward(
-    gy: Tensor, gcoef: Tensor, x: Tensor, x_coef: Tensor | None, weight: Tensor,
+    gy: Tensor, gcoef: Tensor | None, x: Tensor, x_coef: Tensor | None, weight: Tensor,
     working: Tensor | None, bias: Tensor | None, y: Tensor, up: bool, stride: int, groups: int,
     x_activation: str, x_slope: float, sync: str, need: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -111,9 +111,12 @@ def _(gy, gcoef, picture, picture_weight, picture_working, signs, x, weight, wor
 def conv_act(
     x: Tensor, x_coef: Tensor | None, weight: Tensor, bias: Tensor | None, up: bool, stride: int,
     x_activation: str, x_slope: float, activation: str, slope: float,
-    working: Tensor | None = None, signs: Tensor | None = None,
+    working: Tensor | None = None, signs: Tensor | None = None, x_gamma: Tensor | None = None,
+    x_beta: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """As `blocks.conv_act`. `working`: the weight as the kernels take it."""
+    """As `blocks.conv_act`. `working`: the weight as the kernels take it. With x_gamma and x_beta,
+    which x_coef was made of, the gradient of x is that through its norm, too, and those of x_gamma
+    and x_beta come from here: `blocks.logit_backward`."""
     from fastdcgan_kernels import blocks
 
     return blocks.conv_act(
@@ -124,7 +127,7 @@ def conv_act(
 
 @conv_act.register_fake
 def _(x, x_coef, weight, bias, up, stride, x_activation, x_slope, activation, slope, working=None,
-      signs=None):  # fmt: skip
+      signs=None, x_gamma=None, x_beta=None):  # fmt: skip
     return empty_output(x, weight, up, stride)
 
 
@@ -148,6 +151,23 @@ def conv_act_backward(
 def _(g, out, x, x_coef, weight, working, bias, up, stride, x_activation, x_slope, activation,
       slope, need):  # fmt: skip
     return fake_gradients(x, x_coef, weight, bias, need)
+
+
+@torch.library.custom_op("fastdcgan::logit_backward", mutates_args=())
+def logit_backward(
+    g: Tensor, x: Tensor, x_coef: Tensor, weight: Tensor, working: Tensor | None,
+    x_activation: str, x_slope: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `blocks.logit_backward`."""
+    from fastdcgan_kernels import blocks
+
+    return blocks.logit_backward(g, x, x_coef, weight, working, x_activation, x_slope)
+
+
+@logit_backward.register_fake
+def _(g, x, x_coef, weight, working, x_activation, x_slope):
+    sums = x_coef.new_empty((18, x.shape[1]))
+    return torch.empty_like(x, memory_format=CHANNELS_LAST), sums
 
 
 @torch.library.custom_op("fastdcgan::activate", mutates_args=())
@@ -257,14 +277,20 @@ class _Coefficients(torch.autograd.Function):
 def _save_conv_bn(ctx: Any, inputs: Any, output: Any) -> None:
     x, x_coef, weight, bias, gamma, beta, *ctx.options = inputs[:13]
     y, coef = output
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, x_coef, weight, inputs[13], bias, gamma, beta, y, coef, *inputs[19:])
 
 
-def _conv_bn_gradient(ctx: Any, gy: Tensor, gcoef: Tensor) -> tuple[Tensor | None, ...]:
-    x, x_coef, weight, working, bias, gamma, beta, y, _, picture, *rest = ctx.saved_tensors
+def _conv_bn_gradient(
+    ctx: Any, gy: Tensor | None, gcoef: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    x, x_coef, weight, working, bias, gamma, beta, y, coef, picture, *rest = ctx.saved_tensors
+    if gy is None:
+        gy = torch.zeros_like(y)
     up, stride, groups, _, x_activation, x_slope, sync = ctx.options
     needs = ctx.needs_input_grad
     if picture is not None:
+        gcoef = torch.zeros_like(coef) if gcoef is None else gcoef
         return _conv_bn_of_image_gradient(ctx, gy, gcoef, picture, *rest)
     if torch.is_grad_enabled():
         inputs = (x, x_coef, weight, bias, gamma, beta, *ctx.options)
@@ -277,11 +303,13 @@ def _conv_bn_gradient(ctx: Any, gy: Tensor, gcoef: Tensor) -> tuple[Tensor | Non
     return only(needs, gx, gx_coef, gw, gbias, *_norm_parameters(gcoef, gamma, beta))
 
 
-def _norm_parameters(gcoef: Tensor, gamma: Any, beta: Any) -> tuple[Tensor | None, Tensor | None]:
+def _norm_parameters(
+    gcoef: Tensor | None, gamma: Any, beta: Any
+) -> tuple[Tensor | None, Tensor | None]:
     """Their gradients, summed with the coefficients' already (jit.norm.sum_partials)."""
     return (
-        None if gamma is None else gcoef[3, 0].to(gamma.dtype),
-        None if beta is None else gcoef[4, 0].to(beta.dtype),
+        None if gamma is None or gcoef is None else gcoef[3, 0].to(gamma.dtype),
+        None if beta is None or gcoef is None else gcoef[4, 0].to(beta.dtype),
     )
 
 
@@ -312,16 +340,22 @@ def _save_conv_act(ctx: Any, inputs: Any, output: Any) -> None:
     x, x_coef, weight, bias, *ctx.options = inputs[:10]
     # Without an activation the output is not needed, and may be changed in place by its taker.
     linear = ctx.options[-2] == "none"
-    ctx.save_for_backward(x, x_coef, weight, inputs[10], bias, None if linear else output)
+    saved = x, x_coef, weight, inputs[10], bias, None if linear else output
+    ctx.save_for_backward(*saved, *inputs[12:])
 
 
 def _conv_act_gradient(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    x, x_coef, weight, working, bias, out = ctx.saved_tensors
+    x, x_coef, weight, working, bias, out, x_gamma, x_beta = ctx.saved_tensors
     needs = ctx.needs_input_grad
     if torch.is_grad_enabled():
         inputs = (x, x_coef, weight, bias, *ctx.options)
         found = by_reference(reference.conv_and_act, inputs, needs[: len(inputs)], (g,))
         return only(needs, *found)
+    if x_gamma is not None and x_beta is not None and needs[0]:
+        gx, sums = ops.logit_backward(g, x, x_coef, weight, working, *ctx.options[2:4])
+        gw = sums[:16].view(1, 4, 4, -1).permute(0, 3, 1, 2).to(weight.dtype)
+        norm = sums[16].to(x_gamma.dtype), sums[17].to(x_beta.dtype)
+        return only(needs, gx, None, gw, *[None] * 9, *norm)
     need = [needs[0] or needs[1], needs[2], needs[3]]
     out = g.to(x.dtype) if out is None else out
     grads = ops.conv_act_backward(g, out, x, x_coef, weight, working, bias, *ctx.options, need)

@@ -9,7 +9,7 @@ None of the defaults below was timed on a GPU: they are predictions. tuner.py me
 user's device, and what it stored is taken before any default.
 
 By bytes and launches alone a prologue is better everywhere (benchmarks/cost_model.py: a step of 128
-images moves 1.2 GB in 83 launches, and 1.7 GB in 117 materialised). That counts no instructions. A
+images moves 1.2 GB in 82 launches, and 1.7 GB in 117 materialised). That counts no instructions. A
 prologue transforms each value once for every tap and column tile that reads it: by docs/inspect.md
 a sm_90 program with one has some 100 instructions for each matrix instruction in its loop, some 30
 without. A multiprocessor starts 4 warps' instructions a cycle and multiplies 2048 pairs of bf16, so

@@ -184,12 +184,12 @@ def steps():
 
 
 def test_a_step_makes_few_launches(steps):
-    assert steps["prologue"].launches <= 83
+    assert steps["prologue"].launches <= 82
     assert steps["eager-amp"].launches > 2.5 * steps["prologue"].launches
 
 
 def test_a_step_moves_few_bytes(steps):
-    assert steps["prologue"].bytes * 2.37 <= steps["eager-amp"].bytes
+    assert steps["prologue"].bytes * 2.39 <= steps["eager-amp"].bytes
 
 
 def test_a_step_wastes_no_flops(steps):

@@ -251,7 +251,10 @@ def test_both_gradients_of_the_last_layers_are_one_launch(end, need, groups, lau
         assert (mine.grad is None) == (theirs.grad is None)
         if mine.grad is not None:
             close(mine.grad, theirs.grad, 1e-5, 1e-4)
-    assert launched[: len(kernels[need]) + 1] == [*kernels[need], "sum_partials"]
+    # A number's gradient goes all the way through the norm, and has no sums left to take.
+    rest = ["sum_partials"] if up else ["reduce_splits"] * (groups - 1)
+    assert launched[: len(kernels[need] + rest)] == kernels[need] + rest
+    assert ("sum_partials" in launched) == up
 
 
 def test_a_layer_from_an_image_whose_output_others_take():
@@ -448,6 +451,44 @@ def test_a_penalty_through_a_layer_that_leaves_its_gradients_to_the_next():
         close(mine, theirs, 1e-5, 1e-4)
 
 
+@pytest.mark.parametrize("penalty", [False, True])
+def test_three_layers_from_an_image_to_a_number(penalty):
+    """The first leaves its gradients to the second, and the last takes the second's norm's."""
+    found = []
+    tensors = leaves((3, 3, 16, 16), (8, 3, 4, 4), (5, 8, 4, 4), (1, 5, 4, 4), (5,), (5,))
+    for own, op in ((tensors, functional), (wide(tensors), reference)):
+        x, first, second, last, gamma, beta = own
+        more = {"defer": True} if op is functional else {}
+        with plan.override("prologue"):
+            h = op.conv_act(x, first, stride=2, padding=1, activation="relu", **more)
+            h = run_bn(op.conv_bn_act, (h, second, None, gamma, beta), (None, None), 2, **more)
+            out = op.conv_act(h, last, stride=1, padding=0, activation="none")
+            loss = out.sigmoid().sum()
+            if penalty:
+                loss = torch.autograd.grad(loss, x, create_graph=True)[0].square().sum()
+            loss.backward()
+        found.append([out, *(t.grad for t in own[:5])])
+    for mine, theirs in zip(*found, strict=True):
+        close(mine, theirs, 1e-5, 1e-4)
+
+
+def test_a_number_and_another_block_take_the_same_output():
+    """Gradients of gamma and beta by both ways add up."""
+    found = []
+    tensors = leaves((4, 3, 8, 8), (5, 3, 4, 4), (1, 5, 4, 4), (5,), (5,))
+    for own, op in ((tensors, functional), (wide(tensors), reference)):
+        x, first, last, gamma, beta = own
+        more = {"defer": True} if op is functional else {}
+        with plan.override("prologue"):
+            h = run_bn(op.conv_bn_act, (x, first, None, gamma, beta), (None, None), 2, **more)
+            out = op.conv_act(h, last, stride=1, padding=0, activation="none")
+            both = functional.materialise(h) if op is functional else h
+            (out.sum() + both.square().sum()).backward()
+        found.append([t.grad for t in own])
+    for mine, theirs in zip(*found, strict=True):
+        close(mine, theirs, 1e-5, 1e-4)
+
+
 def test_second_gradients_of_the_reference_pieces():
     x, coef, weight, gamma, beta = (
         t.detach().double().requires_grad_()
@@ -485,6 +526,13 @@ OPCHECK = {
             *leaves((2, 3, 8, 4), None, (8, 3, 4, 4), None),
             *(False, 2, "none", 0.0, "relu", 0.0, None),
             torch.zeros(2, 4, 2, 1, dtype=torch.uint8),
+        ),
+    ),
+    "conv_act to a number": (
+        ops.conv_act,
+        lambda: (
+            *leaves((4, 5, 4, 4), (5, 2, 5), (1, 5, 4, 4), None),
+            *(False, 1, "relu", 0.0, "none", 0.0, None, None), *leaves((5,), (5,)),
         ),
     ),
     "conv_bn of image": (
