@@ -353,7 +353,9 @@ def _conv_act_gradient(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         return only(needs, *found)
     if x_gamma is not None and x_beta is not None and needs[0]:
         gx, sums = ops.logit_backward(g, x, x_coef, weight, working, *ctx.options[2:4])
-        gw = sums[:16].view(1, 4, 4, -1).permute(0, 3, 1, 2).to(weight.dtype)
+        gw = None
+        if needs[2]:
+            gw = sums[:16].view(1, 4, 4, -1).permute(0, 3, 1, 2).to(weight.dtype)
         norm = sums[16].to(x_gamma.dtype), sums[17].to(x_beta.dtype)
         return only(needs, gx, None, gw, *[None] * 9, *norm)
     need = [needs[0] or needs[1], needs[2], needs[3]]
