@@ -324,7 +324,9 @@ def neighbours(task: Task, target: Target) -> list[Tile]:
 
 def _warps(task: Task, rows: int, columns: int) -> int:
     """4, and 8 where so few threads would spill (inspect.py)."""
-    most = 64 * 32 if task.prologue != "none" else 128 * 64
+    most = 64 * 64 if task.epilogue == "gradient" else 128 * 64
+    if task.prologue != "none":
+        most = 64 * 32
     if task.dtype == torch.float32:
         most = 32 * 32
     return 8 if rows * columns > most else 4
