@@ -363,8 +363,8 @@ def _heuristic(task: Task, target: Target) -> Tile:
     depth = _power(depth_of, 16, 128 // size)
     if target.name in ("sm_90", "sm_100"):
         rows = max(rows, 64)  # the least that their matrix instructions take
-    if task.prologue != "none":
-        columns = min(columns, 64)  # operands in registers: more would spill
+    if task.prologue != "none" or task.epilogue == "gradient":
+        columns = min(columns, 64)  # operands or another tile in registers: more would spill
 
     def programs(rows: int, columns: int) -> int:
         return cdiv(m, rows) * cdiv(n, columns) * copies * groups
