@@ -268,6 +268,10 @@ def _epilogue(given: dict[str, Any]) -> tuple[list[str], list[str]]:
     if given["EPILOGUE"] == "gradient":
         reads += ["out_aux", "out_coef"]
         writes.append("partials")
+    if given["EPILOGUE"] == "signed":
+        reads.append("out_aux")
+    if given["EPILOGUE"] == "signs":
+        writes.append("out_aux")
     if given["EPILOGUE"] == "statistics":
         writes += ["partials", "counts"]
     return reads, writes
@@ -278,6 +282,13 @@ def traffic(name: str, given: dict[str, Any]) -> tuple[list[str], list[str]]:
     if name in ("gather_pointers", "gather_descriptors", "image_down", "image_up"):
         reads, writes = _epilogue(given)
         return [*_operand("x", given, given["PROLOGUE"]), "w", *reads], writes
+    if name == "image_gradients":
+        reads = [*_operand("x", given, given["PROLOGUE"]), "w", "out_aux", "out_coef"]
+        return reads, ["out", "partials", "gw"]
+    if name == "logit_gradients":
+        return ["g", "w", "y", "coef"], ["out", "parts"]
+    if name == "image_weight_gradient_through":
+        return [*_operand("x", given, given["PROLOGUE"]), "w", "signs", "image"], ["gw"]
     if "weight_gradient" in name:
         small = _operand("small", given, given["SMALL_PROLOGUE"])
         return [*small, *_operand("large", given, given["LARGE_PROLOGUE"])], ["out"]
@@ -326,8 +337,17 @@ def _flops(name: str, grid: tuple[int, ...], given: dict[str, Any]) -> tuple[int
 
     images = given["groups"] * given["images"]
     pixels = given["images"] * given["P"] * given["Q"]
-    depth = given["BLOCK_K"]
+    depth = given.get("BLOCK_K", 64)
     useful = 2 * images * given["P"] * given["Q"] * given["CS"] * given["CL"] * 16
+    if name == "image_gradients":  # both are sums of windows, over taps and over pixels
+        made = grid[0] * grid[1] * given["BLOCK_N"] * 64 * padded(pixels, given["BLOCK_M"])
+        return 2 * 2 * made, 2 * useful
+    if name == "image_weight_gradient_through":
+        # Going up, then the weight of what is below, which has 4 times as many small pixels.
+        tiles = grid[0] * grid[1] * 4 * padded(pixels, given["BLOCK_M"]) * given["BLOCK_N"]
+        k = 4 * padded(given["CS"], given["BLOCK_K"]) + 64
+        below = 2 * images * 4 * given["P"] * given["Q"] * given["CL"] * given["CI"] * 16
+        return 2 * tiles * k, useful + below
     if "weight_gradient" in name:
         columns = given.get("BLOCK_N", 64)
         made = grid[0] * given["BLOCK_M"] * columns * given["groups"] * padded(pixels, depth)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastdcgan_kernels.functional import (
         Deferred,
+        FromImage,
         conv_act,
         conv_bn_act,
         conv_transpose_act,
@@ -24,6 +25,7 @@ __all__ = [
     "ConvBlock",
     "Deferred",
     "Finding",
+    "FromImage",
     "conv_act",
     "conv_bn_act",
     "conv_transpose_act",

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdcgan_kernels import image, normalisation, plan
-from fastdcgan_kernels.convolution import Epilogue, Operand, Result
+from fastdcgan_kernels.convolution import Epilogue, Operand, Result, logit_gradients
 from fastdcgan_kernels.convolution import gather as _gather
 from fastdcgan_kernels.convolution import weight_gradient as _weight_gradient
 from fastdcgan_kernels.geometry import Geometry, geometry_of, gradient_dtype
@@ -75,7 +75,8 @@ def _convolve(
     """Our GEMM, the image kernels where the large side is an image."""
     x = source.value
     run = (image.image_up if up else image.image_down) if _is_image(geometry) else None
-    tile = _task("up" if up else "down", geometry, x, source.prologue, epilogue.kind, groups)
+    kind = "store" if epilogue.kind in ("signs", "signed") else epilogue.kind
+    tile = _task("up" if up else "down", geometry, x, source.prologue, kind, groups)
     options = {"tile": tile, "epilogue": epilogue, "groups": groups}
     if run is not None:
         return run(source, weight, geometry, precision=_precision(x), **options)
@@ -92,6 +93,20 @@ def _weight_gradient_of(
     return run(
         small, large, geometry, tile=tile, dtype=dtype, groups=groups,
         precision=_precision(x.value),
+    )  # fmt: skip
+
+
+def _image_gradients(
+    dy: Operand, weight: Tensor, geometry: Geometry, epilogue: Epilogue, dtype: torch.dtype,
+    groups: int,
+) -> tuple[Result, Tensor]:  # fmt: skip
+    """Both gradients of a layer up to an image in one launch."""
+    x, target = dy.value, _target(dy.value.device)
+    tile = _task("down", geometry, x, dy.prologue, "gradient", groups)
+    return image.image_gradients(
+        dy, weight, geometry, epilogue=epilogue, dtype=dtype, groups=groups,
+        tile=plan.tile_of_both(tile, target), parts=plan.parts(target, groups),
+        precision=_precision(x),
     )  # fmt: skip
 
 
@@ -166,7 +181,7 @@ def conv_bn(
 
 def conv_bn_backward(
     gy: Tensor,
-    gcoef: Tensor,
+    gcoef: Tensor | None,
     x: Tensor,
     x_coef: Tensor | None,
     weight: Tensor,
@@ -183,14 +198,67 @@ def conv_bn_backward(
     need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, x_coef, weight and bias, from those of y and coef, of which that of coef is
-    as `normalisation.finalize_gradient` makes it."""
-    dcoef, _, _ = normalisation.norm_gradient(gcoef.contiguous(), sync)
+    as `normalisation.finalize_gradient` makes it; None: that of y is all there is."""
     gy = gy.to(y.dtype).contiguous(memory_format=CHANNELS_LAST)
-    dy = Operand(gy, "normgrad", aux=y, coef=dcoef)
+    dy = Operand(gy)
+    if gcoef is not None:
+        dcoef, _, _ = normalisation.norm_gradient(gcoef.contiguous(), sync)
+        dy = Operand(gy, "normgrad", aux=y, coef=dcoef)
     return _convolution_backward(
         dy, x, x_coef, weight, working, up, stride, groups, x_activation, x_slope,
         need_x, need_weight, need_bias, norm=True,
     )  # fmt: skip
+
+
+def conv_bn_of_image_backward(
+    gy: Tensor,
+    gcoef: Tensor,
+    picture: Tensor,
+    picture_weight: Tensor,
+    picture_working: Tensor | None,
+    signs: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    working: Tensor | None,
+    y: Tensor,
+    groups: int,
+    x_activation: str,
+    x_slope: float,
+    sync: str,
+    need_picture: bool,
+    need_picture_weight: bool,
+    need_weight: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of picture, its weight and weight, through a `conv_bn` down and the layer before
+    it, x = act(conv2d(picture, picture_weight)), of which there are `signs`."""
+    dcoef, _, _ = normalisation.norm_gradient(gcoef.contiguous(), sync)
+    gy = gy.to(y.dtype).contiguous(memory_format=CHANNELS_LAST)
+    dy = Operand(gy, "normgrad", aux=y, coef=dcoef)
+    geometry = geometry_of(x, weight, False, 2)
+    first = geometry_of(picture, picture_weight, False, 2)
+    w = working_copy(weight, x.dtype) if working is None else working
+    picture = picture.contiguous(memory_format=CHANNELS_LAST)
+    gpicture = gpicture_weight = gw = None
+    if need_picture:
+        epilogue = Epilogue("signed", aux=signs, activation=x_activation, slope=x_slope)
+        g = Operand(_convolve(dy, w, geometry, True, epilogue, groups).value)
+        first_w = picture_working
+        if first_w is None:
+            first_w = working_copy(picture_weight, x.dtype)
+        gpicture = _convolve(g, first_w, first, True, Epilogue(), 1).value
+        if need_picture_weight:
+            dtype = gradient_dtype(picture_weight)
+            gpicture_weight = _weight_gradient_of(Operand(picture), g, first, False, dtype, 1)
+    elif need_picture_weight:  # nobody else wants the gradient between the layers
+        gpicture_weight = image.image_weight_gradient_through(
+            dy, w, geometry, signs, x_activation, x_slope, picture,
+            tile=_task("up", geometry, gy, dy.prologue, "store", groups),
+            parts=plan.parts(_target(x.device), groups), dtype=gradient_dtype(picture_weight),
+            groups=groups, precision=_precision(x),
+        )  # fmt: skip
+    if need_weight:
+        gw = _weight_gradient_of(Operand(x), dy, geometry, False, gradient_dtype(weight), groups)
+    return gpicture, gpicture_weight, gw
 
 
 def conv_act(
@@ -205,8 +273,9 @@ def conv_act(
     activation: str,
     slope: float,
     working: Tensor | None = None,
+    signs: Tensor | None = None,
 ) -> Tensor:
-    """act(convolution + bias)."""
+    """act(convolution + bias), and its signs, of a layer down from an image, into `signs`."""
     source = _source(x, x_coef, x_activation, x_slope)
     w = working_copy(weight, x.dtype) if working is None else working
     geometry, groups = geometry_of(x, weight, up, stride), _groups(x_coef, 1)
@@ -220,7 +289,8 @@ def conv_act(
         return normalisation.pointwise(
             Operand(y, "activate", coef=coef, activation=activation, slope=slope), 1
         )
-    epilogue = Epilogue("store", bias=bias, activation=activation, slope=slope)
+    kind = "store" if signs is None else "signs"
+    epilogue = Epilogue(kind, bias=bias, aux=signs, activation=activation, slope=slope)
     return _convolve(source, w, geometry, up, epilogue, groups).value
 
 
@@ -252,6 +322,17 @@ def conv_act_backward(
     )  # fmt: skip
 
 
+def logit_backward(
+    g: Tensor, x: Tensor, x_coef: Tensor, weight: Tensor, working: Tensor | None,
+    x_activation: str, x_slope: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`logit_gradients` of a `conv_act` to one number without an activation."""
+    g = g.to(x.dtype).contiguous()
+    w = working_copy(weight, x.dtype) if working is None else working
+    source = _source(x, x_coef, x_activation, x_slope)
+    return logit_gradients(g, w, source, x_coef.shape[1])
+
+
 def _convolution_backward(
     dy: Operand,
     x: Tensor,
@@ -277,7 +358,10 @@ def _convolution_backward(
     gx = gx_coef = gw = gbias = None
     if need_bias:
         gbias = normalisation.column_sum(dy, groups)
-    if how != "prologue":
+    # On an image's few channels, and where all taps of a value are one tile, a prologue repeats
+    # next to nothing.
+    cheap = how == "materialised" and _is_image(geometry) and (up or not need_x)
+    if how != "prologue" and not cheap:
         dy = Operand(_materialise(dy, groups))
     if how == "vendor":
         values = _materialise(source, groups) if need_weight else source.value
@@ -297,13 +381,15 @@ def _convolution_backward(
         epilogue = Epilogue(
             "gradient", aux=source.value, coef=source.coef, activation=x_activation, slope=x_slope
         )
-        result = _convolve(dy, w, geometry, not up, epilogue, groups)
+        if need_weight and up and _is_image(geometry):
+            result, gw = _image_gradients(dy, w, geometry, epilogue, gradient_dtype(weight), groups)
+        else:
+            result = _convolve(dy, w, geometry, not up, epilogue, groups)
         assert result.partials is not None
         assert source.coef is not None
         gx, gx_coef = result.value, normalisation.finalize_gradient(result.partials, source.coef)
-    if need_weight:
-        dtype = gradient_dtype(weight)
-        gw = _weight_gradient_of(source, dy, geometry, up, dtype, groups)
+    if need_weight and gw is None:
+        gw = _weight_gradient_of(source, dy, geometry, up, gradient_dtype(weight), groups)
     return gx, gx_coef, gw, gbias
 
 

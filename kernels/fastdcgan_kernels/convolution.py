@@ -15,6 +15,7 @@ from torch import Tensor
 from fastdcgan_kernels.geometry import Geometry, Tile, box_of, cdiv, empty
 from fastdcgan_kernels.jit.descriptors import gather_descriptors, weight_gradient_descriptors
 from fastdcgan_kernels.jit.gather import gather_pointers
+from fastdcgan_kernels.jit.logit import logit_gradients as _logit_gradients
 from fastdcgan_kernels.jit.norm import reduce_splits
 from fastdcgan_kernels.jit.wgrad import weight_gradient_pointers
 from fastdcgan_kernels.launch import Launch
@@ -34,7 +35,8 @@ class Operand:
 
 @dataclass(frozen=True)
 class Epilogue:
-    """What happens to a result before it is stored (`jit.tile.store_tile`)."""
+    """What happens to a result before it is stored (`jit.tile.store_tile`). `aux`: the raw y; or
+    signs, uint8 [N, P, Q, C / 8], which "signs" writes and "signed" reads."""
 
     kind: str = "store"
     bias: Tensor | None = None
@@ -58,7 +60,7 @@ def epilogue_buffers(
     kind: str, groups: int, tiles: int, channels: int, like: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
     """Where the epilogue's partials and counts go."""
-    if kind == "store":
+    if kind not in ("statistics", "gradient"):
         return None, None
     partials = like.new_empty((2, groups, tiles, channels), dtype=torch.float32)
     counts = like.new_empty((groups, tiles), dtype=torch.float32) if kind == "statistics" else None
@@ -273,3 +275,42 @@ def weight_gradient(
         tile.stages,
     ).run(out.device)
     return out if parts == 1 else reduce(store, out).value
+
+
+def logit_gradients(
+    g: Tensor, weight: Tensor, source: Operand, groups: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Of a layer down to one number of each image, of which g [N, 1, 1, 1] is the gradient: that of
+    the raw y [N, C, 4, 4] of the block before it, through its norm, too, and fp32 [18, C]: those of
+    the 16 taps of the weight, of gamma and of beta. `source`: y with "activate" and all planes of
+    its coef."""
+    y, coef = source.value, source.coef
+    assert coef is not None
+    assert coef.shape[0] == 5
+    channels = y.shape[1]
+    out = torch.empty_like(y, memory_format=torch.channels_last)
+    parts = coef.new_empty((groups, 18, channels))
+    block = 16
+    Launch(
+        _logit_gradients,
+        (cdiv(channels, block), groups),
+        {
+            "g": g,
+            "w": weight,
+            "y": y,
+            "coef": coef,
+            "out": out,
+            "parts": parts,
+            "groups": groups,
+            "images": y.shape[0] // groups,
+            "slope": float(source.slope),
+            "C": channels,
+            "ACTIVATION": source.activation,
+            "BLOCK_M": 512,
+            "BLOCK_N": block,
+        },
+        warps=8,
+    ).run(out.device)
+    if groups == 1:
+        return out, parts[0]
+    return out, reduce(parts, parts.new_empty((18, channels))).value

@@ -29,10 +29,31 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class Deferred(NamedTuple):
     """A block's output of which the activation is left to its consumer: raw y [N, C, P, Q],
     coef [5, groups, C] (mean, scale, shift, and two for the way back), and the activation of
-    scale * (y - mean) + shift."""
+    scale * (y - mean) + shift; gamma and beta, if that is what coef was made of, here alone."""
 
     y: Tensor
     coef: Tensor
+    activation: str
+    slope: float
+    gamma: Tensor | None = None
+    beta: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the output."""
+        return self.y.shape
+
+
+class FromImage(NamedTuple):
+    """The output y = act(conv2d(image, weight)) of a layer with what its consumer needs to work out
+    the gradients of image and weight itself: signs of y, uint8 [N, P, Q, CO / 8], and the weight as
+    the kernels take it, or None."""
+
+    y: Tensor
+    signs: Tensor
+    image: Tensor
+    weight: Tensor
+    working: Tensor | None
     activation: str
     slope: float
 
@@ -42,7 +63,7 @@ class Deferred(NamedTuple):
         return self.y.shape
 
 
-Input: TypeAlias = "Tensor | Deferred"
+Input: TypeAlias = "Tensor | Deferred | FromImage"
 
 
 def conv_bn_act(
@@ -139,9 +160,11 @@ def conv_act(
     activation: Activation,
     slope: float = 0.0,
     working: Tensor | None = None,
-) -> Tensor:
-    """act(conv2d(x, weight) + bias); as `reference.conv_act`, dtypes and x as `conv_bn_act`."""
-    return _plain(False, x, weight, bias, stride, padding, activation, slope, working)
+    defer: bool = False,
+) -> Any:
+    """act(conv2d(x, weight) + bias); as `reference.conv_act`, dtypes and x as `conv_bn_act`.
+    defer: a layer from an image may return `FromImage`. Default False."""
+    return _plain(False, x, weight, bias, stride, padding, activation, slope, working, defer)
 
 
 def conv_transpose_act(
@@ -156,13 +179,16 @@ def conv_transpose_act(
     working: Tensor | None = None,
 ) -> Tensor:
     """act(conv_transpose2d(x, weight) + bias); else as `conv_act`."""
-    return _plain(True, x, weight, bias, stride, padding, activation, slope, working)
+    out: Tensor = _plain(True, x, weight, bias, stride, padding, activation, slope, working)
+    return out
 
 
 def materialise(x: Input) -> Tensor:
-    """The output that a `Deferred` stands for; a tensor as it is."""
+    """The output that a `Deferred` or `FromImage` stands for; a tensor as it is."""
     if isinstance(x, Tensor):
         return x
+    if isinstance(x, FromImage):
+        return x.y
     out: Tensor = ops.activate(x.y, x.coef, x.activation, x.slope)
     return out
 
@@ -228,8 +254,11 @@ def unsupported(
     return ""
 
 
-def _cast(x: Input) -> Input:
-    """x in the autocast dtype, where autocast is on and would cast it."""
+def _cast(x: Input) -> Tensor | Deferred:
+    """x in the autocast dtype, where autocast is on and would cast it; without the layer before
+    it."""
+    if isinstance(x, FromImage):
+        return x.y
     if not isinstance(x, Tensor):
         return x
     kind = x.device.type
@@ -306,6 +335,7 @@ def _block(
     defer: bool,
 ) -> Any:  # fmt: skip
     reference.check_activation(activation)
+    layer = x
     x = _cast(x)
     if not sync and _takes_cpu_kernels(x, weight, stride, padding, up, slope, norm=True):
         if training and batches is not None:
@@ -322,7 +352,8 @@ def _block(
         return _plain(up, x, weight, bias, stride, padding, activation, slope, None)
     if x.shape[0] % groups:
         raise ValueError(f"stat_groups={groups} does not divide a batch of {x.shape[0]}")
-    if kernels and _how(x, weight, stride, up, True, groups) == "reference":
+    how = _how(x, weight, stride, up, True, groups) if kernels else "reference"
+    if kernels and how == "reference":
         kernels = False
         weight, bias = _like(x, weight, bias)
     if not kernels:
@@ -338,7 +369,7 @@ def _block(
         if training and batches is not None:
             batches.add_(groups)
         return outs[0] if groups == 1 else torch.cat(outs)
-    y, coef, x_activation, x_slope = x if isinstance(x, Deferred) else (x, None, "none", 0.0)
+    y, coef, x_activation, x_slope = x[:4] if isinstance(x, Deferred) else (x, None, "none", 0.0)
     if not sync:
         try:
             reference.check_values_per_channel(_output_shape(y, weight, stride, up), groups)
@@ -347,26 +378,32 @@ def _block(
                 batches.add_(groups)  # nn.BatchNorm2d counts before it refuses
             raise
     momenta = momentum if isinstance(momentum, Tensor) else None
+    before: tuple[Tensor | None, ...] = (None, None, None, None)
+    taken = how == "prologue" and bias is None and stride == 2 and not up
+    if isinstance(layer, FromImage) and taken:
+        before = layer.image, layer.weight, layer.working, layer.signs
+        y, x_activation, x_slope = y.detach(), layer.activation, layer.slope
     y, coef = ops.conv_bn(
         y, coef, weight, bias, gamma, beta, up, stride, groups, eps, x_activation, x_slope, sync,
         _working(weight, y.dtype, working), running_mean, running_var, batches,
-        0.0 if isinstance(momentum, Tensor) else momentum, momenta,
+        0.0 if isinstance(momentum, Tensor) else momentum, momenta, *before,
     )  # fmt: skip
-    deferred = Deferred(y, coef, activation, slope)
+    deferred = Deferred(y, coef, activation, slope, *((None, None) if sync else (gamma, beta)))
     return deferred if defer else materialise(deferred)
 
 
 def _plain(
     up: bool, x: Input, weight: Tensor, bias: Tensor | None, stride: int, padding: int,
-    activation: Activation, slope: float, working: Tensor | None,
-) -> Tensor:  # fmt: skip
+    activation: Activation, slope: float, working: Tensor | None, defer: bool = False,
+) -> Any:  # fmt: skip
     reference.check_activation(activation)
     x = _cast(x)
     if _takes_cpu_kernels(x, weight, stride, padding, up, slope, norm=False):
         return cpu.conv_act(x, weight, bias, up, stride, activation, slope)
     kernels = _takes_kernels(x, weight, stride, padding, up, slope)
     groups = x.coef.shape[1] if isinstance(x, Deferred) else 1
-    if kernels and _how(x, weight, stride, up, False, groups) == "reference":
+    how = _how(x, weight, stride, up, False, groups) if kernels else "reference"
+    if kernels and how == "reference":
         kernels = False
         weight, bias = _like(x, weight, bias)
     if not kernels:
@@ -375,12 +412,27 @@ def _plain(
             materialise(x), weight, bias, stride=stride, padding=padding,
             activation=activation, slope=slope,
         )  # fmt: skip
-    y, coef, x_activation, x_slope = x if isinstance(x, Deferred) else (x, None, "none", 0.0)
+    y, coef, x_activation, x_slope = x[:4] if isinstance(x, Deferred) else (x, None, "none", 0.0)
+    norm: tuple[Tensor | None, Tensor | None] = (None, None)
+    to_a_number = not up and stride == 1 and weight.shape[0] == 1 and activation == "none"
+    if isinstance(x, Deferred) and how == "prologue" and to_a_number and bias is None:
+        norm = (x.gamma, x.beta) if x.gamma is not None and x.beta is not None else norm
+    working, signs = _working(weight, y.dtype, working), None
+    channels = weight.shape[0]
+    if (
+        defer and how == "prologue" and isinstance(x, Tensor) and not up and bias is None
+        and stride == 2 and y.shape[1] <= 4 and channels % 8 == 0
+        and activation in ("relu", "leaky_relu") and torch.is_grad_enabled()
+    ):  # fmt: skip
+        sides = _output_shape(y, weight, stride, up)
+        signs = y.new_empty((sides[0], *sides[2:], channels // 8), dtype=torch.uint8)
     out: Tensor = ops.conv_act(
-        y, coef, weight, bias, up, stride, x_activation, x_slope, activation, slope,
-        _working(weight, y.dtype, working),
+        y, coef, weight, bias, up, stride, x_activation, x_slope, activation, slope, working, signs,
+        *norm,
     )  # fmt: skip
-    return out
+    if signs is None:
+        return out
+    return FromImage(out, signs, y, weight, working, activation, slope)
 
 
 def _output_shape(x: Tensor, weight: Tensor, stride: int, up: bool) -> torch.Size:

@@ -11,6 +11,7 @@ import argparse
 import concurrent.futures
 import functools
 import importlib
+import itertools
 import json
 import os
 import re
@@ -174,11 +175,18 @@ def describe_sass(sass: str, matrix: str) -> dict[str, Any]:
     """Matrix instructions, 128-bit accesses and the main loop of NVIDIA assembly with addresses."""
     lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.MULTILINE)
     code = [(int(address, 16), text) for address, text in lines]
-    loops = []
+    jumps = {}
     for at, text in code:
         branch = re.search(r"\bBRA\S*\s+(?:\S+,\s*)?`?\(?(0x[0-9a-f]+)", text)
-        if branch and int(branch[1], 16) < at:
-            loops.append([t for a, t in code if int(branch[1], 16) <= a <= at])
+        if branch:
+            jumps[at] = int(branch[1], 16)
+    before = {after: at for (at, _), (after, _) in itertools.pairwise(code)}
+    loops = []
+    for at, to in jumps.items():
+        # A wait that is set apart goes back behind the branch that went there: that is no loop.
+        apart = to < jumps.get(before.get(to, -1), -1) <= at
+        if to < at and not apart:
+            loops.append([t for a, t in code if to <= a <= at])
     texts = [text for _, text in code]
     return {
         "matrix_instruction": matrix if _count(texts, rf"\b{matrix}\b") else "",
@@ -305,7 +313,13 @@ def launches(arch: str, dtype: str, batch: int = BATCH) -> Iterator[tuple[str, L
                     if how != "prologue":
                         blocks.activate(y, own, after, 0.2)
                 else:
-                    y = blocks.conv_act(x, coef, weight, None, up, stride, before, 0.2, after, 0.2)
+                    bits = None
+                    if how == "prologue" and first:
+                        bits = torch.empty((batch, side // 2, side // 2, co // 8),
+                                           dtype=torch.uint8, device="meta")  # fmt: skip
+                    y = blocks.conv_act(
+                        x, coef, weight, None, up, stride, before, 0.2, after, 0.2, None, bits
+                    )
             with plan.assume(plan.TARGETS[arch]), plan.override(how), recording() as backward:
                 if norm:
                     if how != "prologue":
@@ -314,11 +328,25 @@ def launches(arch: str, dtype: str, batch: int = BATCH) -> Iterator[tuple[str, L
                         y, own, x, coef, weight, None, y, up, stride, 1, before, 0.2, "", True,
                         True, False,
                     )  # fmt: skip
+                    if how == "prologue" and name == "D4":  # behind it D5, see below
+                        blocks.conv_bn_backward(
+                            y, None, x, coef, weight, None, y, up, stride, 1, before, 0.2, "",
+                            True, True, False,
+                        )  # fmt: skip
+                    if how == "prologue" and name == "D2":  # with D1, in D's step and in G's
+                        picture, signs = image(3, 2 * side), image(ci // 8, side).byte()
+                        for need in ((False, True, False), (True, False, False)):
+                            blocks.conv_bn_of_image_backward(
+                                y, own, picture, few(ci, 3, 4, 4), None, signs, x, weight, None, y,
+                                1, "leaky_relu", 0.2, "", *need,
+                            )  # fmt: skip
                 else:
                     blocks.conv_act_backward(
                         y, y, x, coef, weight, None, up, stride, before, 0.2, after, 0.2, True,
                         True, first,
                     )  # fmt: skip
+                    if coef is not None and name == "D5":
+                        blocks.logit_backward(y, x, coef, weight, None, before, 0.2)
             for when, recorded in (("forward", forward), ("backward", backward)):
                 for launch in recorded:
                     yield f"{name} {when}, {how}", launch

@@ -14,7 +14,7 @@ from torch.autograd.graph import increment_version
 from torch.nn.utils.parametrize import is_parametrized
 
 from fastdcgan_kernels import functional
-from fastdcgan_kernels.functional import Deferred, Input
+from fastdcgan_kernels.functional import Input
 
 _stat_groups: list[int] = [1]
 
@@ -197,8 +197,8 @@ def why_not_conv(conv: Convolution) -> str:
 def run_block(
     conv: Convolution, norm: Norm | None, activation: nn.Module | None, x: Input
 ) -> Input:
-    """What the modules compute one after the other; `Deferred` where the norm's block left its
-    activation to whoever takes the result."""
+    """What the modules compute one after the other; `Deferred` or `FromImage` where the block left
+    something to whoever takes the result."""
     found = activation_of(activation)
     assert found is not None
     name, slope = found
@@ -206,11 +206,14 @@ def run_block(
     stride, padding = conv.stride[0], int(conv.padding[0])
     working: Tensor | None = getattr(conv, "_working", None)
     if norm is None:
-        plain = functional.conv_transpose_act if up else functional.conv_act
-        return plain(
-            x, conv.weight, conv.bias, stride=stride, padding=padding, activation=name, slope=slope,
-            working=working,
-        )  # fmt: skip
+        options: Any = {
+            "stride": stride, "padding": padding, "activation": name, "slope": slope,
+            "working": working,
+        }  # fmt: skip
+        if up:
+            return functional.conv_transpose_act(x, conv.weight, conv.bias, **options)
+        plain: Input = functional.conv_act(x, conv.weight, conv.bias, defer=True, **options)
+        return plain
     # As nn.BatchNorm2d.forward; the count stays on its device.
     groups = groups_now()
     momentum: float | Tensor = 0.0 if norm.momentum is None else norm.momentum
@@ -221,7 +224,7 @@ def run_block(
         momentum, batches = 1.0 / torch.stack(counts).float(), None
     moving = not norm.training or norm.track_running_stats
     op = functional.conv_transpose_bn_act if up else functional.conv_bn_act
-    result: Tensor | Deferred = op(
+    result: Input = op(
         x,
         conv.weight,
         conv.bias,

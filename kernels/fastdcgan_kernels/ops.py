@@ -28,10 +28,15 @@ def conv_bn(
     beta: Tensor | None, up: bool, stride: int, groups: int, eps: float, x_activation: str,
     x_slope: float, sync: str, working: Tensor | None = None, running_mean: Tensor | None = None,
     running_var: Tensor | None = None, batches: Tensor | None = None, momentum: float = 0.0,
-    momenta: Tensor | None = None,
+    momenta: Tensor | None = None, picture: Tensor | None = None,
+    picture_weight: Tensor | None = None, picture_working: Tensor | None = None,
+    signs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y, coef) as `blocks.conv_bn`. Moves the running buffers and their count, where given, by
-    `momentum` or by `momenta`. `working`: the weight as the kernels take it."""
+    `momentum` or by `momenta`. `working`: the weight as the kernels take it.
+
+    x may be given as a constant, with what it was made of: x = act(conv2d(picture, picture_weight))
+    and its `signs`. Then the gradients are those of picture and picture_weight."""
     from fastdcgan_kernels import blocks, normalisation
 
     running = None
@@ -46,15 +51,15 @@ def conv_bn(
 
 @conv_bn.register_fake
 def _(x, x_coef, weight, bias, gamma, beta, up, stride, groups, eps, x_activation, x_slope, sync,
-      working=None, running_mean=None, running_var=None, batches=None, momentum=0.0,
-      momenta=None):  # fmt: skip
+      working=None, running_mean=None, running_var=None, batches=None, momentum=0.0, momenta=None,
+      picture=None, picture_weight=None, picture_working=None, signs=None):  # fmt: skip
     y = empty_output(x, weight, up, stride)
     return y, x.new_empty((5, groups, y.shape[1]), dtype=torch.float32)
 
 
 @torch.library.custom_op("fastdcgan::conv_bn_backward", mutates_args=())
 def conv_bn_backward(
-    gy: Tensor, gcoef: Tensor, x: Tensor, x_coef: Tensor | None, weight: Tensor,
+    gy: Tensor, gcoef: Tensor | None, x: Tensor, x_coef: Tensor | None, weight: Tensor,
     working: Tensor | None, bias: Tensor | None, y: Tensor, up: bool, stride: int, groups: int,
     x_activation: str, x_slope: float, sync: str, need: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -74,22 +79,57 @@ def _(gy, gcoef, x, x_coef, weight, working, bias, y, up, stride, groups, x_acti
     return fake_gradients(x, x_coef, weight, bias, need)
 
 
-@torch.library.custom_op("fastdcgan::conv_act", mutates_args=())
-def conv_act(
-    x: Tensor, x_coef: Tensor | None, weight: Tensor, bias: Tensor | None, up: bool, stride: int,
-    x_activation: str, x_slope: float, activation: str, slope: float,
-    working: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """As `blocks.conv_act`. `working`: the weight as the kernels take it."""
+@torch.library.custom_op("fastdcgan::conv_bn_of_image_backward", mutates_args=())
+def conv_bn_of_image_backward(
+    gy: Tensor, gcoef: Tensor, picture: Tensor, picture_weight: Tensor,
+    picture_working: Tensor | None, signs: Tensor, x: Tensor, weight: Tensor,
+    working: Tensor | None, y: Tensor, groups: int, x_activation: str, x_slope: float, sync: str,
+    need: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of picture, picture_weight and weight, each where `need`ed."""
     from fastdcgan_kernels import blocks
 
-    return blocks.conv_act(
-        x, x_coef, weight, bias, up, stride, x_activation, x_slope, activation, slope, working
+    grads = blocks.conv_bn_of_image_backward(
+        gy, gcoef, picture, picture_weight, picture_working, signs, x, weight, working, y, groups,
+        x_activation, x_slope, sync, *need,
+    )  # fmt: skip
+    gpicture, gpicture_weight, gw = (present(grad, x) for grad in grads)
+    return gpicture, gpicture_weight, gw
+
+
+@conv_bn_of_image_backward.register_fake
+def _(gy, gcoef, picture, picture_weight, picture_working, signs, x, weight, working, y, groups,
+      x_activation, x_slope, sync, need):  # fmt: skip
+    likes = zip(need, (picture, picture_weight, weight), strict=True)
+    return tuple(
+        torch.empty_like(like, dtype=gradient_dtype(like), memory_format=CHANNELS_LAST)
+        if wanted
+        else present(None, x)
+        for wanted, like in likes
     )
 
 
+@torch.library.custom_op("fastdcgan::conv_act", mutates_args=("signs",))
+def conv_act(
+    x: Tensor, x_coef: Tensor | None, weight: Tensor, bias: Tensor | None, up: bool, stride: int,
+    x_activation: str, x_slope: float, activation: str, slope: float,
+    working: Tensor | None = None, signs: Tensor | None = None, x_gamma: Tensor | None = None,
+    x_beta: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """As `blocks.conv_act`. `working`: the weight as the kernels take it. With x_gamma and x_beta,
+    which x_coef was made of, the gradient of x is that through its norm, too, and those of x_gamma
+    and x_beta come from here: `blocks.logit_backward`."""
+    from fastdcgan_kernels import blocks
+
+    return blocks.conv_act(
+        x, x_coef, weight, bias, up, stride, x_activation, x_slope, activation, slope, working,
+        signs,
+    )  # fmt: skip
+
+
 @conv_act.register_fake
-def _(x, x_coef, weight, bias, up, stride, x_activation, x_slope, activation, slope, working=None):
+def _(x, x_coef, weight, bias, up, stride, x_activation, x_slope, activation, slope, working=None,
+      signs=None, x_gamma=None, x_beta=None):  # fmt: skip
     return empty_output(x, weight, up, stride)
 
 
@@ -113,6 +153,23 @@ def conv_act_backward(
 def _(g, out, x, x_coef, weight, working, bias, up, stride, x_activation, x_slope, activation,
       slope, need):  # fmt: skip
     return fake_gradients(x, x_coef, weight, bias, need)
+
+
+@torch.library.custom_op("fastdcgan::logit_backward", mutates_args=())
+def logit_backward(
+    g: Tensor, x: Tensor, x_coef: Tensor, weight: Tensor, working: Tensor | None,
+    x_activation: str, x_slope: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `blocks.logit_backward`."""
+    from fastdcgan_kernels import blocks
+
+    return blocks.logit_backward(g, x, x_coef, weight, working, x_activation, x_slope)
+
+
+@logit_backward.register_fake
+def _(g, x, x_coef, weight, working, x_activation, x_slope):
+    sums = x_coef.new_empty((18, x.shape[1]))
+    return torch.empty_like(x, memory_format=CHANNELS_LAST), sums
 
 
 @torch.library.custom_op("fastdcgan::activate", mutates_args=())
@@ -223,13 +280,21 @@ class _Coefficients(torch.autograd.Function):
 def _save_conv_bn(ctx: Any, inputs: Any, output: Any) -> None:
     x, x_coef, weight, bias, gamma, beta, *ctx.options = inputs[:13]
     y, coef = output
-    ctx.save_for_backward(x, x_coef, weight, inputs[13], bias, gamma, beta, y, coef)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, x_coef, weight, inputs[13], bias, gamma, beta, y, coef, *inputs[19:])
 
 
-def _conv_bn_gradient(ctx: Any, gy: Tensor, gcoef: Tensor) -> tuple[Tensor | None, ...]:
-    x, x_coef, weight, working, bias, gamma, beta, y, _ = ctx.saved_tensors
+def _conv_bn_gradient(
+    ctx: Any, gy: Tensor | None, gcoef: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    x, x_coef, weight, working, bias, gamma, beta, y, coef, picture, *rest = ctx.saved_tensors
+    if gy is None:
+        gy = torch.zeros_like(y)
     up, stride, groups, _, x_activation, x_slope, sync = ctx.options
     needs = ctx.needs_input_grad
+    if picture is not None:
+        gcoef = torch.zeros_like(coef) if gcoef is None else gcoef
+        return _conv_bn_of_image_gradient(ctx, gy, gcoef, picture, *rest)
     if torch.is_grad_enabled():
         inputs = (x, x_coef, weight, bias, gamma, beta, *ctx.options)
         found = by_reference(reference.conv_bn, inputs, needs[: len(inputs)], (gy, gcoef))
@@ -238,26 +303,64 @@ def _conv_bn_gradient(ctx: Any, gy: Tensor, gcoef: Tensor) -> tuple[Tensor | Non
         gy, gcoef, x, x_coef, weight, working, bias, y, up, stride, groups, x_activation, x_slope,
         sync, [needs[0] or needs[1], needs[2], needs[3]],
     )  # fmt: skip
-    # Summed with the coefficients' gradient already (jit.norm.sum_partials).
-    ggamma = None if gamma is None else gcoef[3, 0].to(gamma.dtype)
-    gbeta = None if beta is None else gcoef[4, 0].to(beta.dtype)
-    return only(needs, gx, gx_coef, gw, gbias, ggamma, gbeta)
+    return only(needs, gx, gx_coef, gw, gbias, *_norm_parameters(gcoef, gamma, beta))
+
+
+def _norm_parameters(
+    gcoef: Tensor | None, gamma: Any, beta: Any
+) -> tuple[Tensor | None, Tensor | None]:
+    """Their gradients, summed with the coefficients' already (jit.norm.sum_partials)."""
+    return (
+        None if gamma is None or gcoef is None else gcoef[3, 0].to(gamma.dtype),
+        None if beta is None or gcoef is None else gcoef[4, 0].to(beta.dtype),
+    )
+
+
+def _conv_bn_of_image_gradient(
+    ctx: Any, gy: Tensor, gcoef: Tensor, picture: Tensor, picture_weight: Tensor,
+    picture_working: Tensor | None, signs: Tensor,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    x, _, weight, working, bias, gamma, beta, y = ctx.saved_tensors[:8]
+    _, _, groups, eps, x_activation, x_slope, sync = ctx.options
+    needs = ctx.needs_input_grad
+    need = [needs[19], needs[20], needs[2]]
+    if torch.is_grad_enabled():
+        inputs = (picture, picture_weight, weight, bias, gamma, beta, groups, eps, x_activation,
+                  x_slope, sync)  # fmt: skip
+        asked = [*need, *needs[3:6], *[False] * 5]
+        found = by_reference(reference.conv_bn_of_image, inputs, asked, (gy, gcoef))
+        gpicture, gpicture_weight, *others = found[:6]
+    else:
+        gpicture, gpicture_weight, gw = ops.conv_bn_of_image_backward(
+            gy, gcoef, picture, picture_weight, picture_working, signs, x, weight, working, y,
+            groups, x_activation, x_slope, sync, need,
+        )  # fmt: skip
+        others = [gw, None, *_norm_parameters(gcoef, gamma, beta)]
+    return only(needs, None, None, *others, *[None] * 13, gpicture, gpicture_weight)
 
 
 def _save_conv_act(ctx: Any, inputs: Any, output: Any) -> None:
     x, x_coef, weight, bias, *ctx.options = inputs[:10]
     # Without an activation the output is not needed, and may be changed in place by its taker.
     linear = ctx.options[-2] == "none"
-    ctx.save_for_backward(x, x_coef, weight, inputs[10], bias, None if linear else output)
+    saved = x, x_coef, weight, inputs[10], bias, None if linear else output
+    ctx.save_for_backward(*saved, *inputs[12:])
 
 
 def _conv_act_gradient(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    x, x_coef, weight, working, bias, out = ctx.saved_tensors
+    x, x_coef, weight, working, bias, out, x_gamma, x_beta = ctx.saved_tensors
     needs = ctx.needs_input_grad
     if torch.is_grad_enabled():
         inputs = (x, x_coef, weight, bias, *ctx.options)
         found = by_reference(reference.conv_and_act, inputs, needs[: len(inputs)], (g,))
         return only(needs, *found)
+    if x_gamma is not None and x_beta is not None and needs[0]:
+        gx, sums = ops.logit_backward(g, x, x_coef, weight, working, *ctx.options[2:4])
+        gw = None
+        if needs[2]:
+            gw = sums[:16].view(1, 4, 4, -1).permute(0, 3, 1, 2).to(gradient_dtype(weight))
+        norm = sums[16].to(x_gamma.dtype), sums[17].to(x_beta.dtype)
+        return only(needs, gx, None, gw, *[None] * 9, *norm)
     need = [needs[0] or needs[1], needs[2], needs[3]]
     out = g.to(x.dtype) if out is None else out
     grads = ops.conv_act_backward(g, out, x, x_coef, weight, working, bias, *ctx.options, need)
@@ -285,7 +388,8 @@ def only(needs: Sequence[bool], *grads: Tensor | None) -> tuple[Tensor | None, .
 
 
 # register_autograd refuses an operator that changes arguments, whoever needs their gradients; these
-# are buffers, which have none. opcheck, compiling and training in test_functional.py hold it.
+# are buffers and signs, which have none. opcheck, compiling and training in test_functional.py hold
+# it.
 conv_bn._setup_context_fn, conv_bn._backward_fn = _save_conv_bn, _conv_bn_gradient
-conv_act.register_autograd(_conv_act_gradient, setup_context=_save_conv_act)
+conv_act._setup_context_fn, conv_act._backward_fn = _save_conv_act, _conv_act_gradient
 activate.register_autograd(_activate_gradient, setup_context=_save_activate)

@@ -9,7 +9,7 @@ None of the defaults below was timed on a GPU: they are predictions. tuner.py me
 user's device, and what it stored is taken before any default.
 
 By bytes and launches alone a prologue is better everywhere (benchmarks/cost_model.py: a step of 128
-images moves 1.3 GB in 86 launches, and 1.8 GB in 119 materialised). That counts no instructions. A
+images moves 1.1 GB in 76 launches, and 1.7 GB in 110 materialised). That counts no instructions. A
 prologue transforms each value once for every tap and column tile that reads it: by docs/inspect.md
 a sm_90 program with one has some 100 instructions for each matrix instruction in its loop, some 30
 without. A multiprocessor starts 4 warps' instructions a cycle and multiplies 2048 pairs of bf16, so
@@ -269,6 +269,19 @@ def tile_for(task: Task, target: Target) -> Tile:
     return measured.stored_tile(task, target.device) or _heuristic(task, target)
 
 
+def tile_of_both(tile: Tile, target: Target) -> Tile:
+    """That of both gradients of an image in one launch, from that of the features' alone; others
+    would spill (inspect.py)."""
+    rows = 32 if target.name in ("sm_80", "sm_89", "sm_120") else 64
+    return replace(tile, rows=rows, stages=1 if target.name == "gfx942" else tile.stages)
+
+
+def parts(target: Target, groups: int) -> int:
+    """Programs of each group that go over its tiles and keep a sum: one for each multiprocessor in
+    all, because each writes its part of the sum, which is then read once more."""
+    return max(1, target.multiprocessors // groups)
+
+
 def shared_bytes(task: Task, tile: Tile) -> int:
     """Estimate of the shared memory that a program takes: its operands, in every stage."""
     operands = 2 if task.prologue != "none" else 1
@@ -311,7 +324,9 @@ def neighbours(task: Task, target: Target) -> list[Tile]:
 
 def _warps(task: Task, rows: int, columns: int) -> int:
     """4, and 8 where so few threads would spill (inspect.py)."""
-    most = 64 * 32 if task.prologue != "none" else 128 * 64
+    most = 64 * 64 if task.epilogue == "gradient" else 128 * 64
+    if task.prologue != "none":
+        most = 64 * 32
     if task.dtype == torch.float32:
         most = 32 * 32
     return 8 if rows * columns > most else 4
@@ -348,8 +363,8 @@ def _heuristic(task: Task, target: Target) -> Tile:
     depth = _power(depth_of, 16, 128 // size)
     if target.name in ("sm_90", "sm_100"):
         rows = max(rows, 64)  # the least that their matrix instructions take
-    if task.prologue != "none":
-        columns = min(columns, 64)  # operands in registers: more would spill
+    if task.prologue != "none" or task.epilogue == "gradient":
+        columns = min(columns, 64)  # operands or another tile in registers: more would spill
 
     def programs(rows: int, columns: int) -> int:
         return cdiv(m, rows) * cdiv(n, columns) * copies * groups

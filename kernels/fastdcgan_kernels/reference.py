@@ -276,6 +276,19 @@ def conv_bn(
     return y, coefficients(stats, gamma, beta, eps)
 
 
+def conv_bn_of_image(
+    picture: Tensor, picture_weight: Tensor, weight: Tensor, bias: Tensor | None,
+    gamma: Tensor | None, beta: Tensor | None, groups: int, eps: float, x_activation: str,
+    x_slope: float, sync: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Twin of the operator fastdcgan::conv_bn where it is told of the layer before it: that, then
+    `conv_bn`, both down."""
+    x = conv_and_act(
+        picture, None, picture_weight, None, False, 2, "none", 0.0, x_activation, x_slope
+    )
+    return conv_bn(x, None, weight, bias, gamma, beta, False, 2, groups, eps, "none", 0.0, sync)
+
+
 def conv_and_act(
     x: Tensor, x_coef: Tensor | None, weight: Tensor, bias: Tensor | None, up: bool, stride: int,
     x_activation: str, x_slope: float, activation: str, slope: float,

@@ -91,6 +91,31 @@ def test_bytes_of_a_launch_by_hand():
     assert activate.written == BATCH * 16 * 16 * 128 * 2
 
 
+def test_a_first_layers_weight_gradient_by_hand():
+    """D's first two layers, backward: nothing as large as what is between them is moved but once,
+    for the second weight."""
+    picture, between = BATCH * 64 * 64 * 3 * 2, BATCH * 32 * 32 * 64 * 2
+    x, gamma = meta(BATCH, 3, 64, 64), meta(128, dtype=torch.float32)
+    first, second = (meta(*shape, 4, 4, dtype=torch.float32).requires_grad_()
+                     for shape in ((64, 3), (128, 64)))  # fmt: skip
+
+    def run():
+        h = functional.conv_act(x, first, stride=2, padding=1, activation="relu", defer=True)
+        functional.conv_bn_act(
+            h, second, None, gamma, gamma, None, None, stride=2, padding=1, training=True,
+            momentum=0.1, eps=1e-5, activation="relu",
+        ).sum().backward()  # fmt: skip
+
+    work = {w.name: w for w in ours(run, "prologue")}
+    assert work["image_down"].written == between + between // 16
+    through, parts = work["image_weight_gradient_through"], H100.multiprocessors
+    assert through.written == parts * 64 * 48 * 4
+    assert through.read == between + between // 16 + picture + 128 * 1024 * 2 + 3 * 128 * 4
+    products = BATCH * (16 * 16 * 128 * 64 * 16 + 32 * 32 * 64 * 3 * 16)
+    assert through.useful == 2 * products
+    assert through.flops == 2 * (products + BATCH * 32 * 32 * 64 * 16)  # 64 columns for 48
+
+
 def test_launches_of_known_operations():
     a, b = (torch.empty(64, 1024, device="meta") for _ in range(2))
     with counting() as work:
@@ -159,12 +184,12 @@ def steps():
 
 
 def test_a_step_makes_few_launches(steps):
-    assert steps["prologue"].launches <= 79
+    assert steps["prologue"].launches <= 76
     assert steps["eager-amp"].launches > 2.5 * steps["prologue"].launches
 
 
 def test_a_step_moves_few_bytes(steps):
-    assert steps["prologue"].bytes * 2.23 <= steps["eager-amp"].bytes
+    assert steps["prologue"].bytes * 2.5 <= steps["eager-amp"].bytes
 
 
 def test_a_step_wastes_no_flops(steps):

@@ -8,6 +8,7 @@ from torch import nn
 
 import fastdcgan_kernels as fk
 from fastdcgan_kernels import functional, plan, reference
+from fastdcgan_kernels.launch import Launch
 from fastdcgan_kernels.ops import ops
 
 CL = torch.channels_last
@@ -150,6 +151,180 @@ def test_a_chain_that_defers_its_activations_is_the_chain(groups, how):
         close(mine.grad, theirs.grad, 1e-5, 1e-4)  # three blocks of fp32 sums
 
 
+def from_image(x, first, second, gamma, beta, op=functional, groups=1, activation="leaky_relu"):
+    """Two blocks down from an image; of ours, the first leaves its gradients to the second."""
+    more, options = {"defer": True} if op is functional else {}, {"stride": 2, "padding": 1}
+    h = op.conv_act(x, first, activation=activation, slope=0.2, **options, **more)
+    if op is functional:
+        assert isinstance(h, functional.FromImage) == (first.shape[0] % 8 == 0)
+        return run_bn(op.conv_bn_act, (h, second, None, gamma, beta), (None, None), 2,
+                      stat_groups=groups)  # fmt: skip
+    return torch.cat([run_bn(op.conv_bn_act, (part, second, None, gamma, beta), (None, None), 2)
+                      for part in h.chunk(groups)])  # fmt: skip
+
+
+FIRST_TWO = [(4, 3, 12, 8), (8, 3, 4, 4), (6, 8, 4, 4), (6,), (6,)]
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Names of the kernels that run."""
+    names, run = [], Launch.run
+    monkeypatch.setattr(
+        Launch, "run", lambda self, d: names.append(self.kernel.fn.__name__) or run(self, d)
+    )
+    return names
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(
+    "needs", [(0, 1, 1), (0, 1, 0), (1, 0, 0), (1, 1, 1)], ids=["D", "first", "G", "all"]
+)
+def test_a_layer_from_an_image_leaves_its_gradients_to_the_next(needs, groups, launched):
+    """What is between the two is stored only where the image's gradient is wanted, too."""
+    tensors = leaves(*FIRST_TWO)
+    for tensor, need in zip(tensors, needs, strict=False):
+        tensor.requires_grad_(bool(need))
+    twins = [t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
+    activation = "relu" if needs[0] else "leaky_relu"
+    with plan.override("prologue"):
+        out = from_image(*tensors, groups=groups, activation=activation)
+        launched.clear()
+        upstream = torch.randn(out.shape)
+        out.backward(upstream)
+    expected = from_image(*twins, op=reference, groups=groups, activation=activation)
+    close(out, expected)
+    expected.backward(upstream.double())
+    for mine, theirs in zip(tensors, twins, strict=True):
+        assert (mine.grad is None) == (theirs.grad is None)
+        if mine.grad is not None:
+            close(mine.grad, theirs.grad, 1e-5, 1e-4)
+    to_images = ["gather_pointers", "image_up"] + ["image_weight_gradient"] * needs[1]
+    to_weight = ["image_weight_gradient_through", "reduce_splits"]
+    assert launched == [
+        "activation_gradient", "sum_partials", *(to_images if needs[0] else to_weight),
+        *["weight_gradient_pointers"] * needs[2],
+    ]  # fmt: skip
+
+
+ENDS = {  # a block with a norm, the layer behind it, its output's activation, and their kernels
+    "to an image": (
+        [(4, 5, 2, 3), (5, 6, 4, 4), (6, 3, 4, 4)], 2, "tanh",
+        {"both": ["image_gradients", "reduce_splits"], "input": ["image_down"]},
+    ),
+    "to a number": (
+        [(4, 5, 8, 8), (6, 5, 4, 4), (1, 6, 4, 4)], 1, "none",
+        {"both": ["logit_gradients"], "input": ["logit_gradients"]},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("need", ["both", "input"])
+@pytest.mark.parametrize("end", ENDS)
+def test_both_gradients_of_the_last_layers_are_one_launch(end, need, groups, launched):
+    shapes, stride, activation, kernels = ENDS[end]
+    up, c = end == "to an image", 6
+    tensors = leaves(*shapes, (c,), (c,))
+    tensors[2].requires_grad_(need == "both")
+    twins = [t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
+    found = []
+    for own, op in ((tensors, functional), (twins, reference)):
+        x, first, last, gamma, beta = own
+        prefix = "conv_transpose" if up else "conv"
+        block, plain = (getattr(op, f"{prefix}_{name}") for name in ("bn_act", "act"))
+        options = {"stride": stride, "padding": stride - 1, "activation": activation}
+        if op is functional:
+            with plan.override("prologue"):
+                h = run_bn(block, (x, first, None, gamma, beta), (None, None), 2, defer=True,
+                           stat_groups=groups)  # fmt: skip
+                found.append(plain(h, last, **options))
+                launched.clear()
+                found[0].backward(upstream := torch.randn(found[0].shape))
+        else:
+            h = torch.cat([run_bn(block, (part, first, None, gamma, beta), (None, None), 2)
+                           for part in x.chunk(groups)])  # fmt: skip
+            found.append(plain(h, last, **options))
+    close(*found, 4e-6, 4e-5)
+    found[1].backward(upstream.double())
+    for mine, theirs in zip(tensors, twins, strict=True):
+        assert (mine.grad is None) == (theirs.grad is None)
+        if mine.grad is not None:
+            close(mine.grad, theirs.grad, 1e-5, 1e-4)
+    # A number's gradient goes all the way through the norm, and has no sums left to take.
+    rest = ["sum_partials"] if up else ["reduce_splits"] * (groups - 1)
+    assert launched[: len(kernels[need] + rest)] == kernels[need] + rest
+    assert ("sum_partials" in launched) == up
+
+
+def test_a_layer_from_an_image_whose_output_others_take():
+    """Materialised, it is the tensor with its own gradients."""
+    x, first = leaves(*FIRST_TWO[:2])
+    twins = wide((x, first))
+    with plan.override("prologue"):
+        h = fk.conv_act(x, first, stride=2, padding=1, activation="relu", defer=True)
+        fk.materialise(h).square().sum().backward()
+    F.conv2d(twins[0], twins[1], None, 2, 1).relu().square().sum().backward()
+    close(x.grad, twins[0].grad, 4e-6, 4e-5)
+    close(first.grad, twins[1].grad, 4e-6, 4e-5)
+    with torch.no_grad(), plan.override("prologue"):
+        h = fk.conv_act(x, first, stride=2, padding=1, activation="relu", defer=True)
+        assert isinstance(h, torch.Tensor)  # nobody will ask for gradients
+
+
+@pytest.mark.parametrize(
+    ("name", "stride", "weight", "bias"),
+    [("conv_transpose_bn_act", 2, (8, 5, 4, 4), None), ("conv_bn_act", 1, (5, 8, 4, 4), None),
+     ("conv_bn_act", 2, (5, 8, 4, 4), (5,))],
+    ids=["up", "collapse", "bias"],
+)  # fmt: skip
+def test_blocks_that_take_no_gradients_over(name, stride, weight, bias, launched):
+    """What they get from a layer from an image is its output."""
+    tensors = leaves((3, 3, 8, 8), (8, 3, 4, 4), weight, bias, (5,), (5,))
+    twins, found = wide(tensors), []
+    for own, op in ((tensors, functional), (twins, reference)):
+        x, first, *rest = own
+        more = {"defer": True} if op is functional else {}
+        with plan.override("prologue"):
+            h = op.conv_act(x, first, stride=2, padding=1, activation="relu", **more)
+            out = run_bn(getattr(op, name), (h, *rest), (None, None), stride)
+            out.square().sum().backward()
+        found.append(out)
+    close(*found, 4e-6, 4e-5)
+    assert "image_weight_gradient_through" not in launched
+    for mine, theirs in zip(tensors, twins, strict=True):
+        if mine is not None:  # a bias before a norm has no gradient but what is rounded
+            floor = 1e-5 * (theirs.shape == (5,))
+            assert (mine.grad - theirs.grad).abs().max() <= 4e-5 * theirs.grad.abs().max() + floor
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_layer_from_an_image_under_autocast(dtype):
+    """No further from float64 than by themselves."""
+    tensors = leaves((4, 3, 16, 16), (16, 3, 4, 4), (16, 16, 4, 4), (16,), (16,))
+    rivals = [t.detach().clone().requires_grad_() for t in tensors]
+    twins = wide(tensors)
+    with torch.autocast("cpu", dtype=dtype):
+        with plan.override("prologue"):
+            ours = from_image(*tensors)
+        with plan.override("materialised"):
+            theirs = run_bn(
+                fk.conv_bn_act,
+                (fk.conv_act(rivals[0], rivals[1], stride=2, padding=1, activation="leaky_relu",
+                             slope=0.2), rivals[2], None, *rivals[3:]),
+                (None, None), 2,
+            )  # fmt: skip
+    exact = from_image(*twins, op=reference)
+    upstream = torch.randn(ours.shape)
+    for out in (ours, theirs, exact):
+        out.backward(upstream.to(out.dtype))
+    for mine, rival, twin in zip(tensors, rivals, twins, strict=True):
+        error, other = ((t.grad.double() - twin.grad).square().mean().sqrt()
+                        for t in (mine, rival))  # fmt: skip
+        assert error <= 1.5 * other, (error / other).item()
+        assert mine.grad.dtype == torch.float32
+
+
 def test_two_batches_in_one_launch_move_the_buffers_one_after_the_other():
     x, weight, gamma, beta = leaves((6, 3, 8, 8), (5, 3, 4, 4), (5,), (5,))
     own, theirs = [[torch.zeros(5), torch.ones(5)] for _ in range(2)]
@@ -263,6 +438,57 @@ def test_penalties_on_the_gradient_are_plain_pytorchs():
             close(mine, theirs, 1e-5, 1e-4)  # fp32 through two backward passes
 
 
+def test_a_penalty_through_a_layer_that_leaves_its_gradients_to_the_next():
+    found = []
+    tensors = leaves(*FIRST_TWO)
+    for own, op in ((tensors, functional), (wide(tensors), reference)):
+        with plan.override("prologue"):
+            h = from_image(*own, op=op)
+            (gx,) = torch.autograd.grad(h.sigmoid().sum(), own[0], create_graph=True)
+            gx.square().sum().backward()
+        found.append([t.grad for t in own[:4]])
+    for mine, theirs in zip(*found, strict=True):
+        close(mine, theirs, 1e-5, 1e-4)
+
+
+@pytest.mark.parametrize("penalty", [False, True])
+def test_three_layers_from_an_image_to_a_number(penalty):
+    """The first leaves its gradients to the second, and the last takes the second's norm's."""
+    found = []
+    tensors = leaves((3, 3, 16, 16), (8, 3, 4, 4), (5, 8, 4, 4), (1, 5, 4, 4), (5,), (5,))
+    for own, op in ((tensors, functional), (wide(tensors), reference)):
+        x, first, second, last, gamma, beta = own
+        more = {"defer": True} if op is functional else {}
+        with plan.override("prologue"):
+            h = op.conv_act(x, first, stride=2, padding=1, activation="relu", **more)
+            h = run_bn(op.conv_bn_act, (h, second, None, gamma, beta), (None, None), 2, **more)
+            out = op.conv_act(h, last, stride=1, padding=0, activation="none")
+            loss = out.sigmoid().sum()
+            if penalty:
+                loss = torch.autograd.grad(loss, x, create_graph=True)[0].square().sum()
+            loss.backward()
+        found.append([out, *(t.grad for t in own[:5])])
+    for mine, theirs in zip(*found, strict=True):
+        close(mine, theirs, 1e-5, 1e-4)
+
+
+def test_a_number_and_another_block_take_the_same_output():
+    """Gradients of gamma and beta by both ways add up."""
+    found = []
+    tensors = leaves((4, 3, 8, 8), (5, 3, 4, 4), (1, 5, 4, 4), (5,), (5,))
+    for own, op in ((tensors, functional), (wide(tensors), reference)):
+        x, first, last, gamma, beta = own
+        more = {"defer": True} if op is functional else {}
+        with plan.override("prologue"):
+            h = run_bn(op.conv_bn_act, (x, first, None, gamma, beta), (None, None), 2, **more)
+            out = op.conv_act(h, last, stride=1, padding=0, activation="none")
+            both = functional.materialise(h) if op is functional else h
+            (out.sum() + both.square().sum()).backward()
+        found.append([t.grad for t in own])
+    for mine, theirs in zip(*found, strict=True):
+        close(mine, theirs, 1e-5, 1e-4)
+
+
 def test_second_gradients_of_the_reference_pieces():
     x, coef, weight, gamma, beta = (
         t.detach().double().requires_grad_()
@@ -292,6 +518,30 @@ OPCHECK = {
         lambda: (
             *leaves((2, 5, 4, 4), None, (5, 3, 4, 4), (3,)),
             *(True, 2, "none", 0.0, "tanh", 0.0),
+        ),
+    ),
+    "conv_act with signs": (
+        ops.conv_act,
+        lambda: (
+            *leaves((2, 3, 8, 4), None, (8, 3, 4, 4), None),
+            *(False, 2, "none", 0.0, "relu", 0.0, None),
+            torch.zeros(2, 4, 2, 1, dtype=torch.uint8),
+        ),
+    ),
+    "conv_act to a number": (
+        ops.conv_act,
+        lambda: (
+            *leaves((4, 5, 4, 4), (5, 2, 5), (1, 5, 4, 4), None),
+            *(False, 1, "relu", 0.0, "none", 0.0, None, None), *leaves((5,), (5,)),
+        ),
+    ),
+    "conv_bn of image": (
+        ops.conv_bn,
+        lambda: (
+            torch.randn(2, 8, 4, 4), *leaves(None, (6, 8, 4, 4), None, (6,), (6,)),
+            *(False, 2, 2, 1e-5, "relu", 0.0, "", None, None, None, None, 0.0, None),
+            *leaves((2, 3, 8, 8), (8, 3, 4, 4)), None,
+            torch.randint(256, (2, 4, 4, 1), dtype=torch.uint8),
         ),
     ),
     "activate": (ops.activate, lambda: (*leaves((4, 5, 4, 4), (3, 2, 5)), "leaky_relu", 0.2)),
@@ -325,6 +575,19 @@ def test_compile_takes_the_blocks_whole(backend):
     expected.square().sum().backward()
     for mine, theirs in zip(tensors, twins, strict=True):
         close(mine.grad, theirs.grad, 4e-6, 4e-5)
+
+
+def test_compile_takes_a_layer_that_leaves_its_gradients_to_the_next():
+    tensors = leaves(*FIRST_TWO)
+    twins = wide(tensors)
+    with plan.override("prologue"):
+        out = torch.compile(from_image, backend="aot_eager", fullgraph=True)(*tensors)
+        out.square().sum().backward()
+    expected = from_image(*twins, op=reference)
+    close(out, expected)
+    expected.square().sum().backward()
+    for mine, theirs in zip(tensors, twins, strict=True):
+        close(mine.grad, theirs.grad, 1e-5, 1e-4)
 
 
 def test_fakes_run_forward_and_backward_on_the_meta_device():

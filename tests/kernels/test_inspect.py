@@ -57,7 +57,8 @@ def every_layer_is_there(rows):
         assert ("weight_gradient_descriptors" in kernels) == (arch in WITH_TMA)
         assert {
             "gather_pointers", "weight_gradient_pointers", "image_down", "image_up",
-            "image_weight_gradient", "partial_statistics", "merge_statistics", "apply_prologue",
+            "image_weight_gradient", "image_gradients", "image_weight_gradient_through",
+            "logit_gradients", "partial_statistics", "merge_statistics", "apply_prologue",
             "activation_gradient", "sum_partials", "reduce_splits", "bce_rows", "crop", "adam",
         } <= kernels  # fmt: skip
     needed = {
@@ -156,7 +157,7 @@ for arch in ("sm_80", "sm_90"):
 print(json.dumps(found))
 """
 IMAGES = ("x", "x_aux", "out", "out_aux", "small", "small_aux", "large", "large_aux", "value",
-          "aux", "g", "y", "parts")  # fmt: skip
+          "aux", "g", "y", "parts", "signs", "image")  # fmt: skip
 
 
 @pytest.mark.timeout(600)
@@ -170,8 +171,9 @@ def test_offsets_are_64_bit_wherever_a_tensor_may_pass_2_to_the_31(environment):
     found = json.loads(run.stdout)
     assert {name.split()[0] for name in found} >= {
         "gather_pointers", "gather_descriptors", "weight_gradient_pointers", "image_down",
-        "image_up", "image_weight_gradient", "apply_prologue", "activation_gradient",
-        "partial_statistics", "reduce_splits",
+        "image_up", "image_weight_gradient", "image_gradients", "image_weight_gradient_through",
+        "logit_gradients", "apply_prologue", "activation_gradient", "partial_statistics",
+        "reduce_splits",
     }  # fmt: skip
     multiplied = set()
     for name, text in found.items():

@@ -7,15 +7,16 @@ import torch
 from fastdcgan.training import TrainConfig
 from fastdcgan.training.state import TrainState
 from fastdcgan.training.step import Step
+from fastdcgan_kernels import plan
 
 CPU = torch.device("cpu")
 BATCH, STEPS = 2, 2
 
 
-def made(impl, autocast):
+def made(impl, autocast, ndf=4):
     """Readings and tensors after a few steps; a loaded checkpoint in between is taken notice of."""
     config = TrainConfig(
-        image_size=32, channels=3, nz=6, ngf=4, ndf=4, batch_size=BATCH, impl=impl, lr=1e-3
+        image_size=32, channels=3, nz=6, ngf=4, ndf=ndf, batch_size=BATCH, impl=impl, lr=1e-3
     )
     state = TrainState(config, CPU)
     step = Step(state, batch_size=BATCH, autocast=autocast)
@@ -67,6 +68,18 @@ def test_steps_in_kernels_are_the_plain_steps(autocast):
     if autocast is not None:  # G's first loss is of the updated D; rounding parts the nets then
         torch.testing.assert_close(ours[0], plain[0], rtol=0.03, atol=0.01)
         return
+    check(ours, plain, state, twin)
+
+
+def test_steps_with_all_in_loads_and_stores_are_the_plain_steps():
+    """The first layer of a D of 8 features leaves its gradients to the second."""
+    with plan.override("prologue"):
+        ours, state = made("triton", None, ndf=8)
+    plain, twin = made("reference", None, ndf=8)
+    check(ours, plain, state, twin)
+
+
+def check(ours, plain, state, twin):
     torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
     assert state.step == twin.step == STEPS
     for mine, theirs in zip(state.tensors(), twin.tensors(), strict=True):

@@ -16,6 +16,8 @@ MATERIALISED = {
     "project": ["gather", "merge_statistics", "apply_prologue"],
     "down": ["gather", "merge_statistics", "apply_prologue"],
     "to input": ["activation_gradient", "sum_partials", "apply_prologue", "gather"],
+    "to input, before it no norm": ["activation_gradient", "sum_partials", "apply_prologue",
+                                    "gather"],
     "to both": ["activation_gradient", "sum_partials", "apply_prologue", "gather",
                 "weight_gradient"],
     "to both, before it no norm": ["activation_gradient", "sum_partials", "apply_prologue",
@@ -23,9 +25,10 @@ MATERIALISED = {
     "to weight": ["activation_gradient", "sum_partials", "apply_prologue", "weight_gradient"],
     "last logit": ["gather"],
     "last logit to both": ["gather", "weight_gradient"],
-    "image to weight": ["apply_prologue", "image_weight_gradient"],
+    "last logit to input": ["gather"],
+    "image to weight": ["image_weight_gradient"],
     "image to input": ["apply_prologue", "image_up"],
-    "picture to both": ["apply_prologue", "image_down", "image_weight_gradient"],
+    "picture to both": ["image_down", "image_weight_gradient"],
 }  # fmt: skip
 # All that is in the products' loads and stores. What a layer's sums are made of is stored by the
 # layer behind it, so they come after its gradient and before its own weight's.
@@ -33,15 +36,17 @@ PROLOGUE = {
     "up": ["gather", "merge_statistics"],
     "project": ["gather", "merge_statistics"],
     "down": ["gather", "merge_statistics"],
-    "to input": ["sum_partials", "gather"],
+    "to input": ["gather", "sum_partials"],
+    "to input, before it no norm": ["gather"],
     "to both": ["gather", "sum_partials", "weight_gradient"],
-    "to both, before it no norm": ["gather", "weight_gradient"],
+    "to both, before it no norm": ["image_weight_gradient_through", "weight_gradient"],
     "to weight": ["weight_gradient"],
     "last logit": ["gather"],
-    "last logit to both": ["gather", "sum_partials", "weight_gradient"],
-    "image to weight": ["image_weight_gradient"],
+    "last logit to both": ["logit_gradients"],
+    "last logit to input": ["logit_gradients"],
+    "image to weight": [],  # by the launch that made its gradient
     "image to input": ["image_up"],
-    "picture to both": ["image_down", "sum_partials", "image_weight_gradient"],
+    "picture to both": ["image_gradients", "sum_partials"],
 }
 
 
@@ -55,7 +60,12 @@ def expected(of):
         + of["to both, before it no norm"]
         + of["image to weight"]
     )
-    d_to_images = of["last logit"] + 3 * of["to input"] + of["image to input"]
+    d_to_images = (
+        of["last logit to input"]
+        + 2 * of["to input"]
+        + of["to input, before it no norm"]
+        + of["image to input"]
+    )
     g_to_both = of["picture to both"] + 3 * of["to both"] + of["to weight"]
     return [
         *DATA, *g_forward,

@@ -18,6 +18,110 @@ import triton.language as tl
 from fastdcgan_kernels.jit.tile import load_operand, store_tile
 
 
+@triton.jit
+def gather_sum(
+    x,
+    x_aux,
+    x_coef,  # at the group's row
+    plane,  # groups * channels of x
+    w,
+    n,  # [BLOCK_M] int64: image,
+    p,  # row and
+    q,  # column of small pixels
+    row_mask,
+    r,  # phase, going up
+    s,
+    channel,  # [BLOCK_N]: of out
+    channel_mask,
+    split,
+    x_slope,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    CS: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    CL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PAD: tl.constexpr,
+    UP: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+    X_ACTIVATION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """[BLOCK_M, BLOCK_N] fp32: a tile of the convolution, or of one part of SPLIT of its sum.
+    Loads by pointers, which the compiler turns into asynchronous copies."""
+    if UP:
+        CI: tl.constexpr = CS
+        CO: tl.constexpr = CL
+        HI: tl.constexpr = P
+        WI: tl.constexpr = Q
+        SIDE: tl.constexpr = 2 if STRIDE > 1 else 1
+    else:
+        CI: tl.constexpr = CL
+        CO: tl.constexpr = CS
+        HI: tl.constexpr = H
+        WI: tl.constexpr = W
+        SIDE: tl.constexpr = 4
+    CHUNKS: tl.constexpr = (CI + BLOCK_K - 1) // BLOCK_K
+    STEPS: tl.constexpr = SIDE * SIDE * CHUNKS
+    SHARE: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
+
+    if UP and STRIDE > 1:
+        top = p - 1 + r
+        left = q - 1 + s
+    elif UP:
+        top = p
+        left = q
+    else:
+        top = p * STRIDE - PAD
+        left = q * STRIDE - PAD
+    corner = ((n * HI + top) * WI + left) * CI
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for step in range(split * SHARE, min(split * SHARE + SHARE, STEPS)):
+        tap = step // CHUNKS
+        c = (step % CHUNKS) * BLOCK_K + tl.arange(0, BLOCK_K)
+        c_mask = c < CI
+        th = tap // SIDE
+        tw = tap % SIDE
+        if UP and STRIDE > 1:
+            kh = 3 - 2 * th - r
+            kw = 3 - 2 * tw - s
+        elif UP:
+            kh = r
+            kw = s
+        else:
+            kh = th
+            kw = tw
+        h = top + th
+        v = left + tw
+        inside = row_mask & (h >= 0) & (h < HI) & (v >= 0) & (v < WI)
+        a = load_operand(
+            x,
+            x_aux,
+            x_coef,
+            plane,
+            (corner + (th * WI + tw) * CI)[:, None] + c[None, :],
+            inside[:, None] & c_mask[None, :],
+            c[None, :],
+            c_mask[None, :],
+            x_slope,
+            PROLOGUE,
+            X_ACTIVATION,
+        )
+        if UP:
+            w_offsets = (c * (16 * CO) + (kh * 4 + kw) * CO)[:, None] + channel[None, :]
+        else:
+            w_offsets = (kh * 4 + kw) * CI + c[:, None] + (channel * (16 * CI))[None, :]
+        b = tl.load(w + w_offsets, mask=c_mask[:, None] & channel_mask[None, :], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
 @triton.jit(do_not_specialize=["images"])
 def gather_pointers(
     x,  # source: down [N, H, W, CL], up [N, P, Q, CS]
@@ -54,30 +158,21 @@ def gather_pointers(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid: (row tiles * phases * column tiles, groups, SPLIT). Rows are small pixels of a group.
-    Loads by pointers, which the compiler turns into asynchronous copies."""
+    """Grid: (row tiles * phases * column tiles, groups, SPLIT). Rows are small pixels of a
+    group."""
     if UP:
         CI: tl.constexpr = CS
         CO: tl.constexpr = CL
-        HI: tl.constexpr = P
-        WI: tl.constexpr = Q
         HO: tl.constexpr = H
         WO: tl.constexpr = W
         PHASES: tl.constexpr = STRIDE * STRIDE if STRIDE > 1 else 16
-        SIDE: tl.constexpr = 2 if STRIDE > 1 else 1
     else:
         CI: tl.constexpr = CL
         CO: tl.constexpr = CS
-        HI: tl.constexpr = H
-        WI: tl.constexpr = W
         HO: tl.constexpr = P
         WO: tl.constexpr = Q
         PHASES: tl.constexpr = 1
-        SIDE: tl.constexpr = 4
     COLUMN_TILES: tl.constexpr = (CO + BLOCK_N - 1) // BLOCK_N
-    CHUNKS: tl.constexpr = (CI + BLOCK_K - 1) // BLOCK_K
-    STEPS: tl.constexpr = SIDE * SIDE * CHUNKS
-    SHARE: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
 
     pid = tl.program_id(0)
     column_tile = pid % COLUMN_TILES
@@ -94,61 +189,45 @@ def gather_pointers(
     channel = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     channel_mask = channel < CO
 
+    r = 0
+    s = 0
     if UP:
         PHASE_SIDE: tl.constexpr = STRIDE if STRIDE > 1 else 4
         r = phase // PHASE_SIDE
         s = phase % PHASE_SIDE
-        if STRIDE > 1:
-            top = p - 1 + r
-            left = q - 1 + s
-        else:
-            top = p
-            left = q
-    else:
-        r = 0
-        s = 0
-        top = p * STRIDE - PAD
-        left = q * STRIDE - PAD
-    corner = ((n * HI + top) * WI + left) * CI
-
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for step in range(split * SHARE, min(split * SHARE + SHARE, STEPS)):
-        tap = step // CHUNKS
-        c = (step % CHUNKS) * BLOCK_K + tl.arange(0, BLOCK_K)
-        c_mask = c < CI
-        th = tap // SIDE
-        tw = tap % SIDE
-        if UP and STRIDE > 1:
-            kh = 3 - 2 * th - r
-            kw = 3 - 2 * tw - s
-        elif UP:
-            kh = r
-            kw = s
-        else:
-            kh = th
-            kw = tw
-        h = top + th
-        v = left + tw
-        inside = row_mask & (h >= 0) & (h < HI) & (v >= 0) & (v < WI)
-        a = load_operand(
-            x,
-            x_aux,
-            x_coef + group * CI,
-            groups * CI,
-            (corner + (th * WI + tw) * CI)[:, None] + c[None, :],
-            inside[:, None] & c_mask[None, :],
-            c[None, :],
-            c_mask[None, :],
-            x_slope,
-            PROLOGUE,
-            X_ACTIVATION,
-        )
-        if UP:
-            w_offsets = (c * (16 * CO) + (kh * 4 + kw) * CO)[:, None] + channel[None, :]
-        else:
-            w_offsets = (kh * 4 + kw) * CI + c[:, None] + (channel * (16 * CI))[None, :]
-        b = tl.load(w + w_offsets, mask=c_mask[:, None] & channel_mask[None, :], other=0.0)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    acc = gather_sum(
+        x,
+        x_aux,
+        x_coef + group * CI,
+        groups * CI,
+        w,
+        n,
+        p,
+        q,
+        row_mask,
+        r,
+        s,
+        channel,
+        channel_mask,
+        split,
+        x_slope,
+        P,
+        Q,
+        CS,
+        H,
+        W,
+        CL,
+        STRIDE,
+        PAD,
+        UP,
+        PROLOGUE,
+        X_ACTIVATION,
+        SPLIT,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        PRECISION,
+    )
 
     if UP:
         out_row = (n * HO + (STRIDE * p + r)) * WO + (STRIDE * q + s)

@@ -4,12 +4,22 @@ would be nearly all padding, so taps are merged. Not here: the wider layers (gat
 Going down, a kernel row of 4 pixels is 4 * CL values that lie together in memory: 4 rows of up to
 16 values make one sum of 64. Going up, the four phases share a 3x3 window of small pixels: one GEMM
 of 9 * CS deep with the columns (r, s, channel). The large side is 2P x 2Q pixels, P x Q the small.
+
+The weight's gradient is small, and its sum can be made where a tile of its operands is already
+there: `image_gradients` and `image_weight_gradient_through` are PARTS programs that go over tiles
+and keep their own sum.
 """
 
 import triton
 import triton.language as tl
 
-from fastdcgan_kernels.jit.tile import load_operand, store_tile
+from fastdcgan_kernels.jit.gather import gather_sum
+from fastdcgan_kernels.jit.tile import (
+    load_operand,
+    signs_derivative,
+    store_gradient,
+    store_tile,
+)
 
 
 @triton.jit
@@ -360,3 +370,225 @@ def image_weight_gradient(
     offsets = (cs * (16 * CL)).to(tl.int64)[:, None] + taps[None, :]
     offsets += split.to(tl.int64) * (CS * 16 * CL)
     tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=cs_mask[:, None] & used[None, :])
+
+
+@triton.jit(do_not_specialize=["images"])
+def image_gradients(
+    x,  # gradient of the image, [N, 2P, 2Q, CL]
+    x_aux,  # like x
+    x_coef,  # [3, groups, CL] fp32
+    w,  # [CS, 4, 4, CL]
+    out,  # [N, P, Q, CS]
+    out_aux,  # like out: raw y
+    out_coef,  # [3, groups, CS] fp32
+    partials,  # [2, groups, PARTS, CS] fp32
+    gw,  # fp32 [groups, PARTS, like w]
+    groups,
+    images,  # N / groups
+    x_slope,
+    slope,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    CS: tl.constexpr,
+    CL: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+    X_ACTIVATION: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Of a layer from features act(z) up to an image: `image_down` with EPILOGUE gradient, and
+    parts of the weight's gradient, act(z)^T x. Grid: (column tiles, groups, PARTS)."""
+    column_tile = tl.program_id(0)
+    group = tl.program_id(1)
+    part = tl.program_id(2)
+    channel = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    channel_mask = channel < CS
+    k = tl.arange(0, 64)
+    taps, used = window_taps(k, CL)
+    b = tl.load(
+        w + taps[:, None] + (channel * (16 * CL))[None, :],
+        mask=used[:, None] & channel_mask[None, :],
+        other=0.0,
+    )
+    tiles = tl.cdiv(images * (P * Q), BLOCK_M)
+
+    gw_acc = tl.zeros((BLOCK_N, 64), dtype=tl.float32)
+    s1 = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    s2 = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for row_tile in range(part, tiles, PARTS):
+        row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        row_mask = row < images * (P * Q)
+        q = row % Q
+        p = (row // Q) % P
+        n = (group * images + row // (P * Q)).to(tl.int64)
+        a = load_windows(
+            x,
+            x_aux,
+            x_coef + group * CL,
+            groups * CL,
+            n,
+            p,
+            q,
+            row_mask,
+            k,
+            x_slope,
+            P,
+            Q,
+            CL,
+            PROLOGUE,
+            X_ACTIVATION,
+        )
+        a = tl.where(used[None, :], a, 0.0)
+        offsets = (((n * P + p) * Q + q) * CS)[:, None] + channel[None, :]
+        mask = row_mask[:, None] & channel_mask[None, :]
+        features = load_operand(
+            out_aux,
+            out_aux,
+            out_coef + group * CS,
+            groups * CS,
+            offsets,
+            mask,
+            channel[None, :],
+            channel_mask[None, :],
+            slope,
+            "activate",
+            ACTIVATION,
+        )
+        gw_acc = tl.dot(tl.trans(features), a, gw_acc, input_precision=PRECISION)
+        dz, dz_apart = store_gradient(
+            tl.dot(a, b, input_precision=PRECISION),
+            out,
+            offsets,
+            mask,
+            channel,
+            channel_mask,
+            out_aux,
+            out_coef + group * CS,
+            groups * CS,
+            slope,
+            ACTIVATION,
+        )
+        s1 += dz
+        s2 += dz_apart
+
+    own = (group * PARTS + part) * CS + channel
+    tl.store(partials + own, s1, mask=channel_mask)
+    tl.store(partials + tl.num_programs(1) * PARTS * CS + own, s2, mask=channel_mask)
+    to = gw + (group * PARTS + part) * (CS * 16 * CL)
+    to += (channel * (16 * CL))[:, None] + taps[None, :]
+    tl.store(to, gw_acc, mask=channel_mask[:, None] & used[None, :])
+
+
+@triton.jit(do_not_specialize=["images"])
+def image_weight_gradient_through(
+    x,  # gradient of the second layer's output, [N, P, Q, CS]
+    x_aux,  # like x
+    x_coef,  # [3, groups, CS] fp32
+    w,  # the second layer's weight, [CS, 4, 4, CL]
+    signs,  # of the first layer's output [N, 2P, 2Q, CL]: uint8, [N, 2P, 2Q, CL / 8]
+    image,  # [N, 4P, 4Q, CI]
+    gw,  # fp32 [groups, PARTS, CL, 4, 4, CI]
+    groups,
+    images,  # N / groups
+    x_slope,
+    slope,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    CS: tl.constexpr,
+    CL: tl.constexpr,
+    CI: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+    X_ACTIVATION: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Of two layers down from an image, of which the first has relu or leaky_relu and no norm:
+    parts of the gradient of the first one's weight. The gradient of what is between the layers is
+    that of `gather_pointers` with EPILOGUE signed, a tile at a time, and is not stored. Grid:
+    (column tiles, groups, PARTS)."""
+    column_tile = tl.program_id(0)
+    group = tl.program_id(1)
+    part = tl.program_id(2)
+    channel = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    channel_mask = channel < CL
+    k = tl.arange(0, 64)
+    taps, used = window_taps(k, CI)
+    tiles = 4 * tl.cdiv(images * (P * Q), BLOCK_M)
+
+    gw_acc = tl.zeros((BLOCK_N, 64), dtype=tl.float32)
+    for tile in range(part, tiles, PARTS):
+        r = tile % 4 // 2
+        s = tile % 2
+        row = tile // 4 * BLOCK_M + tl.arange(0, BLOCK_M)
+        row_mask = row < images * (P * Q)
+        q = row % Q
+        p = (row // Q) % P
+        n = (group * images + row // (P * Q)).to(tl.int64)
+        acc = gather_sum(
+            x,
+            x_aux,
+            x_coef + group * CS,
+            groups * CS,
+            w,
+            n,
+            p,
+            q,
+            row_mask,
+            r,
+            s,
+            channel,
+            channel_mask,
+            0,
+            x_slope,
+            P,
+            Q,
+            CS,
+            2 * P,
+            2 * Q,
+            CL,
+            2,
+            1,
+            True,
+            PROLOGUE,
+            X_ACTIVATION,
+            1,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            PRECISION,
+        )
+        h = 2 * p + r
+        v = 2 * q + s
+        offsets = (((n * (2 * P) + h) * (2 * Q) + v) * CL)[:, None] + channel[None, :]
+        mask = row_mask[:, None] & channel_mask[None, :]
+        acc *= signs_derivative(signs, offsets, mask, channel, slope, ACTIVATION)
+        windows = load_windows(
+            image,
+            image,
+            x_coef,
+            0,
+            n,
+            h,
+            v,
+            row_mask,
+            k,
+            slope,
+            2 * P,
+            2 * Q,
+            CI,
+            "none",
+            "none",
+        )
+        g = acc.to(windows.dtype)
+        gw_acc = tl.dot(tl.trans(g), windows, gw_acc, input_precision=PRECISION)
+
+    to = gw + (group * PARTS + part) * (CL * 16 * CI)
+    to += (channel * (16 * CI))[:, None] + taps[None, :]
+    tl.store(to, gw_acc, mask=channel_mask[:, None] & used[None, :])

@@ -101,6 +101,54 @@ def load_operand(
 
 
 @triton.jit
+def store_signs(
+    signs,  # pointer, uint8: bit c % 8 of byte c // 8 of a pixel is channel c's; C divides by 8
+    o,  # [BM, BN], an activation's output
+    offsets,  # [BM, BN] int64, of o
+    mask,  # [BM, BN]
+    channels,  # [BN]
+):
+    """Where o is positive, a bit for each."""
+    bits = (o > 0).to(tl.int32) << (channels % 8)[None, :]
+    eight: tl.constexpr = (o.shape[0], o.shape[1] // 8, 8)
+    byte = tl.sum(bits.reshape(eight), axis=2, keep_dims=True)
+    byte = tl.broadcast_to(byte, eight).reshape(o.shape[0], o.shape[1])
+    first = (channels % 8 == 0)[None, :]
+    tl.store(signs + offsets // 8, byte.to(tl.uint8), mask=mask & first)
+
+
+@triton.jit
+def signs_derivative(signs, offsets, mask, channels, slope, ACTIVATION: tl.constexpr):
+    """act'(z) [BM, BN] from what `store_signs` stored of act(z); relu and leaky_relu."""
+    byte = tl.load(signs + offsets // 8, mask=mask, other=0).to(tl.int32)
+    return activation_derivative((byte >> (channels % 8)[None, :]) & 1, slope, ACTIVATION)
+
+
+@triton.jit
+def store_gradient(
+    result,  # [BM, BN] fp32: d act(z), z = scale * (y - mean) + shift
+    out,
+    offsets,
+    mask,
+    channels,
+    channel_mask,
+    y,  # pointer, like out
+    coef,
+    plane,
+    slope,
+    ACTIVATION: tl.constexpr,
+):
+    """Stores scale * dz with dz = result * act'(z); returns sum dz and sum dz * (y - mean) of each
+    column."""
+    mean, scale, shift = coefficients(coef, plane, channels, channel_mask)
+    apart = tl.load(y + offsets, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
+    o = activate(scale[None, :] * apart + shift[None, :], slope, ACTIVATION)
+    dz = tl.where(mask, result * activation_derivative(o, slope, ACTIVATION), 0.0)
+    tl.store(out + offsets, (scale[None, :] * dz).to(out.dtype.element_ty), mask=mask)
+    return tl.sum(dz, axis=0), tl.sum(dz * apart, axis=0)
+
+
+@triton.jit
 def store_tile(
     result,  # [BM, BN] fp32
     out,  # pointer
@@ -109,7 +157,8 @@ def store_tile(
     channels,  # [BN]: output channel of each column
     channel_mask,  # [BN]
     bias,  # pointer, [C]; read where HAS_BIAS
-    aux,  # pointer, the raw y whose activation the result is a gradient of; EPILOGUE gradient
+    aux,  # pointer, the raw y whose activation the result is a gradient of; EPILOGUE gradient. Or
+    # signs of an activation's output, uint8, 8 channels a byte; EPILOGUE signs and signed
     coef,  # pointer at the group's row, [3, groups, C] fp32, of aux; EPILOGUE gradient
     plane,  # groups * C
     slope,
@@ -123,6 +172,8 @@ def store_tile(
     """One tile of a result to memory:
 
     store       act(result + bias)
+    signs       the same, and where it is positive, into `aux`
+    signed      result is d act(z), relu or leaky_relu: dz = result * act'(z), by the signs in `aux`
     statistics  y = result + bias; partials: per channel mean and M2 of y as rounded for storage
     gradient    result is d act(z), z = scale * (aux - mean) + shift: dz = result * act'(z);
                 scale * dz; partials: sum dz and sum dz * (aux - mean)
@@ -133,8 +184,13 @@ def store_tile(
     if HAS_BIAS:
         result += tl.load(bias + channels, mask=channel_mask, other=0.0).to(tl.float32)[None, :]
     count = tl.sum(row_mask.to(tl.float32), axis=0)
-    if EPILOGUE == "store":
-        result = activate(result, slope, ACTIVATION)
+    if EPILOGUE == "store" or EPILOGUE == "signs":
+        stored = activate(result, slope, ACTIVATION).to(out.dtype.element_ty)
+        tl.store(out + offsets, stored, mask=mask)
+        if EPILOGUE == "signs":
+            store_signs(aux, stored, offsets, mask, channels)
+    elif EPILOGUE == "signed":
+        result *= signs_derivative(aux, offsets, mask, channels, slope, ACTIVATION)
         tl.store(out + offsets, result.to(out.dtype.element_ty), mask=mask)
     elif EPILOGUE == "statistics":
         stored = result.to(out.dtype.element_ty)
@@ -146,16 +202,9 @@ def store_tile(
         tl.store(partials + partial_offsets, mean, mask=channel_mask)
         tl.store(partials + partial_plane + partial_offsets, m2, mask=channel_mask)
     elif EPILOGUE == "gradient":
-        y = tl.load(aux + offsets, mask=mask, other=0.0).to(tl.float32)
-        mean, scale, shift = coefficients(coef, plane, channels, channel_mask)
-        apart = y - mean[None, :]
-        o = activate(scale[None, :] * apart + shift[None, :], slope, ACTIVATION)
-        dz = tl.where(mask, result * activation_derivative(o, slope, ACTIVATION), 0.0)
-        tl.store(out + offsets, (scale[None, :] * dz).to(out.dtype.element_ty), mask=mask)
-        tl.store(partials + partial_offsets, tl.sum(dz, axis=0), mask=channel_mask)
-        tl.store(
-            partials + partial_plane + partial_offsets,
-            tl.sum(dz * apart, axis=0),
-            mask=channel_mask,
+        s1, s2 = store_gradient(
+            result, out, offsets, mask, channels, channel_mask, aux, coef, plane, slope, ACTIVATION
         )
+        tl.store(partials + partial_offsets, s1, mask=channel_mask)
+        tl.store(partials + partial_plane + partial_offsets, s2, mask=channel_mask)
     return count
