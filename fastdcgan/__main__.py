@@ -9,6 +9,8 @@ COMMANDS = {
     "generate": ("fastdcgan.generate", "draw images from a trained generator"),
     "evaluate": ("fastdcgan.evaluate", "score generated images beside real ones"),
     "tune": ("fastdcgan.tune", "search hyperparameters"),
+    "inpaint": ("fastdcgan.inpaint", "fill hidden parts of images with a generator"),
+    "stylize": ("fastdcgan.stylize", "give images the look of others"),
     "doctor": ("fastdcgan.doctor", "say what this machine can do, and prove it"),
     "data": ("fastdcgan.data.__main__", "prepare and describe a source of images"),
 }
