@@ -28,8 +28,8 @@ class Options:
     """What gets whose look, and how."""
 
     content: str
-    """One picture, a source as for training, or blue-marble@LAT,LON[,K]: one tile of the map, or K x
-    K of them."""
+    """One picture, a source as for training, or blue-marble@LAT,LON[,K]: one tile of the map, or K
+    x K of them."""
     style: str
     """Likewise; of several images the mean look counts."""
     source: Annotated[Path, tyro.conf.arg(name="from")]

@@ -106,7 +106,8 @@ def contextual_weights(hole: Bools, window: int = WINDOW) -> Weights:
     weights[weights < 1e-9] = 0  # running sums leave such remains
     if not weights.any():  # window 1: every pixel that is seen counts alike
         weights = (~hole).astype(np.float64)
-    return weights / weights.sum()
+    scaled: Weights = weights / weights.sum()
+    return scaled
 
 
 def _from_file(path: Path, size: int) -> Bools:

@@ -18,7 +18,8 @@ def edge_map(images: Tensor) -> Tensor:
         grey = images[:, :1]
     across = torch.outer(torch.tensor([1.0, 2.0, 1.0]), torch.tensor([-1.0, 0.0, 1.0])) / 8
     kernels = torch.stack([across, across.T])[:, None].to(grey)
-    return (F.conv2d(grey, kernels).square().sum(1) + 1e-8).sqrt()
+    squared: Tensor = F.conv2d(grey, kernels).square().sum(1)
+    return (squared + 1e-8).sqrt()
 
 
 def edge_correlation(images: Tensor, others: Tensor) -> Tensor:
