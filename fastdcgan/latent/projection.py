@@ -40,7 +40,7 @@ def frozen(net: Net) -> Net:
     """A copy of the net to look through: eval statistics, weights without gradients, channels_last,
     fused blocks where they run. Its parameters' dtype and device stay."""
     copied = copy.deepcopy(net).eval().requires_grad_(False)
-    return fuse(copied.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
+    return fuse(copied.to(memory_format=torch.channels_last))
 
 
 def descend(

@@ -18,8 +18,9 @@ def edge_map(images: Tensor) -> Tensor:
         grey = images[:, :1]
     across = torch.outer(torch.tensor([1.0, 2.0, 1.0]), torch.tensor([-1.0, 0.0, 1.0])) / 8
     kernels = torch.stack([across, across.T])[:, None].to(grey)
-    squared: Tensor = F.conv2d(grey, kernels).square().sum(1)
-    return (squared + 1e-8).sqrt()
+    gradients: Tensor = F.conv2d(grey, kernels)
+    magnitude: Tensor = (gradients.square().sum(1) + 1e-8).sqrt()
+    return magnitude
 
 
 def edge_correlation(images: Tensor, others: Tensor) -> Tensor:

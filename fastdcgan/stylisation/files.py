@@ -38,7 +38,7 @@ class Change:
     style: str
     space: Literal["pixels", "latent"]
     gram_before: float
-    """`gram_distance` of the content to the style."""
+    """`gram_distance` of the content to the style, the mean over layers."""
     gram_after: float
     """That of the result."""
     edges: float

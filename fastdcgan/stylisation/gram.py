@@ -75,8 +75,8 @@ def style_of(images: Tensor, networks: Sequence[Features]) -> list[Tensor]:
 
 
 def gram_distance(features: Sequence[Tensor], style: Sequence[Tensor]) -> Tensor:
-    """The mean over layers of |G - S|^2 / |S|^2 (Frobenius norms), (N,): how far features are from
-    a style. 0 is the style itself; 1 about what an image without any features has.
+    """|G - S|^2 / |S|^2 (Frobenius norms) of each layer, (N, L): how far features are from a style.
+    0 is the style itself, 1 what an image without any features has.
 
     Args:
         features: of N images, layer by layer, see `Features`.
@@ -86,4 +86,4 @@ def gram_distance(features: Sequence[Tensor], style: Sequence[Tensor]) -> Tensor
         (gram(f) - s).square().sum((1, 2)) / s.square().sum()
         for f, s in zip(features, style, strict=True)
     ]
-    return torch.stack(apart).mean(0)
+    return torch.stack(apart, dim=1)

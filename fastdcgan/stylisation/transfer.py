@@ -27,7 +27,7 @@ class Restyled:
     images: Pixels = field(repr=False)
     """(N, H, W, C)."""
     before: Tensor
-    """(N,): the content's `gram_distance` to the style."""
+    """(N,): the content's `gram_distance` to the style, the mean over layers."""
     after: Tensor
     """(N,): the result's."""
     edges: Tensor
@@ -51,16 +51,17 @@ def restyle(
 ) -> Restyled:
     """Changes each content image towards the mean Gram matrices of the style (Gatys et al. 2016).
 
-    Minimised, by Adam, are strength x gram_distance / the content's own gram_distance +
-    (1 - strength) x (1 - edge_correlation with the content). Gatys et al. hold the content by deep
+    Minimised, by Adam, are strength x (the mean over layers of gram_distance / the content's own
+    gram_distance) + (1 - strength) x (1 - edge_correlation with the content). Gatys et al. hold the content by deep
     features; here it is held by its edges, because at 64 pixels the discriminator's deep features
     are as much the old colours as they are the content.
 
     Args:
         content, style: (N, H, W, C) and (M, H, W, C), uint8, of one size.
         networks: whose features make the look; their Gram matrices count layer by layer.
-        netG: None: the pixels are changed, beginning with the content. A generator: its z, which
-            begins at the content's nearest image; the result is one of its images.
+        netG: None: the pixels are changed, beginning with the content in the style's colours, as
+            far as `strength` says. A generator: its z, which begins at the content's nearest image;
+            the result is one of its images.
         device: where to compute.
         strength: 0 keeps the content, 1 only minds the style.
         steps: of Adam.
@@ -80,11 +81,12 @@ def restyle(
         before = distance(given)
 
     def loss(images: Tensor) -> Tensor:
-        look = distance(images) / before.clamp_min(1e-12)
+        look = (distance(images) / before.clamp_min(1e-12)).mean(1)
         return strength * look + (1 - strength) * (1 - edge_correlation(images, given))
 
     if netG is None:
-        ends, _ = descend(given, _in_range(loss), steps=steps, lr=LR["pixels"], advance=advance)
+        start = torch.lerp(given, recoloured(given, wanted), strength).clamp(-1, 1)
+        ends, _ = descend(start, _in_range(loss), steps=steps, lr=LR["pixels"], advance=advance)
         made = ends.clamp(-1, 1)
     else:
         net = frozen(netG)
@@ -103,8 +105,19 @@ def restyle(
     with torch.no_grad():
         shown = _values(images, device)
         return Restyled(
-            images, before.cpu(), distance(shown).cpu(), edge_correlation(shown, given).cpu()
+            images,
+            before.mean(1).cpu(),
+            distance(shown).mean(1).cpu(),
+            edge_correlation(shown, given).cpu(),
         )
+
+
+def recoloured(images: Tensor, others: Tensor) -> Tensor:
+    """Images with each channel's mean and standard deviation as `others` have them all together
+    (Reinhard et al. 2001, in RGB). Both (N, C, H, W)."""
+    mean, std = images.mean((2, 3), keepdim=True), images.std((2, 3), keepdim=True)
+    aim, spread = others.mean((0, 2, 3))[:, None, None], others.std((0, 2, 3))[:, None, None]
+    return (images - mean) / std.clamp_min(1e-3) * spread + aim
 
 
 def _in_range(loss: Objective) -> Objective:

@@ -14,7 +14,7 @@ from fastdcgan.stylisation.gram import (
     lite0_features,
     style_of,
 )
-from fastdcgan.stylisation.transfer import restyle
+from fastdcgan.stylisation.transfer import recoloured, restyle
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +48,16 @@ def test_gram_distance_is_relative_and_forgets_places():
     random = np.random.default_rng(0)
     layers = [torch.from_numpy(random.normal(size=(2, k, 4, 4))) for k in (3, 5)]
     style = [gram(layer[:1])[0] for layer in layers]
-    distance = gram_distance(layers, style)
+    each = gram_distance(layers, style)
+    assert each.shape == (2, 2)
+    distance = each.mean(1)
     pairs = zip([gram(layer)[1] for layer in layers], style, strict=True)
     expected = np.mean([((g - s) ** 2).sum() / (s**2).sum() for g, s in pairs])
     assert distance[0] < 1e-20
     assert distance[1] == pytest.approx(expected)
     moved = [layer.roll((1, 2), (2, 3)) for layer in layers]
-    assert torch.allclose(gram_distance(moved, style), distance)
-    assert gram_distance([0 * layer for layer in layers], style)[0] == pytest.approx(1)
+    assert torch.allclose(gram_distance(moved, style), each)
+    assert gram_distance([0 * layer for layer in layers], style)[0].tolist() == pytest.approx([1, 1])
 
 
 def test_the_look_of_a_set_is_the_mean_of_its_looks(nets):
@@ -108,6 +110,16 @@ def test_edge_correlation_is_numpys():
         assert found[n] == pytest.approx(expected)
     assert torch.allclose(edge_correlation(a, -0.5 * a + 0.1), torch.ones(2, dtype=torch.float64),
                           atol=1e-4)  # fmt: skip
+
+
+def test_recoloured_images_have_the_others_means_and_spreads():
+    random = np.random.default_rng(0)
+    images, others = random.normal(size=(2, 3, 8, 8)), random.normal(3, 2, size=(4, 3, 8, 8))
+    found = recoloured(torch.from_numpy(images), torch.from_numpy(others)).numpy()
+    for n in range(2):
+        assert np.allclose(found[n].mean((1, 2)), others.mean((0, 2, 3)))
+        assert np.allclose(found[n].std((1, 2), ddof=1), others.std((0, 2, 3), ddof=1))
+        assert np.corrcoef(found[n, 1].ravel(), images[n, 1].ravel())[0, 1] == pytest.approx(1)
 
 
 def test_a_look_is_transferred_and_edges_stay(nets, pictures):
