@@ -19,8 +19,7 @@ def edge_map(images: Tensor) -> Tensor:
     across = torch.outer(torch.tensor([1.0, 2.0, 1.0]), torch.tensor([-1.0, 0.0, 1.0])) / 8
     kernels = torch.stack([across, across.T])[:, None].to(grey)
     gradients: Tensor = F.conv2d(grey, kernels)
-    magnitude: Tensor = (gradients.square().sum(1) + 1e-8).sqrt()
-    return magnitude
+    return (gradients.square().sum(1) + 1e-8).sqrt()
 
 
 def edge_correlation(images: Tensor, others: Tensor) -> Tensor:
@@ -29,4 +28,5 @@ def edge_correlation(images: Tensor, others: Tensor) -> Tensor:
     a, b = (edge_map(x).flatten(1) for x in (images, others))
     a, b = (x - x.mean(1, keepdim=True) for x in (a, b))
     scale = a.norm(dim=1) * b.norm(dim=1)
-    return (a * b).sum(1) / scale.clamp_min(float(np.finfo(np.float32).tiny))
+    found: Tensor = (a * b).sum(1) / scale.clamp_min(float(np.finfo(np.float32).tiny))
+    return found
