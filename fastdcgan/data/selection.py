@@ -67,7 +67,7 @@ def select(
     packed = prepare(
         spec, size=size, channels=channels, split=chosen, cache=cache, progress=progress
     )
-    rows = np.random.default_rng(seed).permutation(packed.n)[:n]
+    rows = np.random.default_rng(seed % 2**64).permutation(packed.n)[:n]
     margin = (packed.window - packed.size) // 2  # of wider windows their middle
     middle = slice(margin, margin + packed.size)
     images = np.ascontiguousarray(packed.images[rows, middle, middle])

@@ -102,7 +102,7 @@ def inpaint(
         check_picture(sheet, force=force)
     if out is not None:
         check_images(out, force=force)
-    if prior < 0:
+    if not prior >= 0:
         raise InputError(f"--prior {prior} was given; it must be at least 0")
     if strength is not None and not 0 <= strength <= 1:
         raise InputError(f"--strength {strength} was given; it must be from 0 to 1")

@@ -15,7 +15,7 @@ from fastdcgan.data.picture import Pixels
 from fastdcgan.inpainting.blending import Images, blend, trust
 from fastdcgan.inpainting.masks import Mask
 from fastdcgan.latent.draw import Generator
-from fastdcgan.latent.projection import Advance, Objective, frozen, nobody, project
+from fastdcgan.latent.projection import Advance, Wrap, frozen, nobody, project
 from fastdcgan.metrics.probe import Discriminator
 
 PRIOR = 0.003
@@ -53,7 +53,7 @@ def fill(
     strength: float | None = None,
     seed: int = 0,
     autocast: torch.dtype | None = None,
-    wrap: Callable[[Objective], Objective] = lambda objective: objective,
+    wrap: Wrap = lambda loss: loss,
     advance: Advance = nobody,
 ) -> Filled:
     """Fills the hole of each image (Yeh et al. 2017).
@@ -91,12 +91,12 @@ def fill(
         assert critic is not None
         return prior * prior_loss(critic(made))
 
-    def in_precision(objective: Objective) -> Objective:
-        wrapped = wrap(objective)
+    def in_precision(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        wrapped = wrap(loss)
 
-        def call(z: Tensor) -> Tensor:
+        def call(z: Tensor, which: Tensor) -> Tensor:
             with torch.autocast(device.type, autocast, enabled=autocast is not None):
-                return wrapped(z)
+                return wrapped(z, which)
 
         return call
 

@@ -85,7 +85,9 @@ def make_mask(
     elif spec == "left":
         hole[:, : round(size * part)] = True
     elif spec == "random":
-        hidden = np.random.default_rng(seed).permutation(size * size)[: round(size * size * part)]
+        hidden = np.random.default_rng(seed % 2**64).permutation(size * size)[
+            : round(size * size * part)
+        ]
         hole.flat[hidden] = True
     elif spec == "grid":
         hole[:] = True

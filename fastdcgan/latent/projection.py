@@ -5,6 +5,7 @@ not here."""
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -20,6 +21,9 @@ Net = TypeVar("Net", bound=nn.Module)
 
 Objective = Callable[[Tensor], Tensor]
 """Points (N, ...) -> losses (N,), each of its own row alone."""
+
+Wrap = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
+"""Gives back the same function, done in another way."""
 
 Advance = Callable[[int], object]
 """Is told how many more steps are done."""
@@ -134,7 +138,7 @@ def project(
     lr: float = LR,
     batch: int = 256,
     seed: int = 0,
-    wrap: Callable[[Objective], Objective] = lambda objective: objective,
+    wrap: Wrap = lambda loss: loss,
     advance: Advance = nobody,
 ) -> Projection:
     """Finds for each target the z whose image measures least, from several starts at once (Yeh et
@@ -150,7 +154,7 @@ def project(
         steps, lr: see `descend`.
         batch: latent vectors that go through the nets together.
         seed: of the draws: the same seed gives the same z, whatever the other targets are.
-        wrap: is given each objective before it is used: where to compile it, say.
+        wrap: is given the loss, a function of (z, which), before it is used: where to compile it.
         advance: is told 1 after each step of each batch; see `rounds`.
 
     Raises:
@@ -170,24 +174,28 @@ def project(
         rows = torch.arange(targets, device=device)
         return torch.stack([measure(images, row.expand(len(images))) for row in rows])
 
+    def loss(z: Tensor, which: Tensor) -> Tensor:
+        images = netG(z)
+        own = measure(images, which)
+        return own if prior is None else own + prior(images, z)
+
+    wrapped = wrap(loss)
     starts = best_draws(netG, compare, restarts, pool=pool, seed=seed).flatten(0, 1)
     which = torch.arange(targets, device=device).repeat_interleave(restarts)
     ends, losses = [], []
     for rows in torch.arange(len(starts), device=device).split(batch):
-        mine = which[rows]
-
-        def objective(z: Tensor, mine: Tensor = mine) -> Tensor:
-            images = netG(z)
-            loss = measure(images, mine)
-            return loss if prior is None else loss + prior(images, z)
-
-        end, loss = descend(starts[rows], wrap(objective), steps=steps, lr=lr, advance=advance)
+        objective = partial(_of_rows, wrapped, which[rows])
+        end, least = descend(starts[rows], objective, steps=steps, lr=lr, advance=advance)
         ends.append(end)
-        losses.append(loss)
+        losses.append(least)
     found, order = torch.cat(losses).view(targets, restarts).sort(dim=1)
     z = torch.cat(ends).view(targets, restarts, -1)
     z = z.gather(1, order[..., None].expand_as(z))
     return Projection(z, found)
+
+
+def _of_rows(loss: Callable[..., Tensor], which: Tensor, z: Tensor) -> Tensor:
+    return loss(z, which)
 
 
 def precision(device: torch.device, say: Callable[[str], None]) -> torch.dtype | None:
@@ -201,7 +209,7 @@ def precision(device: torch.device, say: Callable[[str], None]) -> torch.dtype |
 
 def rounds(targets: int, *, restarts: int, steps: int, batch: int) -> int:
     """How often `project` tells `advance`."""
-    return -(-targets * restarts // batch) * steps
+    return -(-targets * restarts // max(1, batch)) * steps
 
 
 def nearest_images(
