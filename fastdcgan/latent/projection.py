@@ -160,12 +160,11 @@ def project(
     Raises:
         InputError: a number is out of its range.
     """
-    least_values = {"restarts": 1, "pool": restarts, "steps": 0, "batch": 1}
     given = {"restarts": restarts, "pool": pool, "steps": steps, "batch": batch}
+    lowest = {"restarts": 1, "pool": restarts, "steps": 0, "batch": 1}
     for name, value in given.items():
-        least = least_values[name]
-        if value < least:
-            raise InputError(f"--{name} {value} was given; it must be at least {least}")
+        if value < lowest[name]:
+            raise InputError(f"--{name} {value} was given; it must be at least {lowest[name]}")
     if not lr > 0:
         raise InputError(f"--lr {lr} was given; it must be above 0")
     device = next(netG.parameters()).device

@@ -52,9 +52,9 @@ def restyle(
     """Changes each content image towards the mean Gram matrices of the style (Gatys et al. 2016).
 
     Minimised, by Adam, are strength x (the mean over layers of gram_distance / the content's own
-    gram_distance) + (1 - strength) x (1 - edge_correlation with the content). Gatys et al. hold the content by deep
-    features; here it is held by its edges, because at 64 pixels the discriminator's deep features
-    are as much the old colours as they are the content.
+    gram_distance) + (1 - strength) x (1 - edge_correlation with the content). Gatys et al. hold
+    the content by deep features; here it is held by its edges, because at 64 pixels the
+    discriminator's deep features are as much the old colours as they are the content.
 
     Args:
         content, style: (N, H, W, C) and (M, H, W, C), uint8, of one size.
