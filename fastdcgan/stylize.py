@@ -53,7 +53,7 @@ class Options:
     steps: int = 300
     """Steps of Adam."""
     restarts: int = 4
-    """In the latent space: starting points of the search for the content's vector."""
+    """In the latent space: starting points of each image; the best end is kept."""
     ema: bool = True
     """Use the averaged generator, where there is one."""
     amp: bool = False
@@ -61,7 +61,7 @@ class Options:
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     seed: int = 0
-    """Seed of the choice of images and of the search."""
+    """Seed of the choice of images, and of the starting points."""
     cache: Path | None = None
     """Where packed images are kept; by default $FASTDCGAN_CACHE or the user's cache folder."""
     force: bool = False

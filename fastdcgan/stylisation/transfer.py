@@ -10,14 +10,15 @@ from torch import Tensor
 from fastdcgan.data import to_uint8
 from fastdcgan.data.picture import Pixels
 from fastdcgan.latent.draw import Generator
-from fastdcgan.latent.projection import Advance, Objective, descend, frozen, nobody, project
+from fastdcgan.latent.projection import Advance, descend, frozen, nobody, project
 from fastdcgan.stylisation.edges import edge_correlation
 from fastdcgan.stylisation.gram import Features, gram_distance, style_of
 
 LR = {"pixels": 0.02, "latent": 0.05}
 """Adam's first step, in values from -1 to 1 and in z."""
 
-SIMILAR = 0.1  # weight of the latent space's prior |z|^2 / nz - 1, where the generator is at home
+OUTSIDE = 10.0  # weight of what drives pixels back that leave [-1, 1]
+LONG = 1.0  # weight of |z|^2 / nz beyond 1, where the generator has never been
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +45,7 @@ def restyle(
     strength: float = 0.8,
     steps: int = 300,
     restarts: int = 4,
-    pool: int = 1024,
+    pool: int = 256,
     seed: int = 0,
     autocast: torch.dtype | None = None,
     advance: Advance = nobody,
@@ -60,14 +61,14 @@ def restyle(
         content, style: (N, H, W, C) and (M, H, W, C), uint8, of one size.
         networks: whose features make the look; their Gram matrices count layer by layer.
         netG: None: the pixels are changed, beginning with the content in the style's colours, as
-            far as `strength` says. A generator: its z, which begins at the content's nearest image;
-            the result is one of its images.
+            far as `strength` says. A generator: its z, which begins at the random draws that fit
+            best, see `project`; the result is one of its images.
         device: where to compute.
         strength: 0 keeps the content, 1 only minds the style.
         steps: of Adam.
-        restarts, pool, seed: of the search for the content's z, see `project`.
+        restarts, pool, seed: in the latent space, see `project`.
         autocast: dtype of the networks' products; None: float32.
-        advance: is told 1 after each step.
+        advance: is told 1 after each step; in the latent space of each batch, see `rounds`.
     """
     given, wanted = (_values(images, device) for images in (content, style))
     aim = style_of(wanted, networks)
@@ -80,27 +81,28 @@ def restyle(
     with torch.no_grad():
         before = distance(given)
 
-    def loss(images: Tensor) -> Tensor:
-        look = (distance(images) / before.clamp_min(1e-12)).mean(1)
-        return strength * look + (1 - strength) * (1 - edge_correlation(images, given))
+    def loss(images: Tensor, which: Tensor) -> Tensor:
+        look = (distance(images) / before[which].clamp_min(1e-12)).mean(1)
+        return strength * look + (1 - strength) * (1 - edge_correlation(images, given[which]))
 
     if netG is None:
         start = torch.lerp(given, recoloured(given, wanted), strength).clamp(-1, 1)
-        ends, _ = descend(start, _in_range(loss), steps=steps, lr=LR["pixels"], advance=advance)
+        rows = torch.arange(len(given), device=device)
+
+        def pixel_loss(images: Tensor) -> Tensor:
+            outside = (images.abs() - 1).relu().square().mean((1, 2, 3))
+            return loss(images, rows) + OUTSIDE * outside
+
+        ends, _ = descend(start, pixel_loss, steps=steps, lr=LR["pixels"], advance=advance)
         made = ends.clamp(-1, 1)
     else:
         net = frozen(netG)
-        start = project(
-            net, lambda images, which: (images - given[which]).square().mean((1, 2, 3)), len(given),
-            restarts=restarts, pool=pool, steps=steps // 2, seed=seed,
-        ).z  # fmt: skip
-
-        def latent_loss(z: Tensor) -> Tensor:
-            return loss(net(z)) + SIMILAR * (z.square().mean(1) - 1).relu()
-
-        ends, _ = descend(start, latent_loss, steps=steps, lr=LR["latent"], advance=advance)
+        found = project(
+            net, loss, len(given), prior=lambda images, z: LONG * (z.square().mean(1) - 1).relu(),
+            restarts=restarts, pool=pool, steps=steps, lr=LR["latent"], seed=seed, advance=advance,
+        )  # fmt: skip
         with torch.no_grad():
-            made = net(ends)
+            made = net(found.z)
     images = to_uint8(made)
     with torch.no_grad():
         shown = _values(images, device)
@@ -118,15 +120,6 @@ def recoloured(images: Tensor, others: Tensor) -> Tensor:
     mean, std = images.mean((2, 3), keepdim=True), images.std((2, 3), keepdim=True)
     aim, spread = others.mean((0, 2, 3))[:, None, None], others.std((0, 2, 3))[:, None, None]
     return (images - mean) / std.clamp_min(1e-3) * spread + aim
-
-
-def _in_range(loss: Objective) -> Objective:
-    """The loss, and what drives pixels back that leave [-1, 1]."""
-
-    def held(images: Tensor) -> Tensor:
-        return loss(images) + 10 * (images.abs() - 1).relu().square().mean((1, 2, 3))
-
-    return held
 
 
 def _values(images: Pixels, device: torch.device) -> Tensor:
