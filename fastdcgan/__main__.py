@@ -10,6 +10,8 @@ COMMANDS = {
     "export": ("fastdcgan.export", "turn a trained net into ONNX and other files"),
     "evaluate": ("fastdcgan.evaluate", "score generated images beside real ones"),
     "tune": ("fastdcgan.tune", "search hyperparameters"),
+    "inpaint": ("fastdcgan.inpaint", "fill hidden parts of images with a generator"),
+    "stylize": ("fastdcgan.stylize", "give images the look of others"),
     "doctor": ("fastdcgan.doctor", "say what this machine can do, and prove it"),
     "data": ("fastdcgan.data.__main__", "prepare and describe a source of images"),
 }

@@ -2,7 +2,8 @@
 becomes one line. No command's own logic is here."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 from fastdcgan.errors import Collapsed, InputError, RunError
@@ -69,3 +70,17 @@ def run(command: Callable[[Sequence[str]], None], args: Sequence[str] | None = N
         print(f"error: {error}", file=sys.stderr)
         return 3 if isinstance(error, Collapsed) else 1
     return 0
+
+
+@contextmanager
+def needs_extra(name: str, *modules: str) -> Iterator[None]:
+    """Inside, importing one of these modules where it is not installed is an InputError that names
+    the extra with it."""
+    try:
+        yield
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] not in modules:
+            raise
+        raise InputError(
+            f"this needs {error.name}, which is not installed: pip install 'fastdcgan[{name}]'"
+        ) from None

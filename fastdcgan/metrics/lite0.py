@@ -55,6 +55,11 @@ class Lite0(nn.Module):
         """Features (N, 1280) -> logits (N, 1000)."""
         return self._fc
 
+    @property
+    def blocks(self) -> nn.Sequential:
+        """The 16 blocks, for whoever wants the features between them."""
+        return self._blocks
+
     def forward(self, images: Tensor) -> Tensor:
         x = images.to(self._fc.weight.dtype).contiguous(memory_format=torch.channels_last)
         if x.shape[2:] != (SIDE, SIDE):

@@ -42,7 +42,7 @@ PROLOGUE = {
     "to both, before it no norm": ["image_weight_gradient_through", "weight_gradient"],
     "to weight": ["weight_gradient"],
     "last logit": ["gather"],
-    "last logit to both": ["logit_gradients"],
+    "last logit to both": ["logit_gradients", "_to_copy"],  # the weight's, in 16 bits
     "last logit to input": ["logit_gradients"],
     "image to weight": [],  # by the launch that made its gradient
     "image to input": ["image_up"],

@@ -80,13 +80,18 @@ def windows(earth: np.ndarray[Any, Any], split: str, window: int) -> Iterator[tu
                     )
 
 
-def _items(split: str, window: int) -> Iterator[Item]:
+def read_map() -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The whole map, (2700, 5400, 3): equirectangular, from 90 degrees north and 180 west."""
     from io import BytesIO
 
     from PIL import Image
 
     with Image.open(BytesIO(_file())) as image:
-        earth = np.asarray(image.convert("RGB"))
+        return np.asarray(image.convert("RGB"))
+
+
+def _items(split: str, window: int) -> Iterator[Item]:
+    earth = read_map()
     for y, x in windows(earth, split, window):
         cut = earth[y : y + window, x : x + window]
         yield f"blue-marble at row {y}, column {x}", partial(np.ascontiguousarray, cut)
