@@ -126,8 +126,8 @@ def page(name: str, found: list[Trained], minutes: float) -> str:
         f"# {name}: {minutes:g} minutes each",
         "",
         f"{machine()} in all, shared by the runs, which went side by side. KID and FID by "
-        f"{report['features']}, n = {report['n']:,}; floor (real against real): KID {report['kid_floor']:.4f}, "
-        f"FID {report['fid_floor']:.1f}.",
+        f"{report['features']}, n = {report['n']:,}; floor (real against real): "
+        f"KID {report['kid_floor']:.4f}, FID {report['fid_floor']:.1f}.",
         "",
         "| recipe | steps | CPU s | " + " | ".join(SCORES) + " | KID of the first |",
         "|---" * (4 + len(SCORES)) + "|",
