@@ -17,9 +17,8 @@ from fastdcgan.hardware import pick_device, use_allowed_threads
 from fastdcgan.inpainting import scores
 from fastdcgan.inpainting.filling import PRIOR, Filled, fill
 from fastdcgan.inpainting.masks import WINDOW, make_mask
-from fastdcgan.latent.draw import load_generator
+from fastdcgan.latent.draw import load_discriminator, load_generator
 from fastdcgan.latent.projection import LR, POOL, precision, rounds
-from fastdcgan.metrics.probe import load_discriminator
 from fastdcgan.progress import bar
 from fastdcgan.training.compiling import Compiler
 
@@ -109,7 +108,7 @@ def inpaint(
     use_allowed_threads()
     place = pick_device(device)
     netG = load_generator(source, ema=ema, device=str(place))
-    netD = load_discriminator(source, device=place) if prior else None
+    netD = load_discriminator(source, device=str(place)) if prior else None
     hidden = make_mask(mask, netG.size, share=share, window=window, seed=seed)
     chosen = select(
         images, size=netG.size, channels=netG.channels, n=n, seed=seed, split=split, cache=cache,

@@ -1,8 +1,7 @@
 """What `generate` does with a trained generator: samples, walks and arithmetic, into files. The
 parts are beside it (draw.py, interpolation.py, arithmetic.py, sheets.py) and in data/ (writers)."""
 
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from math import ceil, sqrt
 from pathlib import Path
@@ -21,6 +20,7 @@ from fastdcgan.latent.config import PICTURES, GenerateConfig
 from fastdcgan.latent.draw import Sampler, fast_sampler, latents_numbered, load_generator
 from fastdcgan.latent.interpolation import walk
 from fastdcgan.latent.sheets import arithmetic_sheet, numbered_grid
+from fastdcgan.progress import bar
 
 LARGEST_SIDE = 16_383
 """Pixels on a side of a grid: what WebP holds, and more than most viewers open."""
@@ -65,9 +65,11 @@ def generate(config: GenerateConfig, *, progress: bool = True) -> list[str]:
             )
         with ExitStack() as files:
             takers = [files.enter_context(writer) for writer in _writers(config, n)]
-            for batch in _shown(images, n, progress):
+            advance = files.enter_context(bar("images", n, shown=progress))
+            for batch in images:
                 for take in takers:
                     take(batch)
+                advance(len(batch))
     except OSError as error:
         wrong = error.filename or config.out or config.each
         raise InputError(f"cannot write {wrong}: {error.strerror or error}") from None
@@ -168,17 +170,3 @@ def _together(config: GenerateConfig, out: Path) -> Iterator[Frames]:
         save_image(out, numbered_grid(images))
     else:
         save_image(out, grid(images))
-
-
-def _shown(images: Iterable[Pixels], n: int, progress: bool) -> Iterator[Pixels]:
-    """The same, with a bar that says how many are done."""
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress
-
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-    shown = progress and sys.stderr.isatty()
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as bar:
-        task = bar.add_task("images", total=n)
-        for batch in images:
-            yield batch
-            bar.advance(task, len(batch))

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,16 +16,18 @@ import torch
 from torch import nn
 
 from fastdcgan.data import open_source, prepare, save_image
-from fastdcgan.data.picture import FORMATS, Pixels
+from fastdcgan.data.outputs import check_picture
+from fastdcgan.data.picture import Pixels
 from fastdcgan.data.sources import Source
 from fastdcgan.errors import InputError
 from fastdcgan.hardware import pick_device, use_allowed_threads
-from fastdcgan.latent.draw import draw, load_generator
+from fastdcgan.latent.draw import draw, load_discriminator, load_generator
 from fastdcgan.metrics.comparison import Comparison, compare
-from fastdcgan.metrics.features import Advance, chunks
+from fastdcgan.metrics.features import chunks
 from fastdcgan.metrics.neighbours import SAMPLES, neighbour_sheet
 from fastdcgan.metrics.networks import load_network
 from fastdcgan.metrics.scores import NEAREST
+from fastdcgan.progress import bar
 
 if TYPE_CHECKING:
     from fastdcgan.metrics.probe import Probe
@@ -142,16 +143,15 @@ def evaluate(
             "as many again as the score" + (f"; {fakes.count:,} fakes" if fakes.count else "")
         )
     if neighbours is not None:
-        _check_picture(neighbours)
+        check_picture(neighbours, force=True)
     probed = None
     if probe is not None:
-        from fastdcgan.metrics.probe import load_discriminator
         from fastdcgan.metrics.probe import probe as run_probe
 
-        netD = load_discriminator(Path(fake), device=place)
+        netD = load_discriminator(Path(fake), device=str(place))
         probed = run_probe(netD, probe, n=asked, seed=seed, cache=cache)
     sample: list[Pixels] = []
-    with _bar(progress, f"features by {network.name}", 3 * n) as advance:
+    with bar(f"features by {network.name}", 3 * n, shown=progress) as advance:
         found = compare(
             packed, _kept(fakes.images(n), sample), n, network, place, cache=cache, advance=advance
         )
@@ -250,32 +250,12 @@ def _side(source: Source) -> int:
 # ---- what is kept, and what is shown -------------------------------------------------------------
 
 
-def _check_picture(path: Path) -> None:
-    """Says what cannot be written before minutes are spent on it."""
-    if path.suffix.lower() not in FORMATS:
-        raise InputError(f"cannot write {path}: end its name in {', '.join(FORMATS)}")
-    if not path.parent.is_dir():
-        raise InputError(f"cannot write {path}: there is no folder {path.parent}")
-
-
 def _kept(images: Iterable[Pixels], into: list[Pixels]) -> Iterator[Pixels]:
     """The same chunks; the first ones, enough for a sheet, are kept."""
     for chunk in images:
         if sum(map(len, into)) < SAMPLES:
             into.append(chunk[:SAMPLES])
         yield chunk
-
-
-@contextmanager
-def _bar(shown: bool, title: str, total: int) -> Iterator[Advance]:
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress
-
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-    shown = shown and sys.stderr.isatty()
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda done: bar.advance(task, done)
 
 
 def _number(value: float | None) -> str:

@@ -17,7 +17,6 @@ from fastdcgan.data import Packed, prepare
 from fastdcgan.errors import InputError
 from fastdcgan.metrics.features import chunks
 from fastdcgan.metrics.labels import labels
-from fastdcgan.training.checkpoints import Checkpoints, load
 
 Discriminator = models.Discriminator | models.TF28Discriminator
 Array = np.ndarray[Any, np.dtype[np.float32]]
@@ -47,27 +46,6 @@ class Probe:
         yield f"probe on {self.source}: {self.train:,} images to learn, {self.test:,} to test"
         yield f"  discriminator's features  {self.accuracy:.2%} ({self.width:,} of them)"
         yield f"  random projection         {self.accuracy_pixels:.2%} (of the pixels, as wide)"
-
-
-def load_discriminator(source: Path, *, device: torch.device) -> Discriminator:
-    """The discriminator of a run's folder, a checkpoint of one, or a file of its weights.
-
-    Raises:
-        InputError: there is none.
-    """
-    if source.is_dir() and (source / "netD.safetensors").is_file():
-        net = models.discriminator_from(source / "netD.safetensors")
-    elif source.is_dir():
-        newest = Checkpoints(source / "checkpoints").newest()
-        if newest is None:
-            raise InputError(f"{source} has no discriminator to probe: give a run's folder")
-        net = models.discriminator_from(newest[1]["netD"])
-    else:
-        try:
-            net = models.discriminator_from(load(source)["netD"])
-        except InputError:
-            net = models.discriminator_from(source)
-    return net.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload,no-any-return]
 
 
 def probe(

@@ -16,9 +16,8 @@ from fastdcgan.data.picture import Pixels
 from fastdcgan.data.selection import select
 from fastdcgan.errors import InputError
 from fastdcgan.hardware import pick_device, use_allowed_threads
-from fastdcgan.latent.draw import load_generator
+from fastdcgan.latent.draw import load_discriminator, load_generator
 from fastdcgan.latent.projection import precision
-from fastdcgan.metrics.probe import load_discriminator
 from fastdcgan.progress import bar
 from fastdcgan.stylisation.gram import discriminator_features, lite0_features
 from fastdcgan.stylisation.transfer import Restyled, restyle
@@ -126,7 +125,7 @@ def stylize(
         if progress:
             print(line, file=sys.stderr)
 
-    netD = load_discriminator(source, device=place)
+    netD = load_discriminator(source, device=str(place))
     networks = [discriminator_features(netD)] if features != "lite0" else []
     if features != "discriminator":
         try:

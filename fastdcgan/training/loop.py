@@ -535,7 +535,8 @@ class _Run:
             statistics: Literal["batch", "running"] = (
                 "batch" if self.config.net == "dcgan" else "running"
             )
-            images = models.sample(self.state.sampler, self.fixed_z, statistics=statistics)
+            with implementation(self.whole_step.impl):
+                images = models.sample(self.state.sampler, self.fixed_z, statistics=statistics)
             self.journal.grid(now, grid(to_uint8(images)))
 
     def _judge_health(self) -> None:
@@ -550,7 +551,8 @@ class _Run:
         judge, state, row, why = self.judge, self.state, None, ""
         if judge is not None:
             self._refuse_broken_weights()
-            row = judge.score(state, self.order, seconds=self._seconds())
+            with implementation(self.whole_step.impl):
+                row = judge.score(state, self.order, seconds=self._seconds())
         if distributed.from_first(judge is not None and row is not None and judge.is_better(row)):
             self._checkpoint()
         if judge is not None and row is not None and self.journal is not None:
