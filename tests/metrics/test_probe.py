@@ -11,8 +11,9 @@ from fastdcgan import models
 from fastdcgan.data import prepare
 from fastdcgan.data.sources import FASHION_MNIST
 from fastdcgan.errors import InputError
+from fastdcgan.latent.draw import load_discriminator
 from fastdcgan.metrics.labels import labels
-from fastdcgan.metrics.probe import _features, load_discriminator, probe
+from fastdcgan.metrics.probe import _features, probe
 
 CPU = torch.device("cpu")
 
@@ -97,7 +98,7 @@ def test_a_trained_discriminator_beats_the_pixels(command, some_fashion, tmp_pat
         *("--batch-size", 32, "--steps", 60, "--no-tensorboard", "--out", tmp_path / "run"),
     )
     assert done.returncode == 0, done.stderr
-    net = load_discriminator(tmp_path / "run", device=CPU)
+    net = load_discriminator(tmp_path / "run")
     found = probe(net, str(some_fashion), n=2500)
     assert (found.train, found.test, found.width) == (2500, 1000, 16 * (16 + 32 + 64))
     assert found.accuracy > found.accuracy_pixels + 0.01
