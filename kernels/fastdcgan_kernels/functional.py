@@ -417,22 +417,17 @@ def _plain(
     to_a_number = not up and stride == 1 and weight.shape[0] == 1 and activation == "none"
     if isinstance(x, Deferred) and how == "prologue" and to_a_number and bias is None:
         norm = (x.gamma, x.beta) if x.gamma is not None and x.beta is not None else norm
-    working, signs = _working(weight, y.dtype, working), None
-    channels = weight.shape[0]
-    if (
+    working = _working(weight, y.dtype, working)
+    signed = (
         defer and how == "prologue" and isinstance(x, Tensor) and not up and bias is None
-        and stride == 2 and y.shape[1] <= 4 and channels % 8 == 0
+        and stride == 2 and y.shape[1] <= 4 and weight.shape[0] % 8 == 0
         and activation in ("relu", "leaky_relu") and torch.is_grad_enabled()
-    ):  # fmt: skip
-        sides = _output_shape(y, weight, stride, up)
-        signs = y.new_empty((sides[0], *sides[2:], channels // 8), dtype=torch.uint8)
-    out: Tensor = ops.conv_act(
-        y, coef, weight, bias, up, stride, x_activation, x_slope, activation, slope, working, signs,
-        *norm,
     )  # fmt: skip
-    if signs is None:
-        return out
-    return FromImage(out, signs, y, weight, working, activation, slope)
+    out, signs = ops.conv_act(
+        y, coef, weight, bias, up, stride, x_activation, x_slope, activation, slope, working,
+        signed, *norm,
+    )  # fmt: skip
+    return FromImage(out, signs, y, weight, working, activation, slope) if signed else out
 
 
 def _output_shape(x: Tensor, weight: Tensor, stride: int, up: bool) -> torch.Size:

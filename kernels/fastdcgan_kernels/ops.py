@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdcgan_kernels import reference
-from fastdcgan_kernels.geometry import empty_output, gradient_dtype
+from fastdcgan_kernels.geometry import empty_output, geometry_of, gradient_dtype
 
 ops: Any = torch.ops.fastdcgan
 CHANNELS_LAST = torch.channels_last
@@ -109,28 +109,37 @@ def _(gy, gcoef, picture, picture_weight, picture_working, signs, x, weight, wor
     )
 
 
-@torch.library.custom_op("fastdcgan::conv_act", mutates_args=("signs",))
+@torch.library.custom_op("fastdcgan::conv_act", mutates_args=())
 def conv_act(
     x: Tensor, x_coef: Tensor | None, weight: Tensor, bias: Tensor | None, up: bool, stride: int,
     x_activation: str, x_slope: float, activation: str, slope: float,
-    working: Tensor | None = None, signs: Tensor | None = None, x_gamma: Tensor | None = None,
+    working: Tensor | None = None, signed: bool = False, x_gamma: Tensor | None = None,
     x_beta: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """As `blocks.conv_act`. `working`: the weight as the kernels take it. With x_gamma and x_beta,
-    which x_coef was made of, the gradient of x is that through its norm, too, and those of x_gamma
-    and x_beta come from here: `blocks.logit_backward`."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `blocks.conv_act`, and the signs (N, P, Q, CO / 8), of no size unless `signed`. `working`:
+    the weight as the kernels take it. With x_gamma and x_beta, which x_coef was made of, the
+    gradient of x is that through its norm, too, and those of x_gamma and x_beta come from here:
+    `blocks.logit_backward`."""
     from fastdcgan_kernels import blocks
 
-    return blocks.conv_act(
+    signs = _empty_signs(x, weight, up, stride, signed)
+    out = blocks.conv_act(
         x, x_coef, weight, bias, up, stride, x_activation, x_slope, activation, slope, working,
-        signs,
+        signs if signed else None,
     )  # fmt: skip
+    return out, signs
+
+
+def _empty_signs(x: Tensor, weight: Tensor, up: bool, stride: int, signed: bool) -> Tensor:
+    g = geometry_of(x, weight, up, stride)
+    shape = (g.N, g.P, g.Q, g.CS // 8) if signed else (0,)
+    return x.new_empty(shape, dtype=torch.uint8)
 
 
 @conv_act.register_fake
 def _(x, x_coef, weight, bias, up, stride, x_activation, x_slope, activation, slope, working=None,
-      signs=None, x_gamma=None, x_beta=None):  # fmt: skip
-    return empty_output(x, weight, up, stride)
+      signed=False, x_gamma=None, x_beta=None):  # fmt: skip
+    return empty_output(x, weight, up, stride), _empty_signs(x, weight, up, stride, signed)
 
 
 @torch.library.custom_op("fastdcgan::conv_act_backward", mutates_args=())
@@ -343,11 +352,11 @@ def _save_conv_act(ctx: Any, inputs: Any, output: Any) -> None:
     x, x_coef, weight, bias, *ctx.options = inputs[:10]
     # Without an activation the output is not needed, and may be changed in place by its taker.
     linear = ctx.options[-2] == "none"
-    saved = x, x_coef, weight, inputs[10], bias, None if linear else output
+    saved = x, x_coef, weight, inputs[10], bias, None if linear else output[0]
     ctx.save_for_backward(*saved, *inputs[12:])
 
 
-def _conv_act_gradient(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+def _conv_act_gradient(ctx: Any, g: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     x, x_coef, weight, working, bias, out, x_gamma, x_beta = ctx.saved_tensors
     needs = ctx.needs_input_grad
     if torch.is_grad_enabled():
@@ -388,8 +397,7 @@ def only(needs: Sequence[bool], *grads: Tensor | None) -> tuple[Tensor | None, .
 
 
 # register_autograd refuses an operator that changes arguments, whoever needs their gradients; these
-# are buffers and signs, which have none. opcheck, compiling and training in test_functional.py hold
-# it.
+# are buffers, which have none. opcheck, compiling and training in test_functional.py hold it.
 conv_bn._setup_context_fn, conv_bn._backward_fn = _save_conv_bn, _conv_bn_gradient
-conv_act._setup_context_fn, conv_act._backward_fn = _save_conv_act, _conv_act_gradient
+conv_act.register_autograd(_conv_act_gradient, setup_context=_save_conv_act)
 activate.register_autograd(_activate_gradient, setup_context=_save_activate)

@@ -524,15 +524,14 @@ OPCHECK = {
         ops.conv_act,
         lambda: (
             *leaves((2, 3, 8, 4), None, (8, 3, 4, 4), None),
-            *(False, 2, "none", 0.0, "relu", 0.0, None),
-            torch.zeros(2, 4, 2, 1, dtype=torch.uint8),
+            *(False, 2, "none", 0.0, "relu", 0.0, None, True),
         ),
     ),
     "conv_act to a number": (
         ops.conv_act,
         lambda: (
             *leaves((4, 5, 4, 4), (5, 2, 5), (1, 5, 4, 4), None),
-            *(False, 1, "relu", 0.0, "none", 0.0, None, None), *leaves((5,), (5,)),
+            *(False, 1, "relu", 0.0, "none", 0.0, None, False), *leaves((5,), (5,)),
         ),
     ),
     "conv_bn of image": (

@@ -150,7 +150,7 @@ def test_rows_are_what_evaluate_finds_and_are_shown(config, features, capsys):
     assert events.Scalars("quality/fid_floor")[0].value == pytest.approx(rows[0]["fid_floor"])
     assert "quality/n" not in events.Tags()["scalars"]
     with Image.open(config.out / "plot.png") as plot:
-        assert plot.size == (990, 1540), "two panels more than the 990 x 990 of a run without"
+        assert plot.size == (990, 2090), "two panels more than the 990 x 1540 of a run without"
 
 
 def test_the_best_is_kept_beside_the_last(config, tmp_path, scripted):
@@ -158,7 +158,8 @@ def test_the_best_is_kept_beside_the_last(config, tmp_path, scripted):
     config = dataclasses.replace(config, eval_every=2, keep=1)
     result = train(config)
     assert result.best["step"] == 4
-    assert names(config.out) == ["best.pt", "step-00000012.pt"]
+    healthy = "step-00000002.pt"  # to which the watch would go back
+    assert names(config.out) == ["best.pt", healthy, "step-00000012.pt"]
     folder = checkpoints.Checkpoints(config.out / "checkpoints")
     assert folder.newest()[0].name == "step-00000012.pt"
     held = checkpoints.load(config.out / "checkpoints" / "best.pt")
