@@ -349,6 +349,7 @@ def _conv_bn_of_image_gradient(
 
 
 def _save_conv_act(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.set_materialize_grads(False)  # signs have none
     x, x_coef, weight, bias, *ctx.options = inputs[:10]
     # Without an activation the output is not needed, and may be changed in place by its taker.
     linear = ctx.options[-2] == "none"
