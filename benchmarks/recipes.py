@@ -24,7 +24,7 @@ SCORES = ("kid", "fid", "precision", "recall", "density", "coverage")
 class Trained:
     """One recipe after its time."""
 
-    preset: str
+    recipe: str
     commands: tuple[list[str], list[str]]
     """Of training and of evaluation, without the interpreter."""
     steps: int
@@ -41,39 +41,41 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=COMMAND,
         description="Train recipes side by side for equal time, and compare FID and KID.",
-        epilog=f"Example: {COMMAND} --data fashion-mnist --image-size 32 --minutes 15 "
-        "dcgan small-data --out benchmarks/results/recipes",
+        epilog=f"Example: {COMMAND} dcgan= small='--ngf 32 --ndf 32' --data fashion-mnist "
+        "--image-size 32 --minutes 15 --runs runs --out benchmarks/results/recipes",
     )
-    parser.add_argument("presets", nargs="+", help="names of presets; the first is the baseline")
+    parser.add_argument(
+        "recipes", nargs="+", metavar="NAME=FLAGS", help="what to train; the first is the baseline"
+    )
     parser.add_argument("--data", default="fashion-mnist", help="source; default fashion-mnist")
     parser.add_argument("--image-size", type=int, default=32, help="pixels; default 32")
     parser.add_argument("--minutes", type=float, default=15.0, help="of each; default 15")
     parser.add_argument("--n", type=int, default=5000, help="images that are scored; default 5000")
     parser.add_argument("--name", help="of the page; default that of the data")
     parser.add_argument("--out", type=Path, required=True, help="folder of the page and its sheets")
-    parser.add_argument("--flags", default="", help="more flags of every training, as one word")
     parser.add_argument("--runs", type=Path, required=True, help="folder of the runs; kept")
     given = parser.parse_args(arguments)
-    words = [commands(preset, given) for preset in given.presets]
+    recipes = dict(recipe.partition("=")[::2] for recipe in given.recipes)
+    words = [commands(name, flags, given) for name, flags in recipes.items()]
     seconds = train([training for training, _ in words])
-    found = [score(*each) for each in zip(given.presets, words, seconds, strict=True)]
+    found = [score(*each) for each in zip(recipes, words, seconds, strict=True)]
     name = given.name or Path(given.data).stem
     given.out.mkdir(parents=True, exist_ok=True)
     for one in found:
-        (given.out / f"{name}-{one.preset}.png").write_bytes(one.grid.read_bytes())
+        (given.out / f"{name}-{one.recipe}.png").write_bytes(one.grid.read_bytes())
     text = page(name, found, given.minutes)
     (given.out / f"{name}.md").write_text(text, encoding="utf-8")
     print(text)
     return 0
 
 
-def commands(preset: str, given: argparse.Namespace) -> tuple[list[str], list[str]]:
+def commands(recipe: str, flags: str, given: argparse.Namespace) -> tuple[list[str], list[str]]:
     """Of training and of scoring a recipe, without the interpreter."""
-    run = given.runs / f"{Path(given.data).stem}-{preset}"
+    run = given.runs / f"{Path(given.data).stem}-{recipe}"
     training = [
-        *("fastdcgan.train", "--preset", preset, "--data", given.data),
-        *("--image-size", str(given.image_size), "--epochs", "100000"),
-        *("--max-minutes", f"{given.minutes:g}", "--out", str(run), *shlex.split(given.flags)),
+        *("fastdcgan.train", "--data", given.data, "--image-size", str(given.image_size)),
+        *(*shlex.split(flags), "--epochs", "100000", "--max-minutes", f"{given.minutes:g}"),
+        *("--out", str(run)),
     ]
     scoring = ["fastdcgan.evaluate", "--real", given.data, "--fake", str(run)]
     return training, [*scoring, "--n", str(given.n), "--json"]
@@ -101,7 +103,7 @@ def train(trainings: list[list[str]]) -> list[float]:
     return seconds
 
 
-def score(preset: str, words: tuple[list[str], list[str]], cpu_seconds: float) -> Trained:
+def score(recipe: str, words: tuple[list[str], list[str]], cpu_seconds: float) -> Trained:
     """The averaged generator of a recipe that has been trained."""
     training, scoring = words
     done = subprocess.run(
@@ -110,7 +112,7 @@ def score(preset: str, words: tuple[list[str], list[str]], cpu_seconds: float) -
     run = Path(training[training.index("--out") + 1])
     last = (run / "metrics.jsonl").read_text().splitlines()[-1]
     return Trained(
-        preset,
+        recipe,
         words,
         steps=json.loads(last)["step"],
         cpu_seconds=cpu_seconds,
@@ -136,13 +138,13 @@ def page(name: str, found: list[Trained], minutes: float) -> str:
         scores = " | ".join(f"{one.report[key]:.4g}" for key in SCORES)
         ratio = one.report["kid"] / first.report["kid"]
         lines.append(
-            f"| {one.preset} | {one.steps:,} | {one.cpu_seconds:.0f} | {scores} "
+            f"| {one.recipe} | {one.steps:,} | {one.cpu_seconds:.0f} | {scores} "
             f"| {100 * ratio:.0f} % |"
         )
     for one in found:
         commands = "\n".join(f"python -m {shlex.join(words)}" for words in one.commands)
-        lines += ["", f"## {one.preset}", "", "```", commands, "```", ""]
-        lines.append(f"![samples of {one.preset}]({name}-{one.preset}.png)")
+        lines += ["", f"## {one.recipe}", "", "```", commands, "```", ""]
+        lines.append(f"![samples of {one.recipe}]({name}-{one.recipe}.png)")
     return "\n".join(lines) + "\n"
 
 

@@ -331,16 +331,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The same on the built-in data, whose epochs are short: batches of 64 make 450 steps of them,
     # after which its coasts are still a blur; batches of 16 make 1,775 in the same time.
     "blue-marble": {"data": "blue-marble", "batch_size": 16},
-    # The best that a search found for minutes on a CPU: narrow nets, which make many steps, small
-    # batches, G's rate above D's, no momentum (benchmarks/results/recipes).
-    "small-data": {
-        "batch_size": 16,
-        "ngf": 16,
-        "ndf": 32,
-        "lr_g": 5.6e-4,
-        "lr_d": 2.2e-4,
-        "beta1": 0.0,
-    },
     # The TensorFlow DCGAN tutorial; Keras's Adam has betas 0.9, 0.999 and epsilon 1e-7.
     "tf28": {
         "data": "fashion-mnist",
@@ -363,8 +353,7 @@ def preset(name: str, **overrides: Any) -> TrainConfig:
 
     Args:
         name: "dcgan" (the PyTorch example), "blue-marble" (the same with batches of 16, for the
-            built-in data), "small-data" (the best that a search found) or "tf28" (the TensorFlow
-            tutorial).
+            built-in data) or "tf28" (the TensorFlow tutorial).
         **overrides: fields of `TrainConfig`.
     """
     if name not in PRESETS:
