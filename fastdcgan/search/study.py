@@ -449,6 +449,10 @@ class _Objective:
     def __call__(self, trial: "Trial", drawn: Callable[[], None]) -> float:
         import optuna
 
+        # Optuna's own thread may come too late for a process that dies at once, and a trial without
+        # any sign of life is never taken for dead.
+        storage: Any = trial.storage  # one with heartbeats: `_open`
+        storage.record_heartbeat(trial._trial_id)
         task = self.task
         reference = "reference" in trial.user_attrs
         if not reference or task.space.point(task.base) is not None:
