@@ -1,9 +1,11 @@
 """Searches with a training that takes no time: what is drawn, what is kept, what happens after a
 kill, in parallel, to trials that fail and to trials that are hopeless."""
 
+import contextlib
 import dataclasses
 import math
 import os
+import sqlite3
 import statistics
 import subprocess
 import sys
@@ -288,6 +290,21 @@ def test_the_others_take_over_from_a_worker_that_dies(searched, tmp_path):
     assert found.finished == 3
     assert sorted(ngf for (ngf,) in points(tmp_path / "s", "ngf")) == [8, 16, 64]
     assert "3 completed, 1 cut off" in (tmp_path / "s" / "report.md").read_text()
+
+
+def test_a_trial_shows_life_before_it_trains(searched, tmp_path, monkeypatch):
+    """Also where Optuna's own thread comes too late: else a death at once would never be seen."""
+    late = "optuna.storages._heartbeat.HeartbeatThread._record_heartbeat"
+    monkeypatch.setattr(late, staticmethod(lambda *args: None))
+    signs = []
+
+    def train(config, on_evaluation):
+        with contextlib.closing(sqlite3.connect(tmp_path / "s" / "study.db")) as held:
+            signs.append(held.execute("SELECT COUNT(*) FROM trial_heartbeats").fetchone()[0])
+        return quick.train(config, on_evaluation)
+
+    searched("ngf = [8]", sampler="grid", train=train)
+    assert signs == [1, 2]
 
 
 def test_two_machines_share_a_storage(searched, tmp_path):
