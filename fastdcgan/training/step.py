@@ -147,6 +147,14 @@ class Step:
             if not copies.fresh():
                 copies.refresh()
 
+    def leave_kernels(self) -> None:
+        """Runs in plain PyTorch from now on, as if kernels had never run."""
+        self.impl = "reference"
+        for optimiser in (self.state.optD, self.state.optG):
+            optimiser.copies = None
+        while self._copies:
+            self._copies.pop().leave()
+
     def _alternating(self, images: Tensor, z: Tensor, share: float) -> Tensor:
         """The PyTorch example's step: D learns from a real and from a fake batch, each with its
         own BatchNorm statistics, then G learns from the updated D. With `n_critic` D does so that

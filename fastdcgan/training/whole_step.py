@@ -1,7 +1,7 @@
 """One whole training step behind one call: data, noise, both updates, average, readings. On CUDA
-the fused blocks are compared with plain PyTorch in the first step, then the step is captured as a
-CUDA graph, compared with itself run eagerly, and from then on replayed. The algorithm is in
-step.py; nothing is added to it here."""
+the fused blocks are compared with plain PyTorch in the first step, and an update with Adam's
+formulas; then the step is captured as a CUDA graph, compared with itself run eagerly, and from then
+on replayed. The algorithm is in step.py; nothing is added to it here."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from fastdcgan.errors import RunError
 from fastdcgan.training import distributed
 from fastdcgan.training.distributed import Ranks
 from fastdcgan.training.plan import Engine
-from fastdcgan.training.proof import furthest, mean_error, random_states, undone
+from fastdcgan.training.proof import furthest, mean_error, random_states, undone, wrong_update
 from fastdcgan.training.readings import Readings
 from fastdcgan.training.state import TrainState
 from fastdcgan.training.step import Step
@@ -149,8 +149,8 @@ class WholeStep:
         return [*self.state.tensors(), *own]
 
     def _prove_kernels(self, images: Tensor, rows: Tensor, batch: int) -> None:
-        """Compares the gradients of one step by fused blocks with those by plain PyTorch, and
-        leaves the blocks where they are apart."""
+        """Compares the gradients of one step by fused blocks with those by plain PyTorch, and what
+        an update by them writes with Adam's formulas; leaves the blocks where they are apart."""
         step, gradients, why = self._step, [], ""
         asked = step.impl
         if asked == "reference":
@@ -160,25 +160,37 @@ class WholeStep:
                 try:
                     step.eagerly = True
                     self._run(images, rows, batch)
+                    moments = (o.state[p]["exp_avg"] for o, p in self.state.trained())
+                    gradients.append([m.clone() for m in moments])
+                    if step.impl == asked:
+                        why = self._wrong_kernels(*gradients)
                 except (RuntimeError, NotImplementedError, ValueError) as error:
                     if step.impl == "reference":
                         raise
                     why = _first_line(error)
                 finally:
                     step.eagerly = False
-                moments = (o.state[p]["exp_avg"] for o, p in self.state.trained())
-                gradients.append([m.clone() for m in moments])
                 undo()
-        off, allowed = mean_error(*gradients), KERNEL_ERROR[step.autocast]
-        if not why and not off <= allowed:
-            why = f"gradients are {off:.2g} away from plain PyTorch's, {allowed:.2g} is rounding"
         if not distributed.any_rank(bool(why)):
             return
         why = why or "another process says so"
         if asked == "triton":
             raise RunError(f"--impl triton was given, and fused blocks do not work here: {why}")
         self._say(f"--impl: fused blocks do not work here ({why}); plain PyTorch")
-        step.impl = "reference"
+        step.leave_kernels()
+
+    def _wrong_kernels(self, plain: list[Tensor], fused: list[Tensor]) -> str:
+        """What is wrong with the step that was just made by fused blocks; "" if nothing is."""
+        off, allowed = mean_error(plain, fused), KERNEL_ERROR[self._step.autocast]
+        if not off <= allowed:
+            return f"gradients are {off:.2g} away from plain PyTorch's, {allowed:.2g} is rounding"
+        optimisers = (self.state.optD, self.state.optG)
+        with implementation(self._step.impl):
+            for optimiser, scaler in zip(optimisers, self.state.scalers, strict=True):
+                wrong = wrong_update(optimiser, scaler)
+                if wrong:
+                    return f"an update's {', '.join(wrong)} are not by Adam's formulas"
+        return ""
 
     def _capture(self, images: Tensor, rows: Tensor, batch: int) -> "_StepGraph | None":
         """The graph of this step, proved; None, after saying why, where it cannot be had."""

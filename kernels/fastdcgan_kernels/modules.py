@@ -96,6 +96,12 @@ class WorkingCopies:
         increment_version(self._copies)
         self._versions = [w._version for w in self._weights]
 
+    def leave(self) -> None:
+        """The weights' gradients are in their own dtype again; those there are are dropped."""
+        for conv in self._convs:
+            conv.weight.grad = None
+            conv.weight.grad_dtype = conv.weight.dtype
+
     def __enter__(self) -> WorkingCopies:
         for conv, copy in zip(self._convs, self._copies, strict=True):
             conv.__dict__["_working"] = copy

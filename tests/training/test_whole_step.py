@@ -5,7 +5,9 @@ tensors. What a host computed in between is frozen, as in a real graph; tests/gp
 import contextlib
 import copy
 import dataclasses
+import importlib.util
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastdcgan.data.feeds import Order, make_feed
 from fastdcgan.errors import InputError, RunError
+from fastdcgan.training import step as one_step
 from fastdcgan.training import whole_step
 from fastdcgan.training.config import TrainConfig, preset
 from fastdcgan.training.distributed import Ranks
@@ -23,8 +26,9 @@ from fastdcgan.training.readings import Readings
 from fastdcgan.training.state import TrainState
 from fastdcgan.training.step import Step
 from fastdcgan.training.whole_step import WholeStep
-from fastdcgan_kernels import blocks, convolution
+from fastdcgan_kernels import adam, blocks, convolution
 from fastdcgan_kernels import plan as kernels
+from fastdcgan_kernels.jit import adam as jit_adam
 from fastdcgan_kernels.launch import Launch
 
 CPU = torch.device("cpu")
@@ -352,6 +356,81 @@ def test_kernels_that_a_device_breaks_are_left_aloud(kernels_to_prove, monkeypat
     monkeypatch.setenv("FASTDCGAN_IMPL", "reference")
     monkeypatch.setattr(whole_step, "wants_proof", lambda device: False)
     expected, _, _ = trained(build(), 2)
+    for name, value in expected.items():
+        assert torch.equal(value, got[name]), name
+
+
+@pytest.fixture
+def updates_to_prove(kernels_to_prove, monkeypatch, tmp_path):
+    """Blocks in plain PyTorch; updates by their kernel, which is changed as a test says."""
+    monkeypatch.setenv("FASTDCGAN_IMPL", "reference")
+    for module in (adam, one_step):
+        monkeypatch.setattr(module, "runs_kernels", lambda device: kernels._modes != ["reference"])
+
+    def changed(right, wrong):
+        text = Path(jit_adam.__file__).read_text()
+        assert text.count(right) == 1
+        file = tmp_path / "changed_adam.py"
+        file.write_text(text.replace(right, wrong))
+        spec = importlib.util.spec_from_file_location("changed_adam", file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(adam, "_kernel", lambda: module.adam)
+
+    return changed
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+def test_updates_that_are_right_are_kept(updates_to_prove, autocast):
+    """Here in a second step, as that of a resumed run; the proof leaves no trace."""
+    scale = 64.0 if autocast == torch.float16 else None
+    got, expected = [], []
+    for proved, found in ((True, got), (False, expected)):
+        whole = build(autocast=autocast, scale=scale)
+        whole._proved = True
+        whole()
+        whole._proved = not proved
+        found += trained(whole, 1)
+        assert whole.impl == "auto"
+    assert got[1:] == expected[1:]
+    for name, value in expected[0].items():
+        assert torch.equal(value, got[0][name]), name
+
+
+MISTAKES = {
+    "second moment": ("(g * g - old2)", "(1.01 * g * g - old2)", "exp_avg_sq"),
+    "bias of the first": ("one_minus_exp(t * log1)", "one_minus_exp(log1)", "parameters"),
+    "bias of the second": ("one_minus_exp(t * log2)", "one_minus_exp(log2)", "parameters"),
+    "root": ("tl.sqrt_rn(v) /", "0.99 * tl.sqrt_rn(v) /", "parameters"),
+    "rate": ("tl.load(rate)", "(0.99 * tl.load(rate))", "parameters"),
+    "last element": ("tl.store(to, value, mask=mask)", "tl.store(to, value, mask=mask & (at < 7))",
+                     "parameters, 16-bit copies"),
+    "share of the average": ("tl.maximum(9.0 / (10.0 +", "tl.maximum(9.0 / (9.0 +", "average"),
+    "average of the old": ("share * (value - old)", "share * (old - value)", "average"),
+    "counts": ("tl.load(counts[i])", "tl.load(counts[0]) - 1", "average"),
+    "updates": ("tl.load(updates) + 1.0)", "tl.load(updates))", "average"),
+    "stale copies": ("(block < FIRST[len(copies)])", "(block < 2)", "16-bit copies"),
+    "steps": ("tl.where(taken, 1.0, 0.0)", "0.0", "step"),
+    "tickets": ("tl.store(tickets, 0)", "tl.store(tickets, 1)", "parameters"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_an_update_that_a_device_breaks_is_left_aloud(updates_to_prove, mistake):
+    """Though the first moment, and so the gradient, is right."""
+    right, wrong, named = MISTAKES[mistake]
+    updates_to_prove(right, wrong)
+    said = []
+    whole = build(autocast=torch.bfloat16, said=said)
+    got, _, _ = trained(whole, 2)
+    assert whole.impl == "reference"
+    assert said == [
+        "--impl: fused blocks do not work here "
+        f"(an update's {named} are not by Adam's formulas); plain PyTorch"
+    ]
+    plain = build(autocast=torch.bfloat16)
+    plain._proved, plain._step.impl = True, "reference"
+    expected, _, _ = trained(plain, 2)
     for name, value in expected.items():
         assert torch.equal(value, got[name]), name
 
