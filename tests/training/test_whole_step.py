@@ -398,6 +398,7 @@ def test_updates_that_are_right_are_kept(updates_to_prove, autocast):
 
 
 MISTAKES = {
+    "first moment": ("share1 * (g - old1)", "share1 * g", "exp_avg"),
     "second moment": ("(g * g - old2)", "(1.01 * g * g - old2)", "exp_avg_sq"),
     "bias of the first": ("one_minus_exp(t * log1)", "one_minus_exp(log1)", "parameters"),
     "bias of the second": ("one_minus_exp(t * log2)", "one_minus_exp(log2)", "parameters"),
