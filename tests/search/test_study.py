@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import optuna
 import pytest
 
 from fastdcgan.errors import InputError, RunError
@@ -166,6 +167,22 @@ def test_hopeless_trials_are_ended_early(searched, tmp_path, pruner):
     whole = [scores[i] for i in ends if i not in pruned]
     assert statistics.mean(scores[i] for i in pruned) > statistics.median(whole)
     assert f"{len(pruned)} pruned" in (tmp_path / "s" / "report.md").read_text()
+
+
+def test_the_reference_is_trained_to_its_end_whatever_the_pruner_says(searched, monkeypatch):
+    """Here one that says at once that any trial is hopeless."""
+    merciless = optuna.pruners.ThresholdPruner(upper=-1.0)
+    monkeypatch.setattr("fastdcgan.search.study._pruner", lambda name: merciless)
+    ends = {}
+
+    def train(config, on_evaluation):
+        result = quick.train(config, on_evaluation)
+        ends[int(config.out.name)] = result.steps
+        return result
+
+    found = searched(sampler="random", trials=3, train=train)
+    assert ends == {0: 100, 1: 50, 2: 50}
+    assert found.best.number == found.reference.number == 0
 
 
 def test_tenths_of_the_budget_are_of_steps_or_of_minutes(searched):
