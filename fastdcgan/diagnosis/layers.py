@@ -2,6 +2,7 @@
 themselves. Not here: what the plan answers (expectations.py), and whether that computes right
 (blocks.py)."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -12,7 +13,7 @@ from fastdcgan_kernels import plan
 from fastdcgan_kernels.cpu import blocks as cpu
 from fastdcgan_kernels.functional import runs_cpu_kernels, runs_kernels
 from fastdcgan_kernels.geometry import geometry_of
-from fastdcgan_kernels.plan import Block
+from fastdcgan_kernels.plan import Block, Pair
 
 SIZE, NZ, WIDTH, CHANNELS = 64, 100, 64, 3
 
@@ -48,6 +49,13 @@ def layers(batch: int, dtype: torch.dtype) -> dict[str, Block]:
                     )
                 x = module(x)
     return found
+
+
+def pairs(found: dict[str, Block]) -> dict[str, Pair]:
+    """Those of `layers` that may share a launch, as kernels are asked for them: D5 works on what
+    D4 has normalised by groups."""
+    last = replace(found["D5"], groups=found["D4"].groups)
+    return {"D1+D2": Pair(found["D1"], found["D2"]), "D4+D5": Pair(found["D4"], last)}
 
 
 def way_of(block: Block, device: torch.device) -> str:

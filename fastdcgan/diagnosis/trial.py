@@ -1,5 +1,6 @@
-"""One block on this device, run as training runs it: an experiment of the tuner's (trials.py of
-the kernels) with its data, what is right, and how far from that a run may be. Needs Triton."""
+"""One block or pair on this device, run as training runs it: an experiment of the tuner's
+(trials.py of the kernels) with its data, what is right, and how far from that a run may be. Needs
+Triton."""
 
 from typing import cast, get_args
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from fastdcgan.diagnosis.layers import way_of
 from fastdcgan_kernels import plan, reference
-from fastdcgan_kernels.trials import ACTIVATION, SLOPE, BlockTrial
+from fastdcgan_kernels.trials import ACTIVATION, SLOPE, BlockTrial, PairTrial
 
 
 class NetTrial(BlockTrial):
@@ -33,12 +34,24 @@ class NetTrial(BlockTrial):
             out: Tensor = self._fused("materialised", x, None, *parameters)  # type: ignore[arg-type]
         return out
 
-    def error(self, raw: list[Tensor]) -> float:
-        """The largest RMS error among results, each relative to the RMS of what is right."""
-        return max(
-            _rms(ours.double() - truth) / (_rms(truth) + 1e-30)
-            for ours, truth in zip(self.outputs(raw), self.truth, strict=True)
-        )
+
+class SharedTrial(PairTrial):
+    """By kernels and with the launch that both layers may share, also where the plan's choice is
+    another."""
+
+    how = "one launch"
+
+    def run(self) -> list[Tensor]:
+        """The result, and the gradients of weights, gamma, shift, and of a first norm's input."""
+        return self.prepare(("prologue", "prologue"))()
+
+
+def error(trial: NetTrial | SharedTrial, raw: list[Tensor]) -> float:
+    """The largest RMS error among results, each relative to the RMS of what is right."""
+    return max(
+        _rms(ours.double() - truth) / (_rms(truth) + 1e-30)
+        for ours, truth in zip(trial.outputs(raw), trial.truth, strict=True)
+    )
 
 
 def _rms(values: Tensor) -> float:

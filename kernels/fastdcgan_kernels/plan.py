@@ -25,7 +25,7 @@ import contextlib
 import functools
 import operator
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar, get_args
 
@@ -73,7 +73,7 @@ INTERPRETER = Target(
 
 _modes: list[str] = []
 _assumed: list[Target] = []
-_overrides: list[How] = []
+_overrides: list[Mapping[Block, How] | How] = []
 _questions: list[dict[Block | Task, None]] = []
 
 
@@ -98,6 +98,21 @@ class Block:
     dtype: torch.dtype
     norm: bool
     groups: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two layers down, one behind the other, that share a launch on the way back where the second,
+    or both of the first two, run by "prologue" (docs/fused-blocks.md). Each has its own choice;
+    what they gain is seen on both together."""
+
+    first: Block
+    second: Block
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of both."""
+        return self.first.dtype
 
 
 Question = TypeVar("Question", Block, Task)
@@ -196,9 +211,9 @@ def assume(target: Target) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def override(how: How) -> Iterator[None]:
-    """Inside, every block runs like this."""
-    if how not in get_args(How):
+def override(how: How | Mapping[Block, How]) -> Iterator[None]:
+    """Inside, every block runs like this, or these blocks, bucketed, like that."""
+    if isinstance(how, str) and how not in get_args(How):
         raise ValueError(f"how={how!r} was given; give one of {', '.join(get_args(How))}")
     _overrides.append(how)
     try:
@@ -238,7 +253,11 @@ def choose(block: Block, target: Target) -> Choice:
     if _questions:
         _questions[-1][block] = None
     if _overrides:
-        return Choice(_overrides[-1])
+        given = _overrides[-1]
+        if isinstance(given, str):
+            return Choice(given)
+        if block in given:
+            return Choice(given[block])
     g = block.geometry
     numbers = (g.N, g.P, g.Q, g.CS, g.H, g.W, g.CL, g.stride, g.pad)
     sizes = tuple([operator.index(n) for n in numbers])  # torch.compile may have symbols there
@@ -320,6 +339,44 @@ def neighbours(task: Task, target: Target) -> list[Tile]:
         and tile.warps >= _warps(task, tile.rows, tile.columns)
     ]
     return list(dict.fromkeys([first, *fit]))
+
+
+def pairs(asked: Iterable[Block | Task]) -> list[Pair]:
+    """Those layers among these that share a launch: a discriminator's last two, and its first two
+    in a step of its own, where they see two batches at once. (With one batch it is G that learns,
+    from the gradient of the image.)"""
+    blocks = [one for one in asked if isinstance(one, Block) and one.kind == "down"]
+    return [
+        Pair(one, two)
+        for one in blocks
+        for two in blocks
+        if (two.geometry.N, two.geometry.CL, two.geometry.H, two.geometry.W)
+        == (one.geometry.N, one.geometry.CS, one.geometry.P, one.geometry.Q)
+        and one.dtype == two.dtype
+        and (_through_image(one, two) or _through_norm(one, two))
+    ]
+
+
+def _through_image(one: Block, two: Block) -> bool:
+    g = one.geometry
+    image = g.stride == 2 and g.CL <= 4 and g.CS % 8 == 0
+    return image and not one.norm and two.norm and two.groups > 1 and two.geometry.stride == 2
+
+
+def _through_norm(one: Block, two: Block) -> bool:
+    number = two.geometry.stride == 1 and two.geometry.CS == 1
+    return one.norm and number and not two.norm and one.groups == two.groups
+
+
+def ways(pair: Pair, target: Target) -> list[tuple[How, How]]:
+    """How both layers of a pair may run: as they are to, the launch shared, and not."""
+    first, second = (choose(block, target).how for block in (pair.first, pair.second))
+    every: list[tuple[How, How]] = [(first, second)]
+    if pair.first.norm:  # how that one runs is another question
+        every += [(first, "prologue"), (first, "materialised")]
+    else:
+        every += [("prologue", "prologue"), ("materialised", "materialised")]
+    return list(dict.fromkeys(every))
 
 
 def _warps(task: Task, rows: int, columns: int) -> int:

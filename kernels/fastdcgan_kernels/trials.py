@@ -1,5 +1,5 @@
-"""The tuner's experiments: one block or one kernel on random data, what is right for it, and how
-long it takes. Not here: which candidate wins, and where that is kept (tuner.py).
+"""The tuner's experiments: a block, a pair of them or a kernel on random data, what is right, and
+how long it takes. Not here: which candidate wins, and where that is kept (tuner.py).
 
 Right is what plain PyTorch computes in float64. A candidate may be twice as far from it as plain
 PyTorch is in the candidate's own dtype, or FLOOR, whichever is more. An activation with a kink is
@@ -78,7 +78,25 @@ class _Trial:
         return ""
 
     def outputs(self, raw: Any) -> list[Tensor]:
-        raise NotImplementedError
+        """The tensors to compare: as they are."""
+        found: list[Tensor] = raw
+        return found
+
+
+def _outcome(
+    forward: Callable[..., Tensor], given: Sequence[Tensor | None], gradient: Tensor,
+    dtype: torch.dtype | None,
+) -> list[Tensor]:  # fmt: skip
+    """The result and all gradients; in float64 everything is."""
+    leaves = [
+        None if t is None
+        else (t.double() if dtype == torch.float64 else t).detach().requires_grad_()
+        for t in given
+    ]  # fmt: skip
+    with torch.enable_grad(), torch.autocast(gradient.device.type, enabled=False):
+        out = forward(*leaves)
+        wanted = [t for t in leaves if t is not None]
+        return [out, *torch.autograd.grad(out, wanted, gradient.to(out.dtype))]
 
 
 class BlockTrial(_Trial):
@@ -104,17 +122,8 @@ class BlockTrial(_Trial):
         self._expect(block.dtype, lambda dtype: self._run(self._plain, dtype))
 
     def _run(self, forward: Callable[..., Tensor], dtype: torch.dtype | None) -> list[Tensor]:
-        """The result and all gradients; in float64 everything is."""
         given = (self.x, self.coef, self.weight, self.gamma, self.shift)
-        leaves = [
-            None if t is None
-            else (t.double() if dtype == torch.float64 else t).detach().requires_grad_()
-            for t in given
-        ]  # fmt: skip
-        with torch.enable_grad(), torch.autocast(self.x.device.type, enabled=False):
-            out = forward(*leaves)
-            wanted = [t for t in leaves if t is not None]
-            return [out, *torch.autograd.grad(out, wanted, self.gradient.to(out.dtype))]
+        return _outcome(forward, given, self.gradient, dtype)
 
     def _plain(
         self, x: Tensor, coef: Tensor | None, weight: Tensor, gamma: Tensor | None, shift: Tensor
@@ -168,9 +177,82 @@ class BlockTrial(_Trial):
 
         return run
 
-    def outputs(self, raw: list[Tensor]) -> list[Tensor]:
-        """As they are."""
-        return raw
+
+class PairTrial(_Trial):
+    """Two layers of a discriminator forward and backward, as in a step of its own: nobody asks for
+    the picture's gradient."""
+
+    def __init__(self, pair: plan.Pair, device: torch.device) -> None:
+        self.pair, self.blocks = pair, (pair.first, pair.second)
+        (g, h), draw = (b.geometry for b in self.blocks), _Draw(device, pair.first.dtype)
+        self.x = draw.image(g.N, g.CL, g.H, g.W)
+        self.weights = [draw.normal(k.CS, k.CL, 4, 4, scale=(16 * k.CL) ** -0.5) for k in (g, h)]
+        channels = g.CS if pair.first.norm else h.CS
+        self.gamma, self.shift = 1 + draw.normal(channels, scale=0.1), draw.shift(channels)
+        if not pair.first.norm:  # no shift: the picture's mean and the filters' takes its place
+            self.x = self.x / 2 + 1
+            self.weights[0] += (draw.shift(g.CS) / (8 * g.CL))[:, None, None, None]
+        self.gradient = draw.image(h.N, h.CS, h.P, h.Q)
+        self._expect(pair.first.dtype, lambda dtype: self._run(self._plain, dtype))
+
+    def _run(self, layer: Callable[..., Any], dtype: torch.dtype | None = None) -> list[Tensor]:
+        """The result, and the gradients of weights, gamma, shift, and of a first norm's input."""
+        picture = self.x.double() if dtype == torch.float64 else self.x
+
+        def forward(first: Tensor, second: Tensor, *rest: Tensor) -> Tensor:
+            gamma, shift, x = (*rest, picture)[:3]
+            h = layer(self.pair.first, x, first, gamma, shift)
+            out: Tensor = functional.materialise(layer(self.pair.second, h, second, gamma, shift))
+            return out
+
+        given = [*self.weights, self.gamma, self.shift]
+        given += [self.x] if self.pair.first.norm else []
+        return _outcome(forward, given, self.gradient, dtype)
+
+    def _plain(
+        self, block: plan.Block, x: Tensor, weight: Tensor, gamma: Tensor, shift: Tensor
+    ) -> Tensor:
+        """A layer in plain PyTorch, statistics of each group on its own."""
+        weight, options = weight.to(x.dtype), self._options(block)
+        if not block.norm:
+            return reference.conv_act(x, weight, None, **options)
+        given = weight, None, gamma, shift, None, None
+        parts = x.chunk(block.groups)
+        return torch.cat([reference.conv_bn_act(part, *given, **options) for part in parts])
+
+    def _fused(
+        self, block: plan.Block, x: functional.Input, weight: Tensor, gamma: Tensor, shift: Tensor
+    ) -> functional.Input:
+        """A layer by the public functions, in the way that fused nets call them (fusion.py)."""
+        options = self._options(block) | {"defer": True}
+        if isinstance(x, Deferred) and not functional.defers(
+            x, weight, block.geometry.stride, block.geometry.pad, False, block.norm, block.groups
+        ):
+            x = functional.materialise(x)
+        if not block.norm:
+            plain: functional.Input = functional.conv_act(x, weight, None, **options)
+            return plain
+        options["stat_groups"] = block.groups
+        out: functional.Input = functional.conv_bn_act(
+            x, weight, None, gamma, shift, None, None, **options
+        )
+        return out
+
+    def _options(self, block: plan.Block) -> dict[str, Any]:
+        g = block.geometry
+        kink = block.norm or g.CL <= 4
+        options: dict[str, Any] = {"stride": g.stride, "padding": g.pad, "slope": SLOPE}
+        options["activation"] = ACTIVATION if kink else "none"
+        return options | ({"training": True, "momentum": 0.0, "eps": EPS} if block.norm else {})
+
+    def prepare(self, hows: tuple[plan.How, plan.How]) -> Callable[[], list[Tensor]]:
+        """What to run for this candidate."""
+
+        def run() -> list[Tensor]:
+            with plan.override(dict(zip(self.blocks, hows, strict=True))):
+                return self._run(self._fused)
+
+        return run
 
 
 class TileTrial(_Trial):
@@ -259,8 +341,10 @@ class TileTrial(_Trial):
         return [raw.value, torch.stack([whole, m2.sum(1) / count.sum(1)])]
 
 
-def trial_of(asked: plan.Block | plan.Task, device: torch.device) -> BlockTrial | TileTrial:
+def trial_of(asked: plan.Block | plan.Task | plan.Pair, device: torch.device) -> _Trial:
     """The experiment for a question."""
+    if isinstance(asked, plan.Pair):
+        return PairTrial(asked, device)
     if isinstance(asked, plan.Block):
         return BlockTrial(asked, device)
     return TileTrial(asked, device)

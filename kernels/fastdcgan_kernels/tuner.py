@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fastdcgan_kernels.measured import Answer, Question
+    from fastdcgan_kernels.plan import Pair
 
 GAIN = 0.02  # share of the default's time that a candidate must save; less is noise
 
@@ -32,10 +33,12 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def candidates_for(asked: Question, target: Any) -> Sequence[Any]:
+def candidates_for(asked: Question | Pair, target: Any) -> Sequence[Any]:
     """What is tried, the default first."""
     from fastdcgan_kernels import plan
 
+    if isinstance(asked, plan.Pair):
+        return plan.ways(asked, target)
     if isinstance(asked, plan.Task):
         return plan.neighbours(asked, target)
     return get_args(plan.How)
@@ -78,13 +81,19 @@ def contest(
 def _words(candidate: Any) -> str:
     if isinstance(candidate, str):
         return candidate
+    if isinstance(candidate, tuple):
+        return " and ".join(candidate)
     tile = asdict(candidate)
     size = "x".join(str(tile[name]) for name in ("rows", "columns", "depth"))
     loads = " by descriptors" if candidate.descriptors else ""
     return f"{size}, split {tile['split']}, {tile['warps']} warps, {tile['stages']} stages{loads}"
 
 
-def _name(asked: Question) -> str:
+def _name(asked: Question | Pair) -> str:
+    from fastdcgan_kernels import plan
+
+    if isinstance(asked, plan.Pair):
+        return f"{_name(asked.first)}, then {_name(asked.second)}"
     g, given = asked.geometry, asdict(asked)
     what = given.get("op") or f"block {given['kind']}"
     small, large = f"{g.P}x{g.Q}x{g.CS}", f"{g.H}x{g.W}x{g.CL}"
@@ -140,8 +149,10 @@ def tune(
     """Measure how the fused blocks of a model run best on this GPU, and store it.
 
     Measured are the tiles of every kernel that a forward and a backward pass ask for, then the
-    implementation of every block. Tune before torch.compile, which takes choices for constants;
-    and under torch.autocast, if the model runs under it. A batch counts as the next power of two.
+    implementation of every block, then of those that may share a launch (`plan.pairs`). Tune before
+    torch.compile, which takes choices for constants; under torch.autocast, if the model runs under
+    it; and a discriminator under `stat_groups(2)`, too, if it sees two batches at once. A batch
+    counts as the next power of two.
 
     Args:
         model: that `fuse` or ConvBlock made blocks of, on the GPU.
@@ -176,8 +187,8 @@ def tune_questions(
     again: bool = False,
     say: Callable[[str], None] = _say,
     timer: Callable[[Callable[[], Any]], float] | None = None,
-    candidates: Callable[[Question, Any], Sequence[Any]] = candidates_for,
-    trial_of: Callable[[Question, torch.device], Any] | None = None,
+    candidates: Callable[[Question | Pair, Any], Sequence[Any]] = candidates_for,
+    trial_of: Callable[[Question | Pair, torch.device], Any] | None = None,
 ) -> dict[Question, Answer]:
     """As `tune`, for questions as plan.py is asked them; each answer is stored as it is found."""
     from fastdcgan_kernels import plan, trials
@@ -187,23 +198,37 @@ def tune_questions(
         raise ValueError(f"no kernels run on {device}: give a GPU that Triton knows")
     timer = timer or functools.partial(trials.device_time, say=say)
     found: dict[Question, Answer] = {}
+    known: list[Question] = []
+    new: list[Question] = []
     for one in asked:
-        if measured.known(one, target.device) and not again:
-            say(f"{_name(one)}: measured before")
-            continue
+        (known if measured.known(one, target.device) and not again else new).append(one)
+    for one in known:
+        say(f"{_name(one)}: measured before")
+    # A pair is new where one of its layers is: its answer is in theirs.
+    both = [pair for pair in plan.pairs([*known, *new]) if {pair.first, pair.second} & {*new}]
+    for experiment in [*new, *both]:
         try:
-            trial = (trial_of or trials.trial_of)(one, device)
+            trial = (trial_of or trials.trial_of)(experiment, device)
         except Exception as error:  # out of memory, say
-            say(f"{_name(one)}: not measured: {type(error).__name__}: {error}")
+            say(f"{_name(experiment)}: not measured: {type(error).__name__}: {error}")
             continue
-        answer = contest(_name(one), candidates(one, target), trial, timer, say)
+        answer = contest(_name(experiment), candidates(experiment, target), trial, timer, say)
         if answer is None:
             continue
-        found[one] = answer
+        answers: dict[Question, Answer] = {}
+        if isinstance(experiment, plan.Pair):  # what changes for each layer
+            for block, how in zip((experiment.first, experiment.second), answer, strict=True):
+                if plan.choose(block, target).how != how:
+                    answers[block] = how
+            if not answers:
+                continue
+        else:
+            answers[experiment] = answer
+        found |= answers
         try:
-            measured.store({one: answer}, target.device)
+            measured.store(answers, target.device)
         except (OSError, RuntimeError) as error:
-            say(f"{_name(one)}: in use, but not stored: {type(error).__name__}: {error}")
+            say(f"{_name(experiment)}: in use, but not stored: {type(error).__name__}: {error}")
     return found
 
 
@@ -257,6 +282,7 @@ def main(arguments: list[str] | None = None) -> int:
     import torch
 
     from fastdcgan_kernels import fuse, plan
+    from fastdcgan_kernels.modules import stat_groups
 
     if not torch.cuda.is_available() or plan.target_of(torch.device("cuda")) is None:
         print("nothing to tune: PyTorch sees no GPU that the kernels run on", file=sys.stderr)
@@ -265,9 +291,12 @@ def main(arguments: list[str] | None = None) -> int:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[given.dtype]
     generator, discriminator = (fuse(net.to(device)) for net in dcgan(nets[given.net]))
     size = nets[given.net]
+    images = torch.randn(given.batch, 3, size, size, device=device)
     with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
-        for net, *shape in ((generator, 100, 1, 1), (discriminator, 3, size, size)):
-            tune(net, torch.randn(given.batch, *shape, device=device), again=given.again)
+        tune(generator, torch.randn(given.batch, 100, 1, 1, device=device), again=given.again)
+        tune(discriminator, images, again=given.again)
+        with stat_groups(2):  # in its own step: real and generated images in one pass
+            tune(discriminator, torch.cat([images, images]), again=given.again)
     print(f"stored in {measured.cache_file(torch.cuda.get_device_name(device))}", file=sys.stderr)
     return 0
 

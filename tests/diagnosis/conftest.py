@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-from fastdcgan.diagnosis import data
-
 
 @pytest.fixture(scope="session")
 def cpu():
@@ -13,4 +11,7 @@ def cpu():
 
 @pytest.fixture(scope="session")
 def packed(tmp_path_factory):
+    # Imports Triton, and may be read before Triton is told of its interpreter (tests/conftest.py).
+    from fastdcgan.diagnosis import data
+
     return data.open_data(tmp_path_factory.mktemp("packed"))

@@ -22,6 +22,7 @@ from fastdcgan.diagnosis import (
 from fastdcgan.diagnosis.rows import Row, guarded
 from fastdcgan.errors import InputError
 from fastdcgan.training.step import Step
+from fastdcgan_kernels import blocks as kernels
 from fastdcgan_kernels import functional, plan
 from fastdcgan_kernels.geometry import Geometry
 
@@ -88,6 +89,36 @@ def test_a_wrong_result_and_a_wrong_gradient_are_seen(two_layers, cpu, monkeypat
     assert "float32: wrong, RMS error 0.0" in result.detail
     assert "of result 1," in gradient.detail  # the gradient of x
     assert "FASTDCGAN_IMPL=reference" in result.advice
+
+
+def test_layers_that_share_a_launch_are_tried_with_it(monkeypatch, cpu):
+    """Where kernels run; here in the interpreter, and narrow."""
+
+    def few(batch, dtype):
+        return {
+            "D1": plan.Block("down", Geometry(4, 4, 4, 16, 8, 8, 3, 2, 1), dtype, False, 1),
+            "D2": plan.Block("down", Geometry(4, 2, 2, 5, 4, 4, 16, 2, 1), dtype, True, 2),
+            "D4": plan.Block("down", Geometry(4, 4, 4, 6, 8, 8, 5, 2, 1), dtype, True, 2),
+            "D5": plan.Block("down", Geometry(4, 1, 1, 1, 4, 4, 6, 1, 0), dtype, False, 1),
+        }
+
+    monkeypatch.setattr(blocks, "layers", few)
+    assert [row.name for row in blocks.check_blocks(cpu)] == ["D1", "D2", "D4", "D5"]
+    monkeypatch.setenv("FASTDCGAN_IMPL", "triton")
+    monkeypatch.setattr(blocks, "dtypes", lambda device: [torch.float32])
+    *alone, image, norm = blocks.check_blocks(cpu)
+    assert [row.verdict for row in alone] == ["ok"] * 4, alone
+    assert [(row.name, row.verdict) for row in (image, norm)] == [("D1+D2", "ok"), ("D4+D5", "ok")]
+    assert image.detail.startswith("one launch: float32 ")
+    through, logit = kernels.image.image_weight_gradient_through, kernels.logit_gradients
+    monkeypatch.setattr(
+        kernels.image, "image_weight_gradient_through", lambda *a, **k: through(*a, **k) * 1.01
+    )
+    monkeypatch.setattr(kernels, "logit_gradients", lambda *a: [1.01 * g for g in logit(*a)])
+    *again, image, norm = blocks.check_blocks(cpu)
+    assert [row.verdict for row in again] == ["ok"] * 4
+    assert [row.verdict for row in (image, norm)] == ["failed"] * 2
+    assert image.detail.startswith("one launch: float32: wrong, RMS error 0.0")
 
 
 def test_an_implementation_that_cannot_be_here_is_said(two_layers, cpu, monkeypatch):

@@ -21,6 +21,7 @@ from fastdcgan_kernels import (
     convolution,
     findings,
     fuse,
+    image,
     measured,
     plan,
     trials,
@@ -36,6 +37,12 @@ END = Geometry(4, 1, 1, 6, 4, 4, 5, 1, 0)
 TASK = plan.Task("up", MID, torch.float32, "none", "store", 1)
 BLOCK = plan.Block("down", MID, torch.float32, True, 1)
 TILE = Tile(32, 16, 16, 2, 4, 3, True)
+PAIRS = {  # whose launches are shared, and where
+    "image": ([Geometry(4, 8, 4, 8, 16, 8, 3, 2, 1), Geometry(4, 4, 2, 6, 8, 4, 8, 2, 1)],
+              (False, True), (image, "image_weight_gradient_through")),
+    "norm": ([Geometry(4, 4, 4, 6, 8, 8, 5, 2, 1), Geometry(4, 1, 1, 1, 4, 4, 6, 1, 0)],
+             (True, False), (blocks, "logit_gradients")),
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -301,6 +308,75 @@ def test_statistics_of_groups_are_their_own():
     )
     assert two.wrong(two.prepare("prologue")()) == ""
     assert "wrong" in one.wrong(two.prepare("prologue")())
+
+
+def pair_of(name, dtype=torch.float32, groups=1):
+    geometries, norms, _ = PAIRS[name]
+    first, second = (
+        plan.Block("down", g, dtype, norm, groups if norm or name == "norm" else 1)
+        for g, norm in zip(geometries, norms, strict=True)
+    )
+    return plan.Pair(first, second)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_pair_is_right_in_every_way_and_its_launch_is_shared(name, dtype, groups, monkeypatch):
+    pair, (module, launch), shared = pair_of(name, dtype, groups), PAIRS[name][2], []
+    run = getattr(module, launch)
+    monkeypatch.setattr(module, launch, lambda *a, **k: shared.append(1) or run(*a, **k))
+    trial = trials.PairTrial(pair, CPU)
+    both = plan.pairs([TASK, pair.second, pair.first, plan.Block("up", MID, dtype, True, groups)])
+    assert both == ([pair] if name == "norm" or groups == 2 else [])  # one batch: G's step
+    every = plan.ways(pair, plan.INTERPRETER)
+    assert len(every) == 2  # as they are is materialised
+    for hows in [*every, ("vendor", "vendor"), ("reference", "reference")]:
+        shared.clear()
+        assert trial.wrong(trial.prepare(hows)()) == "", hows
+        assert bool(shared) == (hows[1] == "prologue")
+
+
+@pytest.mark.parametrize("fault", ["wrong", "raises", "slow", "none"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_shared_launch_is_chosen_where_it_is_right_and_faster(name, fault, monkeypatch):
+    """Then both layers' own choices say so, and a net's launches are shared; else each keeps its
+    own choice."""
+    pair, (module, launch) = pair_of(name, groups=2), PAIRS[name][2]
+    blocks_of, run = [pair.first, pair.second], getattr(module, launch)
+
+    def changed(*args, **options):
+        if fault == "raises":
+            raise RuntimeError("an illegal instruction")
+        found = run(*args, **options)
+        if fault != "wrong":
+            return found
+        return found * 1.01 if name == "image" else (found[0], found[1] * 1.01)
+
+    monkeypatch.setattr(module, launch, changed)
+
+    def trial_of(asked, device):
+        if asked == pair:
+            return trials.PairTrial(pair, device)
+        return SimpleNamespace(prepare=lambda how: lambda: how, wrong=lambda raw: "")
+
+    of_shared = {"slow": [4.0], "none": [1.0]}.get(fault, [])  # what is wrong is not timed
+    seconds, said = [5.0, 5.0, 3.0, *of_shared, 3.5], []
+    found = tuner.tune_questions(
+        blocks_of, CPU, say=said.append, timer=lambda run: seconds.pop(0), trial_of=trial_of,
+        candidates=lambda asked, target: plan.ways(asked, target) if asked == pair else ["vendor"],
+    )  # fmt: skip
+    hows = [plan.choose(block, plan.INTERPRETER).how for block in blocks_of]
+    assert hows == [found[block] for block in blocks_of]
+    alone = ["vendor", "vendor"]
+    shared = ["prologue"] * 2 if name == "image" else ["vendor", "prologue"]
+    assert hows == (shared if fault == "none" else alone)
+    lost = alone if fault == "none" else shared
+    why = {"wrong": "wrong, ", "raises": "RuntimeError: an illegal", "slow": "40", "none": "30"}
+    assert any(f": dropped {' and '.join(lost)}: {why[fault]}" in line for line in said)
+    said.clear()
+    assert tuner.tune_questions(blocks_of, CPU, say=said.append) == {}
+    assert len(said) == 2  # nothing of the pair
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
