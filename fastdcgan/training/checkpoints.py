@@ -122,13 +122,13 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
-def save_weights(net: nn.Module, path: Path, *, step: int) -> None:
+def save_weights(net: nn.Module, path: Path, *, step: int, **more: str) -> None:
     """Writes a net's parameters and buffers as safetensors; its metadata are its name, which is
-    the file's, and the step."""
+    the file's, the step, and what more there is."""
     from safetensors.torch import save
 
     tensors = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
-    content = save(tensors, metadata={"fastdcgan": path.stem, "step": str(step)})
+    content = save(tensors, metadata={"fastdcgan": path.stem, "step": str(step), **more})
     atomic_write(path, lambda file: file.write(content))
 
 

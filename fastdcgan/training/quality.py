@@ -3,6 +3,7 @@ and when no better one is to be expected. Not here: the scores themselves (metri
 loop asks for them."""
 
 import importlib.util
+import json
 import math
 import shutil
 import time
@@ -100,17 +101,16 @@ class Quality:
         self.best: dict[str, Any] | None = None
 
     def resume(self, out: Path) -> None:
-        """Takes over the rows that the run's folder has, and the best of them if it is that of
-        netG_best.safetensors. Rows of another network or n are left out."""
-        self.rows = [
-            row
-            for row in read_evaluations(out)
-            if (row["features"], row["n"]) == (self.network.name, self.n)
-        ]
-        finite = [row for row in self.rows if math.isfinite(row[self.config.best_by])]
-        best = min(finite, key=lambda row: row[self.config.best_by], default=None)
-        kept = best is not None and _step_of(out / "netG_best.safetensors") == best["step"]
-        self.best = best if kept else None
+        """Takes over the rows that the run's folder has, and the best, which is that of
+        netG_best.safetensors, also where the run has left the branch that it was made on. Rows of
+        another network or n are left out."""
+        self.rows = [row for row in read_evaluations(out) if self._is_alike(row)]
+        best = _row_of(out / "netG_best.safetensors")
+        self.best = best if best is not None and self._is_alike(best) else None
+
+    def _is_alike(self, row: dict[str, Any]) -> bool:
+        kind: bool = (row["features"], row["n"]) == (self.network.name, self.n)
+        return kind
 
     def has(self, step: int) -> bool:
         """Whether this step has been scored."""
@@ -158,7 +158,7 @@ class Quality:
         if better:
             assert checkpoint is not None
             # The row comes last: a run killed before it is scored again when it is resumed.
-            self._keep(state, checkpoint, journal.out)
+            self._keep(row, state, checkpoint, journal.out)
             self.best = row
         self.rows.append(row)
         journal.evaluated(row, best=better)
@@ -191,20 +191,22 @@ class Quality:
             )
         return found.numbers()
 
-    def _keep(self, state: TrainState, checkpoint: Path, out: Path) -> None:
+    def _keep(self, row: dict[str, Any], state: TrainState, checkpoint: Path, out: Path) -> None:
         def copy(to: BinaryIO) -> None:
             with checkpoint.open("rb") as file:
                 shutil.copyfileobj(file, to)
 
         atomic_write(out / "checkpoints" / "best.pt", copy, fsync=True)
-        save_weights(state.sampler, out / "netG_best.safetensors", step=state.step)
+        path = out / "netG_best.safetensors"
+        save_weights(state.sampler, path, step=state.step, scores=json.dumps(row))
 
 
-def _step_of(path: Path) -> int | None:
-    """The step in the metadata of a net's file; None where there is no such file, or a damaged
-    one."""
+def _row_of(path: Path) -> dict[str, Any] | None:
+    """The row of scores in the metadata of a net's file; None where there is no such file, or a
+    damaged one."""
     try:
         with safetensors.safe_open(path, "pt") as file:
-            return int(file.metadata()["step"])
-    except (OSError, safetensors.SafetensorError, KeyError, TypeError):
+            row: dict[str, Any] = json.loads(file.metadata()["scores"])
+            return row
+    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError):
         return None

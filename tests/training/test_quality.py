@@ -28,6 +28,7 @@ from fastdcgan.training import (
     preset,
     quality,
     train,
+    watch,
 )
 from fastdcgan.training.journal import read_evaluations, read_metrics
 
@@ -242,6 +243,34 @@ def test_rows_after_the_resumed_checkpoint_are_made_again(config, scripted, tmp_
     (config.out / "netG_best.safetensors").unlink()
     scripted(kid=[100.0])
     assert train(dataclasses.replace(config, resume="auto", steps=18)).best["step"] == 18
+
+
+def test_the_best_stays_the_best_when_the_run_rolls_back(config, scripted, monkeypatch):
+    """Also when it is resumed; the rows are those of the run as it went on."""
+    monkeypatch.setattr(watch, "EVERY", 2)
+    monkeypatch.setattr(watch, "TRAVEL", 0.0)
+    good = dict.fromkeys(watch.MEASURED, 0.9)
+
+    def measure(run):  # the first branch collapses
+        collapsed = run.state.step > 4 and run.watch.rollbacks == 0
+        return good | {"diversity": 0.1} if collapsed else good
+
+    monkeypatch.setattr(loop._Run, "_probe", measure)
+    scripted(kid=[3.0, 1.0, 2.0, 2.0, 1.5])  # of steps 4 and 8; rolled back to 4; 8 and 12; 16
+    options = {"eval_every": 4, "checkpoint_every": 4, "log_every": 2, "on_collapse": "rollback"}
+    config = dataclasses.replace(config, **options)
+    result = train(config)
+    events = (config.out / "watch.jsonl").read_text().splitlines()
+    assert [(e["kind"], e.get("to")) for e in map(json.loads, events)] == [
+        ("collapse", None), ("rollback", 4)
+    ]  # fmt: skip
+    assert [(r["step"], r["kid"]) for r in read_evaluations(config.out)] == [
+        (4, 3.0), (8, 2.0), (12, 2.0)
+    ]  # fmt: skip
+    more = train(dataclasses.replace(config, steps=16, resume="auto"))
+    for best in (result.best, more.best):
+        assert (best["step"], best["kid"]) == (8, 1.0)
+    assert checkpoints.load(config.out / "checkpoints" / "best.pt")["watch"]["rollbacks"] == 0
 
 
 def test_scores_of_another_kind_are_not_compared(config, scripted):
