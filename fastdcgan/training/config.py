@@ -129,7 +129,7 @@ class TrainConfig:
     checkpoint_every: int | None = _option(None, free=True)
     """Steps between two checkpoints; by default two minutes."""
     keep: int = _option(3, free=True)
-    """How many of the last checkpoints to keep."""
+    """How many of the last checkpoints to keep, beside the last healthy one (docs/collapse.md)."""
     milestone_every: int | None = _option(None, free=True)
     """Keep for good the checkpoints of every so many steps (and write one there)."""
     eval_every: int | None = _option(None, free=True)
