@@ -12,6 +12,7 @@ COMMANDS = {
     "tune": ("fastdcgan.tune", "search hyperparameters"),
     "inpaint": ("fastdcgan.inpaint", "fill hidden parts of images with a generator"),
     "stylize": ("fastdcgan.stylize", "give images the look of others"),
+    "gallery": ("fastdcgan.gallery", "look at a run in the browser"),
     "doctor": ("fastdcgan.doctor", "say what this machine can do, and prove it"),
     "data": ("fastdcgan.data.__main__", "prepare and describe a source of images"),
 }

@@ -48,10 +48,18 @@ def load_generator(source: Path, *, ema: bool = True, device: str = "cpu") -> Ge
     Raises:
         InputError: there is no such file, or no DCGAN generator in it.
     """
+    return load_generator_at(source, ema=ema, device=device)[0]
+
+
+def load_generator_at(
+    source: Path, *, ema: bool = True, device: str = "cpu"
+) -> tuple[Generator, int | None]:
+    """As `load_generator`, with the step of training that it is of, where its file says so."""
     names = ("netG_ema", "netG", "model") if ema else ("netG", "model")
     keys = ("ema", "netG") if ema else ("netG",)
-    net: Generator = _placed(models.generator_from(_weights(source, names, keys)), device)
-    return net
+    weights, step = _weights(source, names, keys)
+    net: Generator = _placed(models.generator_from(weights), device)
+    return net, step
 
 
 def load_discriminator(source: Path, *, device: str = "cpu") -> Discriminator:
@@ -60,18 +68,19 @@ def load_discriminator(source: Path, *, device: str = "cpu") -> Discriminator:
     Raises:
         InputError: there is no such file, or no DCGAN discriminator in it.
     """
-    found = _weights(source, ("netD", "model"), ("netD",))
+    found, _ = _weights(source, ("netD", "model"), ("netD",))
     net: Discriminator = _placed(models.discriminator_from(found), device)
     return net
 
 
 def _weights(
     source: Path, names: tuple[str, ...], keys: tuple[str, ...]
-) -> Path | dict[str, Tensor]:
+) -> tuple[Path | dict[str, Tensor], int | None]:
+    """The weights, or the file that holds nothing else, and the step that they are of."""
     if source.is_dir():
         for name in names:
             if (source / f"{name}.safetensors").is_file():
-                return source / f"{name}.safetensors"
+                return _bare(source / f"{name}.safetensors")
         newest = Checkpoints(source / "checkpoints").newest()
         if newest is None:
             raise InputError(
@@ -81,12 +90,24 @@ def _weights(
     try:
         return _chosen(load(source), keys)
     except InputError:
-        return source  # not a run's checkpoint: bare weights, which say themselves what is wrong
+        return _bare(source)  # not a run's checkpoint; weights say themselves what is wrong
 
 
-def _chosen(state: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Tensor]:
+def _bare(path: Path) -> tuple[Path, int | None]:
+    """With the step that `save_weights` writes."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            step = (file.metadata() or {}).get("step")
+    except (OSError, SafetensorError):
+        step = None
+    return path, None if step is None else int(step)
+
+
+def _chosen(state: dict[str, Any], keys: tuple[str, ...]) -> tuple[dict[str, Tensor], int | None]:
     chosen: dict[str, Tensor] = next(state[key] for key in keys if key in state)
-    return chosen
+    return chosen, state["step"]
 
 
 def _placed(net: Any, device: str) -> Any:

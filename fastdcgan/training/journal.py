@@ -191,9 +191,21 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def plot(out: Path) -> Path:
+    """Draws what `figure` does into plot.png."""
+    path = out / "plot.png"
+    atomic_write(path, lambda file: figure(out).savefig(file, format="png", dpi=110))
+    return path
+
+
+def figure(out: Path, *, brief: bool = False) -> Any:
     """Draws losses, D's answers, throughput and what is watched (docs/collapse.md) over steps from
-    metrics.jsonl, and FID and KID with their floors from evaluations.jsonl where there are any,
-    into plot.png; alarms and rollbacks of watch.jsonl are lines across."""
+    metrics.jsonl, and FID and KID with their floors from evaluations.jsonl where there are any;
+    alarms and rollbacks of watch.jsonl are lines across. Returns matplotlib's figure.
+
+    Args:
+        out: the run's folder.
+        brief: losses, FID and KID only.
+    """
     import matplotlib
 
     matplotlib.use("Agg", force=False)
@@ -202,7 +214,6 @@ def plot(out: Path) -> Path:
     rows = read_metrics(out)
     evaluations = read_evaluations(out)
     scores = [] if not evaluations else ["fid", "kid"]
-    figure = Figure(figsize=(9, 14 + 2.5 * len(scores)), layout="constrained")
     panels = {
         "loss": {"loss_d": "discriminator", "loss_g": "generator"},
         "D's answer (bce: probability of being real)": {"d_real": "D(x)", "d_fake": "D(G(z))"},
@@ -211,8 +222,12 @@ def plot(out: Path) -> Path:
         "D is right on": {"accuracy_real": "real images", "accuracy_fake": "generated images"},
         "gradient norm": {"gradient_d": "discriminator", "gradient_g": "generator"},
     }
+    if brief:
+        panels = {"loss": panels["loss"]}
+    height = 2.5 * len(scores) + (2.5 if brief else 14)
+    drawn = Figure(figsize=(6 if brief else 9, height), layout="constrained")
     alarms = [row for row in _rows(out / "watch.jsonl") if row.get("began", True)]
-    axes = list(figure.subplots(len(panels) + len(scores), 1, sharex=True))
+    axes = list(drawn.subplots(len(panels) + len(scores), 1, sharex=True, squeeze=False)[:, 0])
     for axis, (title, lines) in zip(axes, panels.items(), strict=False):
         for name, label in lines.items():
             found = [(row["step"], row[name]) for row in rows if name in row]
@@ -240,9 +255,7 @@ def plot(out: Path) -> Path:
         axis.grid(alpha=0.3)
         axis.legend(loc="best")
     axes[-1].set_xlabel("step")
-    path = out / "plot.png"
-    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=110))
-    return path
+    return drawn
 
 
 def _write(content: bytes, file: BinaryIO) -> None:

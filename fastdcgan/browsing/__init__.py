@@ -1,0 +1,1 @@
+"""A run in the browser: what `python -m fastdcgan.gallery` shows, and how it is served."""
