@@ -16,7 +16,9 @@ from typing import Any
 
 from fastdcgan.data.picture import atomic_write
 
-SIZE = {"width": 1000, "height": 740}
+SIZE = {"width": 1000, "height": 800}
+STROKES = [(0.35, 0.45, 0.65, 0.45), (0.35, 0.55, 0.65, 0.55)]
+"""Of the brush: a bar across the middle."""
 
 
 def chromium() -> str | None:
@@ -26,17 +28,15 @@ def chromium() -> str | None:
 
 
 @contextmanager
-def open_page(url: str) -> Iterator[Any]:
-    """The page at `url`, as Playwright has it."""
+def browser_page() -> Iterator[Any]:
+    """An empty page of a browser, as Playwright has it."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         # Its sandbox needs rights that containers lack; the page is our own.
         browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
-        page = browser.new_page(viewport=SIZE, color_scheme="light")
-        page.goto(url)
         try:
-            yield page
+            yield browser.new_page(viewport=SIZE, color_scheme="light")
         finally:
             browser.close()
 
@@ -60,3 +60,46 @@ def paint(page: Any, strokes: list[tuple[float, float, float, float]]) -> None:
         page.mouse.down()
         page.mouse.move(left + x1 * side, top + y1 * side, steps=8)
         page.mouse.up()
+
+
+def screenshots(url: str) -> list[Any]:
+    """Samples, and an image that is painted on and filled, as PIL images."""
+    from PIL import Image
+
+    taken = []
+    with browser_page() as page:
+        page.goto(url)
+        page.locator("#samples img").wait_for()
+        taken.append(page.screenshot(animations="disabled"))
+        tab(page, "Inpaint")
+        page.locator("#editor canvas").first.wait_for()
+        page.wait_for_timeout(3000)  # no sign tells when the canvas takes the brush
+        paint(page, STROKES)
+        page.get_by_role("button", name="Fill").click()
+        page.locator("#filled img").wait_for(timeout=120_000)
+        page.mouse.move(0, 0)
+        page.wait_for_timeout(1000)
+        taken.append(page.screenshot(animations="disabled"))
+    return [Image.open(BytesIO(content)).convert("RGB") for content in taken]
+
+
+def main(run: Path, out: Path) -> None:
+    """Serves the run, photographs its page, and writes both pictures side by side as a PNG of 256
+    colours."""
+    from PIL import Image
+
+    from fastdcgan.browsing.serving import serve
+    from fastdcgan.browsing.studio import Studio
+
+    with serve(Studio(run)) as url:
+        left, right = screenshots(url)
+    both = Image.new("RGB", (left.width + right.width, left.height))
+    both.paste(left, (0, 0))
+    both.paste(right, (left.width, 0))
+    both = both.quantize(256, dither=Image.Dither.NONE)
+    atomic_write(out, partial(both.save, format="PNG", optimize=True))
+    print(f"{out}: {both.width} x {both.height}, {out.stat().st_size / 1000:.0f} kB")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

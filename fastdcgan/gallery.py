@@ -10,8 +10,8 @@ import tyro
 
 from fastdcgan import command
 
-DESCRIPTION = """Look at a run in the browser: draw samples, move them along directions of the latent
-space, walk from one to another, paint over images and let the run fill them, and watch it train.
+DESCRIPTION = """Look at a run in the browser: draw samples, move them along directions of the
+latent space, walk from one to another, paint over images and let the run fill them, watch it train.
 
 Examples:
 

@@ -1,5 +1,5 @@
-"""The page: Gradio's components around what a `Studio` gives. Not here: nets (studio.py), what a run
-has written (written.py), the server (serving.py)."""
+"""The page: Gradio's components around what a `Studio` gives. Not here: nets (studio.py), what a
+run has written (written.py), the server (serving.py)."""
 
 import tempfile
 from collections.abc import Callable
@@ -210,7 +210,10 @@ def _inpaint(tab: gr.Tab, studio: Studio, seed: int) -> None:
 
     @_told
     def fill(
-        painted: Any, steps: int, seed: int, progress: gr.Progress = gr.Progress()  # noqa: B008
+        painted: Any,
+        steps: int,
+        seed: int,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> Pixels:
         if painted is None or painted["background"] is None:
             raise InputError("there is no image yet: take another, or drop one on the canvas")

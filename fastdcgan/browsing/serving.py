@@ -1,4 +1,5 @@
-"""Serves the page of a run until somebody ends it, and leaves nothing behind. Not here: the page."""
+"""Serves the page of a run until somebody ends it, and leaves nothing behind. Not here: the
+page."""
 
 import os
 import socket
@@ -54,8 +55,8 @@ def show(
 
 @contextmanager
 def serve(studio: Studio, *, host: str = HOST, port: int = 0, seed: int = 0) -> Iterator[str]:
-    """The page of a studio, for as long as the `with` lasts. Nothing is reported to Gradio's makers,
-    no public link is made, and what visitors upload is removed at the end.
+    """The page of a studio, for as long as the `with` lasts. Nothing is reported to Gradio's
+    makers, no public link is made, and what visitors upload is removed at the end.
 
     Args:
         host: the address to listen at; every other than this machine's own lets in whoever reaches

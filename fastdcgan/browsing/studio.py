@@ -115,9 +115,7 @@ class Studio:
         self.directions = principal_directions(net, min(DIRECTIONS, net.nz))
         self._sampler = fast_sampler(net, amp=self.amp)
         try:
-            self._netD = load_discriminator(
-                self.folder or self.source, device=str(self._device)
-            )
+            self._netD = load_discriminator(self.folder or self.source, device=str(self._device))
         except InputError:
             self._netD = None  # filling does without its opinion
 
@@ -140,7 +138,9 @@ class Studio:
         (2, H, W, C)."""
         with self._lock:
             z = self._latent(sample)
-            along = torch.tensor(amounts, dtype=torch.float32) @ self.directions.vectors[: len(amounts)]
+            along = (
+                torch.tensor(amounts, dtype=torch.float32) @ self.directions.vectors[: len(amounts)]
+            )
             return self._pixels(torch.cat([z, z + along]))
 
     def walk(self, start: Sample, end: Sample, steps: int) -> Pixels:

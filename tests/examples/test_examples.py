@@ -53,3 +53,10 @@ def test_fuse_autoencoder(monkeypatch, capsys):
     assert said.count("fused encoder") == 3
     assert said.count("fused decoder") == 3
     assert "times as fast on this" in said
+
+
+def test_gallery(run, tmp_path, capsys):
+    example("gallery").main(run, tmp_path / "samples.png")
+    assert "drawn by http://127.0.0.1:" in capsys.readouterr().out
+    with Image.open(tmp_path / "samples.png") as image:
+        assert min(image.size) > 4 * 32
