@@ -17,6 +17,8 @@ from typing import Any
 from fastdcgan.data.picture import atomic_write
 
 SIZE = {"width": 1000, "height": 800}
+SLOW = 90_000
+"""Milliseconds to wait for anything: the machine may be busy."""
 STROKES = [(0.35, 0.45, 0.65, 0.45), (0.35, 0.55, 0.65, 0.55)]
 """Of the brush: a bar across the middle."""
 
@@ -35,8 +37,10 @@ def browser_page() -> Iterator[Any]:
     with sync_playwright() as playwright:
         # Its sandbox needs rights that containers lack; the page is our own.
         browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+        page = browser.new_page(viewport=SIZE, color_scheme="light")
+        page.set_default_timeout(SLOW)
         try:
-            yield browser.new_page(viewport=SIZE, color_scheme="light")
+            yield page
         finally:
             browser.close()
 
@@ -76,7 +80,7 @@ def screenshots(url: str) -> list[Any]:
         page.wait_for_timeout(3000)  # no sign tells when the canvas takes the brush
         paint(page, STROKES)
         page.get_by_role("button", name="Fill").click()
-        page.locator("#filled img").wait_for(timeout=120_000)
+        page.locator("#filled img").wait_for()
         page.mouse.move(0, 0)
         page.wait_for_timeout(1000)
         taken.append(page.screenshot(animations="disabled"))

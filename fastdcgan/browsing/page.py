@@ -54,9 +54,9 @@ PLAIN: dict[str, Any] = {
 """A picture that loses nothing, with no words over it."""
 
 
-def build(studio: Studio, *, seed: int = 0) -> gr.Blocks:
-    """The page of a studio's run; every tab is an endpoint of its API as well: /draw, /move, /walk,
-    /picture, /fill and /watch.
+def build(studio: Studio, *, seed: int = 0) -> Any:
+    """The page of a studio's run, a `gr.Blocks`. Every tab is an endpoint of its API as well:
+    /draw, /move, /walk, /fill and /watch.
 
     Args:
         studio: is asked by several threads.
@@ -65,26 +65,27 @@ def build(studio: Studio, *, seed: int = 0) -> gr.Blocks:
     with gr.Blocks(title=f"{studio.name} · fastdcgan", analytics_enabled=False) as page:
         title = gr.Markdown(elem_id="title")
 
-        @page.load(outputs=title, api_visibility="private")
         def head() -> str:
             studio.refresh()
             return f"# {studio.name}\n{studio.facts()}"
 
+        # What draws when the page is loaded waits for the newest generator.
+        loaded = page.load(head, None, title, api_visibility="private")
         with gr.Tab("Draw"):
-            _draw(page, studio, seed)
+            _draw(loaded, studio, seed)
         with gr.Tab("Directions"):
-            _directions(page, studio, seed)
+            _directions(loaded, studio, seed)
         with gr.Tab("Walk"):
-            _walk(page, studio, seed)
+            _walk(loaded, studio, seed)
         with gr.Tab("Inpaint") as tab:
             _inpaint(tab, studio, seed)
         if studio.folder is not None:
             with gr.Tab("Training"):
-                _watch(page, studio.folder)
+                _watch(loaded, studio.folder)
     return page
 
 
-def _draw(page: gr.Blocks, studio: Studio, seed: int) -> None:
+def _draw(loaded: Any, studio: Studio, seed: int) -> None:
     with gr.Row():
         with gr.Column(scale=1, min_width=240):
             seeds = _integer("Seed", seed, "seed")
@@ -101,13 +102,15 @@ def _draw(page: gr.Blocks, studio: Studio, seed: int) -> None:
         images = studio.draw(int(seed), int(n), truncation)
         return numbered_grid(enlarged(images, WIDTH // ceil(n**0.5) - BESIDE))
 
+    inputs = [seeds, n, truncation]
     gr.on(
-        [page.load, button.click, seeds.submit, n.release, truncation.release],
-        draw, [seeds, n, truncation], sheet, api_name="draw",
+        [button.click, seeds.submit, n.release, truncation.release],
+        draw, inputs, sheet, api_name="draw",
     )  # fmt: skip
+    loaded.then(draw, inputs, sheet, api_visibility="private")
 
 
-def _directions(page: gr.Blocks, studio: Studio, seed: int) -> None:
+def _directions(loaded: Any, studio: Studio, seed: int) -> None:
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
             seeds, number = _sample("", seed)
@@ -131,17 +134,18 @@ def _directions(page: gr.Blocks, studio: Studio, seed: int) -> None:
 
     inputs, outputs = [seeds, number, *sliders], [before, after]
     gr.on(
-        [page.load, seeds.submit, number.submit, *(slider.input for slider in sliders)],
+        [seeds.submit, number.submit, *(slider.input for slider in sliders)],
         move, inputs, outputs, api_name="move", trigger_mode="always_last",
         show_progress="hidden",
     )  # fmt: skip
+    loaded.then(move, inputs, outputs, api_visibility="private")
     zeros = [0.0] * len(sliders)
     reset.click(lambda: zeros, None, sliders, api_visibility="private", queue=False).then(
         move, inputs, outputs, api_visibility="private"
     )
 
 
-def _walk(page: gr.Blocks, studio: Studio, seed: int) -> None:
+def _walk(loaded: Any, studio: Studio, seed: int) -> None:
     with gr.Row():
         with gr.Column(scale=1, min_width=240):
             start = _sample("From ", seed)
@@ -168,10 +172,12 @@ def _walk(page: gr.Blocks, studio: Studio, seed: int) -> None:
         save_video(path, enlarged(there_and_back, WIDTH // 2), FPS)
         return str(path)
 
+    inputs = [*start, *end, steps, kind]
     gr.on(
-        [page.load, button.click, kind.input, steps.release, *(n.submit for n in (*start, *end))],
-        walk, [*start, *end, steps, kind], picture, api_name="walk",
+        [button.click, kind.input, steps.release, *(n.submit for n in (*start, *end))],
+        walk, inputs, picture, api_name="walk",
     )  # fmt: skip
+    loaded.then(walk, inputs, picture, api_visibility="private")
 
 
 def _inpaint(tab: gr.Tab, studio: Studio, seed: int) -> None:
@@ -231,7 +237,7 @@ def _inpaint(tab: gr.Tab, studio: Studio, seed: int) -> None:
     button.click(fill, [editor, steps, seeds], filled, api_name="fill")
 
 
-def _watch(page: gr.Blocks, folder: Path) -> None:
+def _watch(loaded: Any, folder: Path) -> None:
     with gr.Row():
         with gr.Column():
             sheet = gr.Image(elem_id="newest", **PLAIN)
@@ -251,10 +257,9 @@ def _watch(page: gr.Blocks, folder: Path) -> None:
         line = f"The newest samples, of step {step:,}; this page looks every {SECONDS:g} seconds."
         return shown(enlarged(samples[None], WIDTH)[0]), line, written.curves(folder), now
 
-    gr.on(
-        [page.load, gr.Timer(SECONDS).tick],
-        watch, seen, [sheet, caption, plot, seen], api_name="watch", show_progress="hidden",
-    )  # fmt: skip
+    outputs = [sheet, caption, plot, seen]
+    gr.Timer(SECONDS).tick(watch, seen, outputs, api_name="watch", show_progress="hidden")
+    loaded.then(watch, seen, outputs, api_visibility="private")
 
 
 def _integer(label: str, value: int, limits: str) -> gr.Number:

@@ -89,7 +89,7 @@ def serve(studio: Studio, *, host: str = HOST, port: int = 0, seed: int = 0) -> 
         except OSError as error:  # somebody took the port in between
             raise InputError(f"cannot listen at {host}:{port}: {error}") from None
         try:
-            yield built.local_url
+            yield str(built.local_url)
         finally:
             built.close(verbose=False)
 

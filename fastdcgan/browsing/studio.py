@@ -22,6 +22,7 @@ from fastdcgan.inpainting.filling import Filled, fill
 from fastdcgan.inpainting.masks import Bools, Mask, contextual_weights
 from fastdcgan.latent.directions import principal_directions
 from fastdcgan.latent.draw import (
+    Discriminator,
     fast_sampler,
     latents_numbered,
     load_discriminator,
@@ -114,6 +115,7 @@ class Studio:
         net, self.step = load_generator_at(self.source, ema=self.ema, device=str(self._device))
         self.directions = principal_directions(net, min(DIRECTIONS, net.nz))
         self._sampler = fast_sampler(net, amp=self.amp)
+        self._netD: Discriminator | None
         try:
             self._netD = load_discriminator(self.folder or self.source, device=str(self._device))
         except InputError:
@@ -168,12 +170,14 @@ class Studio:
             except InputError as error:
                 print(f"samples are shown to be filled: {error}", file=sys.stderr)
                 self._pictures = self.draw(0, PICTURES, 1.0)
-        return self._pictures[number % len(self._pictures)]
+        one: Pixels = self._pictures[number % len(self._pictures)]
+        return one
 
     def _select(self, spec: str) -> Pixels:
         net = self._sampler.net
-        sizes = {"size": net.size, "channels": net.channels}
-        return select(spec, n=PICTURES, cache=self.cache, **sizes).images
+        return select(
+            spec, size=net.size, channels=net.channels, n=PICTURES, cache=self.cache
+        ).images
 
     def prepare(self, background: Pixels, painted: Sequence[Pixels]) -> tuple[Pixels, Bools]:
         """A picture of any size and what is painted on it, as image and hole of the run's size.

@@ -23,8 +23,6 @@ from fastdcgan.latent.draw import latents_numbered, load_generator
 from fastdcgan.training import TrainConfig, train
 from fastdcgan.training.checkpoints import save_weights
 
-SLOW = 60_000  # ms that a page may take on a busy machine
-
 
 @pytest.fixture
 def run(tiny_data, tmp_path):
@@ -78,7 +76,7 @@ def gallery(run, environment, outside):
 
 
 def address(page, where):
-    return page.locator(f"{where} img").get_attribute("src", timeout=SLOW)
+    return page.locator(f"{where} img").get_attribute("src")
 
 
 def pixels(page, where):
@@ -92,7 +90,7 @@ def another(page, where, old):
     """Waits for another picture than that of this address."""
     page.wait_for_function(
         "([where, old]) => ![null, old].includes(document.querySelector(where)?.src ?? null)",
-        arg=[f"{where} img", old], timeout=SLOW,
+        arg=[f"{where} img", old],
     )  # fmt: skip
 
 
@@ -118,7 +116,7 @@ def test_a_user_clicks_through_every_tab(run, gallery, tiny_data):
         page.on("console", lambda message: wrong.append(message.text)
                 if message.type == "error" else None)  # fmt: skip
         page.goto(gallery)
-        page.get_by_text("step 60 · 32 × 32 pixels · colour").wait_for(timeout=SLOW)
+        page.get_by_text("step 60 · 32 × 32 pixels · colour").wait_for()
         assert page.title() == "tiny · fastdcgan"
         draw(page, run)
         directions(page, run)
@@ -188,11 +186,11 @@ def walk(page, run):
 
 def inpaint(page, run, data):
     tab(page, "Inpaint")
-    page.locator("#editor canvas").first.wait_for(timeout=SLOW)
+    page.locator("#editor canvas").first.wait_for()
     page.wait_for_timeout(1000)  # no sign tells when the canvas takes the brush
     paint(page, [(0.3, 0.5, 0.7, 0.5)])
     page.get_by_role("button", name="Fill").click()
-    page.get_by_text("filling").wait_for(timeout=SLOW)
+    page.get_by_text("filling").wait_for()
     filled = small(pixels(page, "#filled"), 16)
     truth = select(str(data), size=32, channels=3, n=1, progress=False).images[0]
     different = (filled != truth).any(-1)
@@ -207,7 +205,7 @@ def inpaint(page, run, data):
 def training(page, run):
     tab(page, "Training")
     sheet = np.asarray(Image.open(run / "samples" / "step-00000060.png").convert("RGB"))
-    page.get_by_text("of step 60").wait_for(timeout=SLOW)
+    page.get_by_text("of step 60").wait_for()
     assert np.array_equal(pixels(page, "#newest")[::3, ::3][: len(sheet)], sheet)
     curve, newest = address(page, "#curves"), address(page, "#newest")
     rows = (run / "metrics.jsonl").read_text().splitlines()
@@ -217,7 +215,7 @@ def training(page, run):
     Image.fromarray(255 - sheet).save(run / "samples" / "step-00000061.png")
     another(page, "#curves", curve)
     another(page, "#newest", newest)
-    page.get_by_text("of step 61").wait_for(timeout=SLOW)
+    page.get_by_text("of step 61").wait_for()
 
 
 def newer_nets(page, run):
@@ -226,5 +224,5 @@ def newer_nets(page, run):
     netG, _ = models.build("dcgan", size=32, nz=12, ngf=8, ndf=8, channels=3)
     save_weights(netG, run / "netG.safetensors", step=99)
     page.reload()
-    page.get_by_text("step 99 · ").wait_for(timeout=SLOW)
+    page.get_by_text("step 99 · ").wait_for()
     another(page, "#samples", old)
