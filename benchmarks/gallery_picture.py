@@ -1,7 +1,8 @@
 """The picture of the gallery in the README: the page of a run in a real browser, without a screen.
 
-    python -m benchmarks.gallery_picture RUN docs/images/gallery.png
+    python -m benchmarks.gallery_picture RUN docs/images/gallery.png [SKIP]
 
+SKIP images are passed over (by "Another image") before one is painted on; by default none.
 Needs the extra `test` and Chromium, of Debian (`apt-get install chromium`) or any other.
 """
 
@@ -16,7 +17,7 @@ from typing import Any
 
 from fastdcgan.data.picture import atomic_write
 
-SIZE = {"width": 1000, "height": 800}
+SIZE = {"width": 1000, "height": 760}
 SLOW = 90_000
 """Milliseconds to wait for anything: the machine may be busy."""
 STROKES = [(0.35, 0.45, 0.65, 0.45), (0.35, 0.55, 0.65, 0.55)]
@@ -66,7 +67,7 @@ def paint(page: Any, strokes: list[tuple[float, float, float, float]]) -> None:
         page.mouse.up()
 
 
-def screenshots(url: str) -> list[Any]:
+def screenshots(url: str, skip: int = 0) -> list[Any]:
     """Samples, and an image that is painted on and filled, as PIL images."""
     from PIL import Image
 
@@ -78,6 +79,9 @@ def screenshots(url: str) -> list[Any]:
         tab(page, "Inpaint")
         page.locator("#editor canvas").first.wait_for()
         page.wait_for_timeout(3000)  # no sign tells when the canvas takes the brush
+        for _ in range(skip):
+            page.get_by_role("button", name="Another image").click()
+            page.wait_for_timeout(3000)
         paint(page, STROKES)
         page.get_by_role("button", name="Fill").click()
         page.locator("#filled img").wait_for()
@@ -87,7 +91,7 @@ def screenshots(url: str) -> list[Any]:
     return [Image.open(BytesIO(content)).convert("RGB") for content in taken]
 
 
-def main(run: Path, out: Path) -> None:
+def main(run: Path, out: Path, skip: int = 0) -> None:
     """Serves the run, photographs its page, and writes both pictures side by side as a PNG of 256
     colours."""
     from PIL import Image
@@ -96,7 +100,7 @@ def main(run: Path, out: Path) -> None:
     from fastdcgan.browsing.studio import Studio
 
     with serve(Studio(run)) as url:
-        left, right = screenshots(url)
+        left, right = screenshots(url, skip)
     both = Image.new("RGB", (left.width + right.width, left.height))
     both.paste(left, (0, 0))
     both.paste(right, (left.width, 0))
@@ -106,4 +110,4 @@ def main(run: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:4]))

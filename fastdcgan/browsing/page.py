@@ -40,8 +40,8 @@ THEME = gr.themes.Default(
     font_mono=["ui-monospace", "monospace"],
 )
 CSS = """
-.gradio-container, .gradio-container > main { width: 100%; max-width: 76rem !important; }
-.gradio-container { margin: 0 auto; }
+.gradio-container { max-width: 76rem !important; margin: 0 auto; }
+.fillable { padding: 1rem !important; }
 .note { font-size: .85rem; opacity: .7; }
 #title h1 { margin-bottom: 0; }
 #title p { margin-top: .25rem; opacity: .7; }
@@ -62,15 +62,16 @@ def build(studio: Studio, *, seed: int = 0) -> Any:
         studio: is asked by several threads.
         seed: that every tab begins with.
     """
-    with gr.Blocks(title=f"{studio.name} · fastdcgan", analytics_enabled=False) as page:
-        title = gr.Markdown(elem_id="title")
+    title = f"{studio.name} · fastdcgan"
+    with gr.Blocks(title=title, analytics_enabled=False, fill_width=True) as page:
+        header = gr.Markdown(elem_id="title")
 
         def head() -> str:
             studio.refresh()
             return f"# {studio.name}\n{studio.facts()}"
 
         # What draws when the page is loaded waits for the newest generator.
-        loaded = page.load(head, None, title, api_visibility="private")
+        loaded = page.load(head, None, header, api_visibility="private")
         with gr.Tab("Draw"):
             _draw(loaded, studio, seed)
         with gr.Tab("Directions"):
@@ -90,9 +91,7 @@ def _draw(loaded: Any, studio: Studio, seed: int) -> None:
         with gr.Column(scale=1, min_width=240):
             seeds = _integer("Seed", seed, "seed")
             n = gr.Slider(1, LIMITS["n"][1], 64, step=1, label="Images")
-            truncation = gr.Slider(
-                0.1, 1, 1, step=0.05, label="Truncation", info="less: more typical, less diverse"
-            )
+            truncation = gr.Slider(0.1, 1, 1, step=0.05, label="Truncation")
             button = gr.Button("Draw", variant="primary")
         with gr.Column(scale=3):
             sheet = gr.Image(elem_id="samples", **PLAIN)
