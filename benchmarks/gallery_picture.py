@@ -17,7 +17,7 @@ from typing import Any
 
 from fastdcgan.data.picture import atomic_write
 
-SIZE = {"width": 1000, "height": 760}
+SIZE = {"width": 1000, "height": 840}
 SLOW = 90_000
 """Milliseconds to wait for anything: the machine may be busy."""
 STROKES = [(0.35, 0.45, 0.65, 0.45), (0.35, 0.55, 0.65, 0.55)]
@@ -86,6 +86,7 @@ def screenshots(url: str, skip: int = 0) -> list[Any]:
         page.get_by_role("button", name="Fill").click()
         page.locator("#filled img").wait_for()
         page.mouse.move(0, 0)
+        page.evaluate("scrollTo(0, 0)")
         page.wait_for_timeout(1000)
         taken.append(page.screenshot(animations="disabled"))
     return [Image.open(BytesIO(content)).convert("RGB") for content in taken]

@@ -187,13 +187,13 @@ def _inpaint(tab: gr.Tab, studio: Studio, seed: int) -> None:
                 sources=["upload", "clipboard"], layers=False, transforms=(), buttons=[],
                 brush=gr.Brush(default_size=BRUSH, colors=["#ff3b6b"], color_mode="fixed"),
                 eraser=gr.Eraser(default_size=BRUSH), canvas_size=(CANVAS, CANVAS),
-                height=CANVAS + 64,
+                height=CANVAS,
             )  # fmt: skip
             with gr.Row():
                 another = gr.Button("Another image")
                 button = gr.Button("Fill", variant="primary")
         with gr.Column(min_width=360):
-            filled = gr.Image(elem_id="filled", height=CANVAS + 64, **PLAIN)
+            filled = gr.Image(elem_id="filled", height=CANVAS, **PLAIN)
             with gr.Row():
                 steps = gr.Slider(0, 500, 150, step=10, label="Steps", scale=2)
                 seeds = _integer("Seed", seed, "seed")

@@ -1,6 +1,7 @@
 """Serves the page of a run until somebody ends it, and leaves nothing behind. Not here: the
 page."""
 
+import logging
 import os
 import socket
 import sys
@@ -79,6 +80,7 @@ def serve(studio: Studio, *, host: str = HOST, port: int = 0, seed: int = 0) -> 
         from fastdcgan.browsing import page
 
         built = page.build(studio, seed=seed)
+        logging.getLogger("uvicorn.error").addFilter(_matters)
         try:
             built.launch(
                 server_name=f"[{host}]" if ":" in host else host, server_port=port, quiet=True,
@@ -92,6 +94,12 @@ def serve(studio: Studio, *, host: str = HOST, port: int = 0, seed: int = 0) -> 
             yield str(built.local_url)
         finally:
             built.close(verbose=False)
+
+
+def _matters(record: logging.LogRecord) -> bool:
+    """Not that a visitor closed the page while it was sending: uvicorn reports that as an error."""
+    error = record.exc_info[1] if record.exc_info else None
+    return type(error).__name__ != "ClientDisconnect"
 
 
 def _free(host: str, port: int) -> int:
