@@ -41,7 +41,7 @@ THEME = gr.themes.Default(
 )
 CSS = """
 .gradio-container { max-width: 76rem !important; margin: 0 auto; }
-.fillable { padding: 1rem !important; }
+.fillable { width: 100%; padding: 1rem !important; }
 .note { font-size: .85rem; opacity: .7; }
 #title h1 { margin-bottom: 0; }
 #title p { margin-top: .25rem; opacity: .7; }
