@@ -52,7 +52,7 @@ def _gallery(args: Sequence[str]) -> None:
     options = command.parse(
         Options, prog="python -m fastdcgan.gallery", description=DESCRIPTION, args=args
     )
-    with command.needs_extra("gallery", "gradio", "cv2", "scipy", "skimage", "pandas"):
+    with command.needs_extra("gallery", "gradio", "scipy"):
         import gradio  # noqa: F401
 
         from fastdcgan.browsing.serving import show

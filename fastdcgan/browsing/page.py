@@ -1,6 +1,7 @@
 """The page: Gradio's components around what a `Studio` gives. Not here: nets (studio.py), what a
 run has written (written.py), the server (serving.py)."""
 
+import os
 import tempfile
 from collections.abc import Callable
 from functools import wraps
@@ -10,6 +11,7 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
+from gradio.utils import get_upload_folder
 
 from fastdcgan.browsing import written
 from fastdcgan.browsing.studio import LIMITS, Sample, Studio
@@ -155,7 +157,8 @@ def _walk(loaded: Any, studio: Studio, seed: int) -> None:
         with gr.Column(scale=3):
             picture = gr.Image(elem_id="walk", **PLAIN)
 
-    folder = tempfile.mkdtemp(dir=_temporary())
+    os.makedirs(get_upload_folder(), exist_ok=True)  # it is removed with what visitors upload
+    folder = tempfile.mkdtemp(dir=get_upload_folder())
 
     @_told
     def walk(
@@ -298,9 +301,3 @@ def shown(image: Pixels) -> Pixels:
     """(H, W, C) as Gradio takes it: grey without a last dimension, grey with alpha as RGBA."""
     channels = image.shape[2]
     return image[..., 0] if channels == 1 else image[..., [0, 0, 0, 1]] if channels == 2 else image
-
-
-def _temporary() -> str:
-    from gradio.utils import get_upload_folder
-
-    return str(get_upload_folder())
