@@ -20,7 +20,8 @@ Examples:
 
 --preset {{{",".join(PRESETS)}}} chooses the recipe whose values stand for flags that are not given:
 dcgan (where --data is given) is the PyTorch example's, blue-marble (where it is not) the same with
-batches of 16 for the built-in data, tf28 the TensorFlow tutorial's (Fashion-MNIST).
+batches of 16 for the built-in data, small-data one for few images and little time, tf28 the
+TensorFlow tutorial's (Fashion-MNIST).
 The flags of the PyTorch example (--dataroot, --batchSize, --niter, --outf, --netG ...) work too.
 """
 

@@ -97,6 +97,10 @@ def test_every_field_can_be_set_from_the_command_line_and_is_documented(capsys):
         ("--data pics", {"data": "pics", "batch_size": 64}),
         ("--dataroot=pics", {"data": "pics", "batch_size": 64}),
         ("--preset dcgan", {"data": "blue-marble", "batch_size": 64}),
+        (
+            "--preset small-data --data p --lr-d 1e-4",
+            {"spectral_norm": True, "ngf": 32, "lr_g": 5e-4, "lr_d": 1e-4, "batch_size": 32},
+        ),
         ("--preset tf28 --batch-size 8", {"net": "tf28", "batch_size": 8, "lr": 1e-4}),
         ("--ema --no-tensorboard", {"ema": True, "tensorboard": False}),
     ],
