@@ -17,8 +17,8 @@ import torch
 from torch.nn import functional as F
 
 from fastdcgan.data import prepare
+from fastdcgan.data.labels import labels
 from fastdcgan.metrics import Scores, evaluate
-from fastdcgan.metrics.labels import labels
 
 REAL, SIZE = "fashion-mnist", 32
 
@@ -55,7 +55,7 @@ def sets(n: int) -> Iterator[tuple[str, np.ndarray]]:
     yield "blurred by 0.7 pixels", blurred(images)
     yield "noise of sigma 5 (of 255)", noisy(images)
     yield "16 patches shuffled", shuffled(images)
-    yield "5 of 10 classes", test.images[order[labels(test)[order] < 5][:n]]
+    yield "5 of 10 classes", test.images[order[labels(test).numbers[order] < 5][:n]]
     yield "10 images repeated", images[np.arange(n) % 10]
     yield "copies of training images", train.images[:n]
 

@@ -53,14 +53,15 @@ class Order:
     def shuffled(self, epoch: int) -> Tensor:
         """The epoch's images in their order: int64 on the CPU, of shape (epoch_images,). Do not
         write to it."""
-        if self._shuffled is None or self._shuffled[0] != epoch:
+        held = self._shuffled  # read once: a thread may ask for another epoch meanwhile
+        if held is None or held[0] != epoch:
             # hashed, so that neighbouring seeds and epochs have nothing in common
             entropy = np.random.SeedSequence([self.seed % 2**64, epoch])
             generator = torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
             rounds = -(-self.epoch_images // self.n)
             order = torch.cat([torch.randperm(self.n, generator=generator) for _ in range(rounds)])
-            self._shuffled = (epoch, order[: self.epoch_images])
-        return self._shuffled[1]
+            held = self._shuffled = (epoch, order[: self.epoch_images])
+        return held[1]
 
     def indices(self, step: int) -> Tensor:
         """The images of the step's batch, over all ranks together: int64 on the CPU, of shape
@@ -98,11 +99,14 @@ class Feed(ABC):
         world: int,
         hflip: bool,
         dtype: torch.dtype,
+        labels: Tensor | None = None,
     ) -> None:
         self.order, self.device = order, device
         self._size, self._margin = packed.size, packed.window - packed.size
         self._rank, self._world, self._hflip, self._dtype = rank, world, hflip, dtype
         self._ramp = torch.arange(self._size, device=device)
+        self._labels = None if labels is None else labels.to(device)
+        self._uploaded: tuple[int, Tensor] | None = None
 
     def batch(self, step: int, generator: torch.Generator | None = None) -> Tensor:
         """This rank's images of a step; nothing in it waits for the device.
@@ -167,6 +171,26 @@ class Feed(ABC):
         both on the device; `assemble` makes the batch of them."""
         return self._rows(step, self._part(self.order.batch_size(step)))
 
+    def labels(self, step: int) -> Tensor | None:
+        """The class of each image of this rank's batch, (b,) int64 on the device; None where the
+        feed was given no labels. Nothing in it waits for the device."""
+        if self._labels is None:
+            return None
+        mine = self._part(self.order.batch_size(step))
+        return self._labels.index_select(0, self._indices(step, mine))
+
+    def _indices(self, step: int, mine: slice) -> Tensor:
+        """`Order.indices` of this rank's batch, on the device."""
+        order = self.order
+        epoch = order.epoch(step)
+        if self._uploaded is None or self._uploaded[0] != epoch:
+            shuffled = order.shuffled(epoch)
+            if self.device.type == "cuda":
+                shuffled = shuffled.pin_memory()  # else the upload would wait for the device
+            self._uploaded = (epoch, shuffled.to(self.device, non_blocking=True))
+        start = order.batch * (step % order.steps_per_epoch)
+        return self._uploaded[1][start:][mine]
+
     def _draw(
         self, bound: int, whole: int, mine: slice, generator: torch.Generator | None
     ) -> Tensor:
@@ -208,18 +232,9 @@ class ResidentFeed(Feed):
     def __init__(self, packed: Packed, **options: Any) -> None:
         super().__init__(packed, **options)
         self._images = torch.from_numpy(packed.images).to(self.device)
-        self._uploaded: tuple[int, Tensor] | None = None
 
     def _rows(self, step: int, mine: slice) -> tuple[Tensor, Tensor]:
-        order = self.order
-        epoch = order.epoch(step)
-        if self._uploaded is None or self._uploaded[0] != epoch:
-            shuffled = order.shuffled(epoch)
-            if self.device.type == "cuda":
-                shuffled = shuffled.pin_memory()  # else the upload would wait for the device
-            self._uploaded = (epoch, shuffled.to(self.device, non_blocking=True))
-        start = order.batch * (step % order.steps_per_epoch)
-        return self._images, self._uploaded[1][start:][mine]
+        return self._images, self._indices(step, mine)
 
 
 class StreamFeed(Feed):
@@ -270,6 +285,7 @@ def make_feed(
     hflip: bool,
     dtype: torch.dtype = torch.float32,
     resident: bool | None = None,
+    labels: np.ndarray[Any, np.dtype[np.int64]] | None = None,
 ) -> Feed:
     """A feed of the packed images.
 
@@ -283,10 +299,15 @@ def make_feed(
         dtype: floating, of the batches. They are computed in float32 or better and rounded once.
         resident: keep all images on the device; None: unless the device is a GPU where they would
             take more than 40 % of the memory that is free.
+        labels: (packed.n,), the class of each image, for `Feed.labels`. They are kept on the device
+            in any case.
 
     Raises:
-        ValueError: where the order is not one of these images, or the rank is none of the world's.
+        ValueError: where the order or the labels are not those of these images, or the rank is none
+            of the world's.
     """
+    if labels is not None and len(labels) != packed.n:
+        raise ValueError(f"{len(labels)} labels for {packed.n} packed images")
     if order.n != packed.n:
         raise ValueError(f"an order of {order.n} images for {packed.n} packed ones")
     if not 0 <= rank < world:
@@ -299,5 +320,6 @@ def make_feed(
             resident = packed.nbytes <= 0.4 * free
     kind = ResidentFeed if resident else StreamFeed
     return kind(
-        packed, order=order, device=device, rank=rank, world=world, hflip=hflip, dtype=dtype
-    )
+        packed, order=order, device=device, rank=rank, world=world, hflip=hflip, dtype=dtype,
+        labels=None if labels is None else torch.from_numpy(labels),
+    )  # fmt: skip

@@ -60,7 +60,8 @@ def is_generator(net: nn.Module) -> bool:
 
 def sizes_of(net: nn.Module) -> dict[str, Any]:
     """The arguments that built `net`, which keeps them as attributes: its config.json."""
-    return {name: getattr(net, name) for name in inspect.signature(class_of(net)).parameters}
+    given = {name: getattr(net, name) for name in inspect.signature(class_of(net)).parameters}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def facts_of(run: Path | None, **given: Any) -> Facts:

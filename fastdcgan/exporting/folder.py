@@ -121,6 +121,11 @@ def _loaded(config: ExportConfig) -> nn.Module:
         if config.net == "g"
         else load_discriminator(config.source)
     )
+    if net.classes is not None:
+        raise InputError(
+            f"{config.source} is of {len(net.classes)} classes (--classes); export writes nets of "
+            "one input, and these take labels, too: use fastdcgan.exporting.hub, or a run without"
+        )
     return net.to(memory_format=torch.contiguous_format).float().eval()  # type: ignore[no-any-return]
 
 

@@ -25,6 +25,8 @@ class GenerateConfig:
     .pth: the best of a run with evaluations is RUN/netG_best.safetensors."""
     n: int = 64
     """How many images."""
+    label: str | None = None
+    """Of a run with --classes: draw this class, by its name or number; by default each in turn."""
     out: Path | None = None
     """A picture (.png, .jpg ...: one grid); .npz (array "images", uint8, N x H x W x C); .zip or
     .tar of PNGs, with %06d in the name many of them (WebDataset's shards); .gif or .mp4 with

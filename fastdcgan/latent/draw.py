@@ -13,6 +13,7 @@ from fastdcgan import models
 from fastdcgan.data.picture import Pixels, quantise
 from fastdcgan.errors import InputError
 from fastdcgan.hardware import amp_dtype, pick_device
+from fastdcgan.models.conditional import check_labels, in_turn
 from fastdcgan.training.checkpoints import Checkpoints, load
 from fastdcgan_kernels import fuse, unfuse
 
@@ -37,7 +38,8 @@ the dtype of the products: a few times what rounding (TF32 included) does to the
 
 
 def load_generator(source: Path, *, ema: bool = True, device: str = "cpu") -> Generator:
-    """The generator in `source`, in channels_last on `device`; its size is read off the weights.
+    """The generator in `source`, in channels_last on `device`; its size is read off the weights,
+    and its `classes` are the names that it was trained with.
 
     Args:
         source: a run's folder (its finished netG, else its newest checkpoint), an exported folder
@@ -75,7 +77,7 @@ def load_discriminator(source: Path, *, device: str = "cpu") -> Discriminator:
 
 def _weights(
     source: Path, names: tuple[str, ...], keys: tuple[str, ...]
-) -> tuple[Path | dict[str, Tensor], int | None]:
+) -> tuple[Path | dict[str, Any], int | None]:
     """The weights, or the file that holds nothing else, and the step that they are of."""
     if source.is_dir():
         for name in names:
@@ -105,8 +107,11 @@ def _bare(path: Path) -> tuple[Path, int | None]:
     return path, None if step is None else int(step)
 
 
-def _chosen(state: dict[str, Any], keys: tuple[str, ...]) -> tuple[dict[str, Tensor], int | None]:
-    chosen: dict[str, Tensor] = next(state[key] for key in keys if key in state)
+def _chosen(state: dict[str, Any], keys: tuple[str, ...]) -> tuple[dict[str, Any], int | None]:
+    chosen: dict[str, Any] = next(state[key] for key in keys if key in state)
+    # The names of the classes go with the weights: `models.generator_from` finds them there.
+    if "classes" in state:
+        chosen = {**chosen, "classes": state["classes"]}
     return chosen, state["step"]
 
 
@@ -192,19 +197,31 @@ class Sampler:
         self.device = next(net.parameters()).device
         self.autocast = autocast
 
-    def images(self, z: Tensor, statistics: Statistics = "running") -> Tensor:
+    def images(
+        self, z: Tensor, statistics: Statistics = "running", labels: Tensor | None = None
+    ) -> Tensor:
         """`models.sample` in this sampler's precision: (N, C, H, W) float32 on its device."""
+        given = (z,) if labels is None else (z, labels)
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            return models.sample(self.net, z.to(self.device), statistics=statistics)
+            return models.sample(
+                self.net, *(each.to(self.device) for each in given), statistics=statistics
+            )
 
     def pixels(
-        self, batches: Iterable[Tensor], statistics: Statistics = "running"
+        self,
+        batches: Iterable[Tensor],
+        statistics: Statistics = "running",
+        labels: Tensor | None = None,
     ) -> Iterator[Pixels]:
-        """The images of each batch of latent vectors, (N, H, W, C) uint8. On CUDA the next batch
-        is computed while the caller uses this one."""
+        """The images of each batch of latent vectors, (N, H, W, C) uint8; `labels` are those of all
+        batches, one after the other. On CUDA the next batch is computed while the caller uses this
+        one."""
         ahead: Callable[[], Pixels] | None = None
+        done = 0
         for z in batches:
-            now = _to_host(quantise(self.images(z, statistics)))
+            own = None if labels is None else labels[done : done + len(z)]
+            done += len(z)
+            now = _to_host(quantise(self.images(z, statistics, own)))
             if ahead is not None:
                 yield ahead()
             ahead = now
@@ -215,6 +232,7 @@ class Sampler:
         self,
         n: int,
         *,
+        labels: Tensor | None = None,
         seed: int = 0,
         truncation: float | None = None,
         truncate: Truncate = "resample",
@@ -223,12 +241,15 @@ class Sampler:
     ) -> Iterator[Pixels]:
         """The first `n` images of a seed, (up to `batch_size`, H, W, C) uint8 at a time.
 
+        `labels`, (n,) int64 on any device, are their classes, for a net that has some; by default
+        each class in turn: image i is of class i % K.
+
         They are the same for every `n` and batch size but for the rounding of sums, which a library
         may do in another order for another batch. Batch statistics are those of images 0 to 63, 64
         to 127 and so on, in batches of that size.
 
         Raises:
-            InputError: `n`, `batch_size` or `truncation` cannot be.
+            InputError: `n`, `batch_size`, `truncation` or `labels` cannot be.
         """
         for flag, value in (("n", n), ("batch-size", batch_size)):
             if value < 1:
@@ -238,9 +259,24 @@ class Sampler:
             batch_size = STATISTICS_BATCH
             whole = -(-n // batch_size) * batch_size
         z = latents(whole, self.net.nz, seed=seed, truncation=truncation, truncate=truncate)
-        for images in self.pixels(rebatched(z, batch_size), statistics):
+        labels = self._labels(n, labels, whole)
+        for images in self.pixels(rebatched(z, batch_size), statistics, labels):
             yield images[:n]
             n -= len(images)
+
+    def _labels(self, n: int, labels: Tensor | None, whole: int) -> Tensor | None:
+        """The labels of `whole` images, the first `n` of which are wanted."""
+        classes = self.net.classes
+        if labels is None:
+            return None if classes is None else in_turn(whole, classes)
+        check_labels("generator", classes, labels, n)
+        assert classes is not None
+        if labels.min() < 0 or labels.max() >= len(classes):
+            raise InputError(
+                f"labels from {int(labels.min())} to {int(labels.max())} were given; this "
+                f"generator's are from 0 to {len(classes) - 1}"
+            )
+        return labels[torch.arange(whole, device=labels.device) % n]
 
 
 def fast_sampler(
@@ -264,10 +300,12 @@ def fast_sampler(
         say(f"--amp: this {device.type} has no native bf16 arithmetic; drawing in float32")
     sampler = Sampler(net, autocast)
     z = torch.randn(8, net.nz, generator=torch.Generator().manual_seed(0))
-    plain = sampler.images(z)
+    labels = None if net.classes is None else in_turn(len(z), net.classes)
+    plain = sampler.images(z, labels=labels)
     try:
         fuse(net)
-        off = float((sampler.images(z) - plain).norm() / plain.norm().clamp(min=1e-30))
+        images = sampler.images(z, labels=labels)
+        off = float((images - plain).norm() / plain.norm().clamp(min=1e-30))
         why = "" if off <= FUSED_ERROR[autocast] else f"their images are {off:.2g} away"
     except Exception as error:  # whatever a compiler or a driver may raise
         why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
@@ -281,12 +319,15 @@ def draw(
     net: Generator,
     n: int,
     *,
+    labels: Tensor | None = None,
     seed: int = 0,
     truncation: float | None = None,
     statistics: Statistics = "running",
 ) -> Iterator[Pixels]:
     """`Sampler(net).draw`: `n` images of a net in (up to `CHUNK`, H, W, C) uint8 at a time."""
-    return Sampler(net).draw(n, seed=seed, truncation=truncation, statistics=statistics)
+    return Sampler(net).draw(
+        n, labels=labels, seed=seed, truncation=truncation, statistics=statistics
+    )
 
 
 def _to_host(pixels: Tensor) -> Callable[[], Pixels]:

@@ -7,6 +7,7 @@ from math import ceil, sqrt
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fastdcgan.data import writers
@@ -46,17 +47,19 @@ def generate(config: GenerateConfig, *, progress: bool = True) -> list[str]:
     net = load_generator(config.source, ema=config.ema, device=config.device)
     n = config.n if walked is None else _legs(config, walked) * _steps(config) + (not config.loop)
     _refuse_huge(config, n, net.size)
+    label = _label(config, net.classes)
     sampler = fast_sampler(net, amp=config.amp)
     try:
         if groups is not None:
-            return _draw_sheet(sampler, config, groups)
+            return _draw_sheet(sampler, config, groups, label)
         if walked is not None:
             keys = _latents(sampler, config, walked)
             way = walk(keys, _steps(config), curve=config.curve, loop=config.loop)
-            images = sampler.pixels(way.split(config.batch_size))
+            images = sampler.pixels(way.split(config.batch_size), labels=_labels(label, len(way)))
         else:
             images = sampler.draw(
                 n,
+                labels=_labels(label, n),
                 seed=config.seed,
                 truncation=config.truncation,
                 truncate=config.truncate,
@@ -76,12 +79,43 @@ def generate(config: GenerateConfig, *, progress: bool = True) -> list[str]:
     return [f"{n:,} images in {path}" for path in (config.each, config.out) if path is not None]
 
 
-def _draw_sheet(sampler: Sampler, config: GenerateConfig, groups: Sequence[Group]) -> list[str]:
+def _label(config: GenerateConfig, classes: tuple[str, ...] | None) -> int | None:
+    """The class that is asked for; None: each in turn, or the net has none."""
+    if config.label is None:
+        if classes is not None and (config.interpolate or config.arithmetic):
+            raise InputError(
+                f"{config.source} draws by class: give --label, one of {', '.join(classes)}"
+            )
+        return None
+    if classes is None:
+        raise InputError(
+            f"--label {config.label} was given, and {config.source} knows no classes: leave it "
+            "out, or train with --classes"
+        )
+    if config.label in classes:
+        return classes.index(config.label)
+    if config.label.isdecimal() and int(config.label) < len(classes):
+        return int(config.label)
+    raise InputError(
+        f"--label {config.label} was given; {config.source} has the classes {', '.join(classes)} "
+        f"(or their numbers, 0 to {len(classes) - 1})"
+    )
+
+
+def _labels(label: int | None, n: int) -> Tensor | None:
+    return None if label is None else torch.full((n,), label)
+
+
+def _draw_sheet(
+    sampler: Sampler, config: GenerateConfig, groups: Sequence[Group], label: int | None
+) -> list[str]:
     assert config.out is not None
     parts = [_latents(sampler, config, group.numbers) for group in groups]
     means, result = combine(groups, parts)
     around = neighbourhood(result, config.seed)
-    *drawn, centre, results = sampler.pixels([*parts, means, around])
+    batches = [*parts, means, around]
+    labels = _labels(label, sum(map(len, batches)))
+    *drawn, centre, results = sampler.pixels(batches, labels=labels)
     config.out.parent.mkdir(parents=True, exist_ok=True)
     save_image(config.out, arithmetic_sheet(groups, drawn, centre, results))
     return [f"arithmetic with {sum(map(len, parts))} samples in {config.out}"]

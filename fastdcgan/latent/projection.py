@@ -42,7 +42,16 @@ def nobody(done: int) -> None:
 
 def frozen(net: Net) -> Net:
     """A copy of the net to look through: eval statistics, weights without gradients, channels_last,
-    fused blocks where they run. Its parameters' dtype and device stay."""
+    fused blocks where they run. Its parameters' dtype and device stay.
+
+    Raises:
+        InputError: it takes labels, too.
+    """
+    if getattr(net, "classes", None) is not None:
+        raise InputError(
+            "this run draws by class (--classes), and the class of an image is not looked for: "
+            "give a run without classes"
+        )
     copied = copy.deepcopy(net).eval().requires_grad_(False)
     return fuse(copied.to(memory_format=torch.channels_last))
 

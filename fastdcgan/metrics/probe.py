@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from fastdcgan import models
 from fastdcgan.data import Packed, prepare
+from fastdcgan.data.labels import labels
 from fastdcgan.errors import InputError
 from fastdcgan.metrics.features import chunks
-from fastdcgan.metrics.labels import labels
 
 Discriminator = models.Discriminator | models.TF28Discriminator
 Array = np.ndarray[Any, np.dtype[np.float32]]
@@ -99,7 +99,7 @@ def _sets(
 
     def packed_and_labels(split: str) -> tuple[Packed, np.ndarray[Any, Any]]:
         packed = prepare(source, size=net.size, channels=net.channels, split=split, cache=cache)
-        return packed, labels(packed, cache)
+        return packed, labels(packed, cache).numbers
 
     learn, classes = packed_and_labels("train")
     order = np.random.default_rng(seed).permutation(learn.n)
@@ -128,7 +128,7 @@ def _features(net: Discriminator, packed: Packed, rows: np.ndarray[Any, Any]) ->
             layers.clear()
             x = torch.from_numpy(np.ascontiguousarray(chunk)).to(device).permute(0, 3, 1, 2)
             with torch.no_grad():
-                net(x.float() / 127.5 - 1)
+                net.main(x.float() / 127.5 - 1)  # whatever a label would add comes after it
             found.append(torch.cat(layers, 1).float().numpy())
     finally:
         for hook in hooks:

@@ -1,6 +1,7 @@
 """The nets: DCGAN as in the PyTorch example and the TensorFlow tutorial, their initialisation,
 reading anyone's checkpoints of them, and sampling. Not here: anything that trains them."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from fastdcgan.errors import InputError
@@ -43,6 +44,7 @@ def build(
     norm_d: Literal["batch", "none"] = "batch",
     spectral_norm: bool = False,
     minibatch_std: bool = False,
+    classes: Sequence[str] | None = None,
 ) -> tuple[Generator, Discriminator] | tuple[TF28Generator, TF28Discriminator]:
     """Return a generator and its discriminator, initialised in that order from torch's seed.
 
@@ -55,21 +57,25 @@ def build(
         channels: image channels, 1 to 4.
         norm_d, spectral_norm, minibatch_std: of the discriminator; the first and the last are for
             "dcgan" only, "tf28" does not read them.
+        classes: names of the classes, which both nets then take labels of; None: no labels.
 
     Raises:
         InputError: for any other value.
     """
     if net == "dcgan":
-        return Generator(size, nz, ngf, channels), Discriminator(
+        return Generator(size, nz, ngf, channels, classes=classes), Discriminator(
             size,
             ndf,
             channels,
             norm=norm_d,
             spectral_norm=spectral_norm,
             minibatch_std=minibatch_std,
+            classes=classes,
         )
     if net == "tf28":
         if size != 28:
             raise InputError(f"image size {size!r} was given; the tf28 nets make 28: give size 28")
-        return TF28Generator(nz, channels), TF28Discriminator(channels, spectral_norm=spectral_norm)
+        return TF28Generator(nz, channels, classes=classes), TF28Discriminator(
+            channels, spectral_norm=spectral_norm, classes=classes
+        )
     raise InputError(f'net={net!r} was given; give "dcgan" or "tf28"')

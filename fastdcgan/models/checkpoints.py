@@ -3,6 +3,7 @@ net in it, gives every key its `main.N` name, and loads with an account of each 
 Not here: the state of a training run (optimisers, EMA, random states), which belongs to training.
 """
 
+import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdcgan.errors import InputError
+from fastdcgan.models.conditional import EMBEDDING
 from fastdcgan.models.dcgan import Discriminator, Generator
 from fastdcgan.models.tf28 import TF28Discriminator, TF28Generator
 
@@ -106,11 +108,14 @@ def generator_from(source: Source, *, name: str = "netG") -> Generator | TF28Gen
     state = read_state_dict(source, name=name)
     kernels = _kernels(state, source)
     first, last = kernels[0].shape, kernels[-1].shape
+    classes = _classes(state, source)
+    more = 0 if classes is None else EMBEDDING
 
     def build() -> Generator | TF28Generator:
         if _dense(state, "main.0.weight"):
-            return TF28Generator(nz=state["main.0.weight"].shape[1], channels=last[1])
-        return Generator(size=_size(kernels), nz=first[0], ngf=last[0], channels=last[1])
+            nz = state["main.0.weight"].shape[1] - more
+            return TF28Generator(nz=nz, channels=last[1], classes=classes)
+        return Generator(_size(kernels), first[0] - more, last[0], last[1], classes=classes)
 
     return _filled(build, state, source)
 
@@ -131,10 +136,11 @@ def discriminator_from(source: Source, *, name: str = "netD") -> Discriminator |
     kernels = _kernels(state, source)
     first, last = kernels[0].shape, kernels[-1].shape
     spectral = any(f".{_NORMALISED}" in key for key in state)
+    classes = _classes(state, source)
 
     def build() -> Discriminator | TF28Discriminator:
         if _dense(state, "main.10.weight") or _dense(state, f"main.10.{_NORMALISED}"):
-            return TF28Discriminator(channels=first[1], spectral_norm=spectral)
+            return TF28Discriminator(first[1], spectral_norm=spectral, classes=classes)
         size = _size(kernels)
         return Discriminator(
             size=size,
@@ -143,6 +149,7 @@ def discriminator_from(source: Source, *, name: str = "netD") -> Discriminator |
             norm="batch" if any(key.endswith("running_mean") for key in state) else "none",
             spectral_norm=spectral,
             minibatch_std=last[1] == first[0] * size // 8 + 1,
+            classes=classes,
         )
 
     return _filled(build, state, source)
@@ -276,6 +283,21 @@ def _kernels(state: Mapping[str, Tensor], source: Source) -> list[Tensor]:
             f"{next(iter(state))}): it is not a net of this package, or of one it can read"
         )
     return [layers[index] for index in sorted(layers)]
+
+
+def _classes(state: Mapping[str, Tensor], source: Source) -> tuple[str, ...] | None:
+    """The names of a net's classes: as the source tells them, in the metadata of a .safetensors
+    file or as an entry "classes", else their numbers; None where the net has none."""
+    embedding = state.get("embedding.weight", state.get(f"embedding.{_NORMALISED}"))
+    if embedding is None:
+        return None
+    names: Any = None
+    if isinstance(source, Mapping):
+        names = source.get("classes")
+    elif Path(source).suffix == ".safetensors":
+        with safetensors.safe_open(source, "pt") as file:
+            names = json.loads((file.metadata() or {}).get("classes", "null"))
+    return tuple(map(str, names or range(len(embedding))))
 
 
 def _size(kernels: list[Tensor]) -> int:

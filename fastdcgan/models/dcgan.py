@@ -1,6 +1,7 @@
 """The DCGAN nets of the PyTorch example, for 32 to 256 pixels: same modules, state-dict keys and
 initial bits. Not here: losses, the training step, and the reading of checkpoints."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -8,6 +9,14 @@ from torch import Tensor, nn
 
 from fastdcgan.errors import InputError
 from fastdcgan.models.arguments import check_channels, check_counts, check_images, flat_latents
+from fastdcgan.models.conditional import (
+    EMBEDDING,
+    check_classes,
+    check_labels,
+    embedding_of,
+    joined,
+    projected,
+)
 from fastdcgan.models.regularised import MinibatchStd, spectrally_normalise
 
 SIZES = (32, 64, 128, 256)
@@ -40,20 +49,31 @@ class Generator(nn.Module):
         nz: length of a latent vector. Default 100 (the example).
         ngf: feature maps ahead of the image layer. Default 64 (the example).
         channels: image channels, 1 to 4. Default 3 (the example).
+        classes: names of the classes that it draws, by label; `main` then also takes an embedding
+            of the label (`conditional.joined`). Default: none.
 
     Raises:
         InputError: for any other value.
     """
 
-    def __init__(self, size: int = 64, nz: int = 100, ngf: int = 64, channels: int = 3) -> None:
+    def __init__(
+        self,
+        size: int = 64,
+        nz: int = 100,
+        ngf: int = 64,
+        channels: int = 3,
+        *,
+        classes: Sequence[str] | None = None,
+    ) -> None:
         super().__init__()
         _check_size(size)
         check_counts(nz=nz, ngf=ngf)
         check_channels(channels)
         self.size, self.nz, self.ngf, self.channels = size, nz, ngf, channels
-        width = ngf * size // 8
+        self.classes = check_classes(classes)
+        width, length = ngf * size // 8, nz if self.classes is None else nz + EMBEDDING
         layers: list[nn.Module] = [
-            nn.ConvTranspose2d(nz, width, 4, stride=1, padding=0, bias=False),
+            nn.ConvTranspose2d(length, width, 4, stride=1, padding=0, bias=False),
             nn.BatchNorm2d(width),
             nn.ReLU(inplace=True),
         ]
@@ -67,21 +87,28 @@ class Generator(nn.Module):
         layers += [nn.ConvTranspose2d(ngf, channels, 4, stride=2, padding=1, bias=False), nn.Tanh()]
         self.main = nn.Sequential(*layers)
         self.apply(weights_init)
+        if self.classes is not None:
+            self.embedding = embedding_of(self.classes)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return images in [-1, 1].
 
         Args:
             z: latent vectors ~ N(0, 1), shape (B, nz) or (B, nz, 1, 1), dtype of the weights.
+            labels: the class of each, (B,) int64, where the net has classes; else None.
 
         Returns:
             Shape (B, channels, size, size), dtype of `z`; channels_last where the weights are
             (`net.to(memory_format=torch.channels_last)`).
 
         Raises:
-            InputError: if `z` has another shape.
+            InputError: if `z` has another shape, or labels are missing or too many.
         """
-        images: Tensor = self.main(flat_latents(z, self.nz)[:, :, None, None])
+        z = flat_latents(z, self.nz)
+        check_labels("generator", self.classes, labels, len(z))
+        if labels is not None:
+            z = joined(z, self.embedding, labels)
+        images: Tensor = self.main(z[:, :, None, None])
         return images
 
 
@@ -102,6 +129,8 @@ class Discriminator(nn.Module):
         spectral_norm: divide every weight by its largest singular value. Default False.
         minibatch_std: give the last convolution the minibatch's standard deviation as one more
             channel. Default False.
+        classes: names of the classes that it judges, by label: the last convolution has more
+            outputs, which meet an embedding of the label (`conditional.projected`). Default: none.
 
     Raises:
         InputError: for any other value.
@@ -116,6 +145,7 @@ class Discriminator(nn.Module):
         norm: Literal["batch", "none"] = "batch",
         spectral_norm: bool = False,
         minibatch_std: bool = False,
+        classes: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         _check_size(size)
@@ -123,6 +153,8 @@ class Discriminator(nn.Module):
         check_channels(channels)
         self.size, self.ndf, self.channels = size, ndf, channels
         self.norm, self.spectral_norm, self.minibatch_std = norm, spectral_norm, minibatch_std
+        self.classes = check_classes(classes)
+        outputs = 1 if self.classes is None else 1 + EMBEDDING
         bias = norm == "none"
         layers: list[nn.Module] = [
             nn.Conv2d(channels, ndf, 4, stride=2, padding=1, bias=bias),
@@ -138,32 +170,39 @@ class Discriminator(nn.Module):
             width *= 2
         if minibatch_std:
             layers.append(MinibatchStd())
-        layers.append(nn.Conv2d(width + minibatch_std, 1, 4, stride=1, padding=0, bias=bias))
+        layers.append(nn.Conv2d(width + minibatch_std, outputs, 4, stride=1, padding=0, bias=bias))
         self.main = nn.Sequential(*layers)
         self.apply(weights_init)
+        if self.classes is not None:
+            self.embedding = embedding_of(self.classes, std=EMBEDDING**-0.5)
         if spectral_norm:
             spectrally_normalise(self)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logit of "real" for each image.
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return the logit of "real" for each image; with labels, of "real and of this class".
 
         Args:
             x: images in [-1, 1], shape (B, channels, size, size), any memory format, dtype of the
                 weights.
+            labels: the class of each, (B,) int64, where the net has classes; else None.
 
         Returns:
             Shape (B,), dtype of `x`.
 
         Raises:
-            InputError: if `x` has another shape.
+            InputError: if `x` has another shape, or labels are missing or too many.
         """
         check_images(x, self.channels, self.size)
+        check_labels("discriminator", self.classes, labels, len(x))
         logits: Tensor = self.main(x)
+        if labels is not None:
+            return projected(logits.flatten(1), self.embedding, labels)
         return logits.flatten()
 
-    def probability(self, x: Tensor) -> Tensor:
-        """Return sigmoid(forward(x)), shape (B,): what the example's discriminator returns."""
-        return torch.sigmoid(self(x))
+    def probability(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return sigmoid(forward(x, labels)), shape (B,): what the example's discriminator
+        returns."""
+        return torch.sigmoid(self(x, labels))
 
 
 def _check_size(size: int) -> None:

@@ -49,10 +49,10 @@ def _matrix(weight: Tensor) -> Tensor:
 
 
 def spectrally_normalise(net: nn.Module) -> None:
-    """Gives every convolution and dense layer of the net `SpectralNorm`, in place. The state dict
-    then has "parametrizations.weight.original" for "weight", and the two vectors."""
+    """Gives every convolution, dense layer and embedding of the net `SpectralNorm`, in place. The
+    state dict then has "parametrizations.weight.original" for "weight", and the two vectors."""
     for module in list(net.modules()):
-        if isinstance(module, nn.Conv2d | nn.Linear):
+        if isinstance(module, nn.Conv2d | nn.Linear | nn.Embedding):
             parametrize.register_parametrization(module, "weight", SpectralNorm(module.weight))
 
 

@@ -11,9 +11,13 @@ from fastdcgan.errors import InputError
 
 
 def sample(
-    netG: nn.Module, z: Tensor, *, statistics: Literal["running", "batch"] = "running"
+    netG: nn.Module,
+    z: Tensor,
+    labels: Tensor | None = None,
+    *,
+    statistics: Literal["running", "batch"] = "running",
 ) -> Tensor:
-    """Return netG(z) without gradients and without Dropout.
+    """Return netG(z), or netG(z, labels), without gradients and without Dropout.
 
     Parameters, buffers and training flags are afterwards what they were before, also after an
     error. The flags differ while it runs, so no other thread may use the net meanwhile.
@@ -21,6 +25,7 @@ def sample(
     Args:
         netG: a generator: any module that maps latents to images.
         z: latent vectors in a shape, dtype and device that netG takes, (B, nz) or (B, nz, 1, 1).
+        labels: the class of each, (B,) int64, for a net that has classes; None: it has none.
         statistics: what BatchNorm normalises with. "running" (default): its running buffers, as
             in eval mode (the TensorFlow tutorial). "batch": the statistics of this batch, as in
             training mode (the PyTorch example's sample sheets); an image then depends on its
@@ -30,7 +35,7 @@ def sample(
         Images in [-1, 1], float32, shape (B, C, H, W), in netG's memory format.
 
     Raises:
-        InputError: if `statistics` is neither, or netG refuses `z`.
+        InputError: if `statistics` is neither, or netG refuses `z` or the labels.
     """
     if statistics not in ("running", "batch"):
         raise InputError(f'statistics={statistics!r} was given; give "running" or "batch"')
@@ -42,7 +47,8 @@ def sample(
         for module, _ in flags:
             module.training = batch and not isinstance(module, nn.modules.dropout._DropoutNd)
         with torch.no_grad():
-            images: Tensor = functional_call(netG, buffers, (z,))
+            given = (z,) if labels is None else (z, labels)
+            images: Tensor = functional_call(netG, buffers, given)
     finally:
         for module, training in flags:
             module.training = training

@@ -7,12 +7,22 @@ Conv2DTranspose (kh, kw, out, in) by `.permute(3, 2, 0, 1)`, all others as they 
 Keras's order: row, column, channel.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdcgan.errors import InputError
 from fastdcgan.models.arguments import check_channels, check_counts, check_images, flat_latents
+from fastdcgan.models.conditional import (
+    EMBEDDING,
+    check_classes,
+    check_labels,
+    embedding_of,
+    joined,
+    projected,
+)
 from fastdcgan.models.regularised import spectrally_normalise
 
 SIZE = 28
@@ -88,20 +98,25 @@ class TF28Generator(nn.Module):
     Args:
         nz: length of a latent vector. Default 100 (the tutorial's noise_dim).
         channels: image channels, 1 to 4. Default 1 (the tutorial).
+        classes: as in `dcgan.Generator`.
 
     Raises:
         InputError: for any other value.
     """
 
-    def __init__(self, nz: int = 100, channels: int = 1) -> None:
+    def __init__(
+        self, nz: int = 100, channels: int = 1, *, classes: Sequence[str] | None = None
+    ) -> None:
         super().__init__()
         check_counts(nz=nz)
         check_channels(channels)
         self.size, self.nz, self.channels = SIZE, nz, channels
+        self.classes = check_classes(classes)
+        length = nz if self.classes is None else nz + EMBEDDING
         # "same" at stride 2 cuts 1 pixel before and 2 after; `padding` cuts 1 on either side, and
         # the negative pad the last row and column.
         self.main = nn.Sequential(
-            nn.Linear(nz, 7 * 7 * 256, bias=False),
+            nn.Linear(length, 7 * 7 * 256, bias=False),
             KerasBatchNorm(7 * 7 * 256),
             nn.LeakyReLU(LEAKY_SLOPE, inplace=True),
             nn.Unflatten(1, (7, 7, 256)),
@@ -118,20 +133,28 @@ class TF28Generator(nn.Module):
             nn.Tanh(),
         )
         self.apply(keras_init)
+        if self.classes is not None:
+            self.embedding = embedding_of(self.classes)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return images in [-1, 1].
 
         Args:
             z: latent vectors ~ N(0, 1), shape (B, nz) or (B, nz, 1, 1), dtype of the weights.
+            labels: the class of each, (B,) int64, where the net has classes; else None.
 
         Returns:
             Shape (B, channels, 28, 28), dtype of `z`, channels_last.
 
         Raises:
-            InputError: if `z` has another shape, or holds one vector in training mode.
+            InputError: if `z` has another shape, or holds one vector in training mode, or labels
+                are missing or too many.
         """
-        images: Tensor = self.main(flat_latents(z, self.nz))
+        z = flat_latents(z, self.nz)
+        check_labels("generator", self.classes, labels, len(z))
+        if labels is not None:
+            z = joined(z, self.embedding, labels)
+        images: Tensor = self.main(z)
         return images
 
 
@@ -141,15 +164,24 @@ class TF28Discriminator(nn.Module):
     Args:
         channels: image channels, 1 to 4. Default 1 (the tutorial).
         spectral_norm: divide every weight by its largest singular value. Default False.
+        classes: as in `dcgan.Discriminator`.
 
     Raises:
         InputError: for any other value.
     """
 
-    def __init__(self, channels: int = 1, *, spectral_norm: bool = False) -> None:
+    def __init__(
+        self,
+        channels: int = 1,
+        *,
+        spectral_norm: bool = False,
+        classes: Sequence[str] | None = None,
+    ) -> None:
         super().__init__()
         check_channels(channels)
         self.size, self.channels, self.spectral_norm = SIZE, channels, spectral_norm
+        self.classes = check_classes(classes)
+        outputs = 1 if self.classes is None else 1 + EMBEDDING
         # "same" at stride 2 pads 1 pixel before and 2 after; Conv2d alone pads both sides alike.
         self.main = nn.Sequential(
             nn.ZeroPad2d((1, 2, 1, 2)),
@@ -162,32 +194,38 @@ class TF28Discriminator(nn.Module):
             nn.Dropout(0.3),
             Permute(0, 2, 3, 1),
             nn.Flatten(),
-            nn.Linear(7 * 7 * 128, 1),
+            nn.Linear(7 * 7 * 128, outputs),
         )
         self.apply(keras_init)
+        if self.classes is not None:
+            self.embedding = embedding_of(self.classes, std=EMBEDDING**-0.5)
         if spectral_norm:
             spectrally_normalise(self)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logit of "real" for each image.
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return the logit of "real" for each image; with labels, of "real and of this class".
 
         Args:
             x: images in [-1, 1], shape (B, channels, 28, 28), any memory format, dtype of the
                 weights.
+            labels: the class of each, (B,) int64, where the net has classes; else None.
 
         Returns:
             Shape (B,), dtype of `x`.
 
         Raises:
-            InputError: if `x` has another shape.
+            InputError: if `x` has another shape, or labels are missing or too many.
         """
         check_images(x, self.channels, self.size)
+        check_labels("discriminator", self.classes, labels, len(x))
         logits: Tensor = self.main(x)
+        if labels is not None:
+            return projected(logits, self.embedding, labels)
         return logits.flatten()
 
-    def probability(self, x: Tensor) -> Tensor:
-        """Return sigmoid(forward(x)), shape (B,)."""
-        return torch.sigmoid(self(x))
+    def probability(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return sigmoid(forward(x, labels)), shape (B,)."""
+        return torch.sigmoid(self(x, labels))
 
 
 def keras_init(module: nn.Module) -> None:

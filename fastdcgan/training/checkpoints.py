@@ -1,6 +1,7 @@
 """Checkpoints of a run: written whole or not at all, found again, and checked before they are
 trusted. What is in one is `TrainState`'s affair."""
 
+import json
 import re
 import zipfile
 from pathlib import Path
@@ -124,11 +125,16 @@ def load(path: Path) -> dict[str, Any]:
 
 def save_weights(net: nn.Module, path: Path, *, step: int, **more: str) -> None:
     """Writes a net's parameters and buffers as safetensors; its metadata are its name, which is
-    the file's, the step, and what more there is."""
+    the file's, the step, the names of its classes, as JSON, where it has any, and what more there
+    is."""
     from safetensors.torch import save
 
     tensors = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
-    content = save(tensors, metadata={"fastdcgan": path.stem, "step": str(step), **more})
+    metadata = {"fastdcgan": path.stem, "step": str(step), **more}
+    classes = getattr(net, "classes", None)
+    if classes is not None:
+        metadata["classes"] = json.dumps(classes)
+    content = save(tensors, metadata=metadata)
     atomic_write(path, lambda file: file.write(content))
 
 

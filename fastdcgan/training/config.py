@@ -32,6 +32,9 @@ class TrainConfig:
     """Height and width in pixels: 32, 64, 128 or 256; 28 for tf28."""
     channels: int | None = _option(None)
     """1 grey, 2 grey and alpha, 3 RGB, 4 RGBA; by default what the data has."""
+    classes: bool = _option(False)
+    """Learn to draw each class of labelled data by its name (docs/using.md): fashion-mnist and
+    other IDX files, a .npz with labels, a folder or archive with one subfolder for each class."""
     nz: int = _option(100, example="nz")
     """Length of the latent vector z ~ N(0, 1)."""
     ngf: int = _option(64, example="ngf")

@@ -19,7 +19,8 @@ def translate(args: Sequence[str]) -> list[str]:
 
     Handles --batchSize, --imageSize, --niter, --outf, --manualSeed, --netG, --netD (new names),
     --dataset with --dataroot and --classes (one --data), --ngpu, --cuda, --mps, --accel (one
-    --device), in the forms "--flag value" and "--flag=value". A bare --resume means --resume auto.
+    --device), in the forms "--flag value" and "--flag=value". A bare --resume means --resume auto,
+    and a bare --classes, which the example does not have, is ours.
 
     Raises:
         InputError: an unknown --dataset, a --dataset that needs a --dataroot without one.
@@ -36,7 +37,8 @@ def translate(args: Sequence[str]) -> list[str]:
     rest = list(args)
     while rest:
         flag, equals, value = rest.pop(0).partition("=")
-        if flag in taken:
+        bare = not equals and (not rest or rest[0].startswith("-"))
+        if flag in taken and not (bare and flag == "--classes"):
             if not equals:
                 if not rest:
                     raise InputError(f"{flag} was given without a value")
@@ -44,14 +46,17 @@ def translate(args: Sequence[str]) -> list[str]:
             found[flag] = value
         elif flag in switches:
             result += ["--device", switches[flag]]
-        elif flag == "--resume" and not equals and (not rest or rest[0].startswith("-")):
+        elif flag == "--resume" and bare:
             result += ["--resume", "auto"]
         else:
             result.append(renamed.get(flag, flag) + equals + value)
     if "--dataset" in found or "--dataroot" in found:
         result += ["--data", _source(found)]
     elif "--classes" in found:
-        raise InputError(f"--classes {found['--classes']} was given without --dataset lsun")
+        raise InputError(
+            f"--classes {found['--classes']} was given without --dataset lsun; to train by class, "
+            "give --classes without a value"
+        )
     if found.get("--ngpu", "1") not in ("0", "1"):
         raise InputError(
             f"--ngpu {found['--ngpu']} was given; start one process per GPU instead: "

@@ -16,9 +16,11 @@ import torch
 
 from fastdcgan import models
 from fastdcgan.data import Order, Packed, grid, inspect_source, make_feed, prepare, to_uint8
+from fastdcgan.data.labels import Labels, class_names, labels
 from fastdcgan.data.picture import atomic_write
 from fastdcgan.errors import Collapsed, InputError, RunError
 from fastdcgan.hardware import pick_device, use_allowed_threads
+from fastdcgan.models.conditional import COLUMNS, by_class
 from fastdcgan.training import checkpoints, distributed, folders, journal, plan, quality
 from fastdcgan.training.config import TrainConfig, TrainResult
 from fastdcgan.training.distributed import Ranks
@@ -30,7 +32,7 @@ from fastdcgan.training.watch import ROLLBACKS, STOPS, TRY, News, Probe, Watch, 
 from fastdcgan.training.whole_step import WholeStep
 from fastdcgan_kernels.plan import implementation
 
-SAMPLES = 64
+SAMPLES = COLUMNS**2
 CHECKPOINT_SECONDS = 120.0
 WARM_UP_STEPS = 3
 """Steps of this process (compilation, allocator, caches) that are left out of images_per_second."""
@@ -80,6 +82,7 @@ def train(config: TrainConfig, on_evaluation: quality.OnEvaluation | None = None
 
 def _dry_run(config: TrainConfig, ranks: Ranks, device: torch.device) -> TrainResult:
     info = inspect_source(config.data, cache=config.cache)
+    classes = class_names(config.data, cache=config.cache) if config.classes else None
     config = dataclasses.replace(config, channels=config.channels or info.channels)
     images = "number known after decoding" if info.count is None else f"{info.count:,} images"
     if ranks.writes:
@@ -91,6 +94,7 @@ def _dry_run(config: TrainConfig, ranks: Ranks, device: torch.device) -> TrainRe
             source=info.name,
             epoch_images=info.epoch_images,
             images=images,
+            classes=classes,
         ):
             print(line)
         print("dry run: nothing was trained")
@@ -108,6 +112,7 @@ def _train(
     if config.resume is not None:
         target = distributed.from_first(folders.resolve_resume(config.resume, config.out))
     packed = _open_data(config, ranks)
+    classes = labels(packed, config.cache) if config.classes else None
     config = dataclasses.replace(config, channels=packed.channels, resume=None)
     found = None if target is None else _load(target, ranks)
     config = _with_length_of_noise(config, packed, ranks, found and found[1])
@@ -123,8 +128,13 @@ def _train(
     config = dataclasses.replace(config, out=out)
     with folders.only_writer(out) if ranks.writes else contextlib.nullcontext():
         engine = plan.choose_engine(config, ranks, device)
-        state = TrainState(config, device, scaling=engine.autocast == torch.float16)
-        run = _Run(config, ranks, engine, state, packed, out, judge)
+        state = TrainState(
+            config,
+            device,
+            scaling=engine.autocast == torch.float16,
+            classes=None if classes is None else classes.names,
+        )
+        run = _Run(config, ranks, engine, state, packed, out, judge, classes)
         if found is not None:
             path, saved = found
             state.load_state_dict(saved)
@@ -165,6 +175,9 @@ def _with_length_of_noise(
 
 
 def _open_data(config: TrainConfig, ranks: Ranks) -> Packed:
+    if config.classes:
+        class_names(config.data, cache=config.cache)  # before a long packing that were for nothing
+
     def pack() -> Packed:
         return prepare(
             config.data,
@@ -225,6 +238,7 @@ class _Run:
         packed: Packed,
         out: Path,
         judge: quality.Quality | None,
+        classes: Labels | None,
     ) -> None:
         self.config, self.ranks, self.state, self.packed, self.out = (
             config, ranks, state, packed, out,
@@ -245,7 +259,8 @@ class _Run:
         self.meter = Meter()
         fixed = torch.Generator().manual_seed(config.seed)
         self.fixed_z = torch.randn(SAMPLES, config.nz, 1, 1, generator=fixed).to(state.device)
-        self.watch, self.probe = Watch(config), Probe(state, packed, self.fixed_z)
+        self.of_classes = None if classes is None else classes.numbers
+        self.watch, self.probe = Watch(config), Probe(state, packed, self.fixed_z, self.of_classes)
         self.alarm: News | None = None
         """What --on-collapse is to act upon."""
         self.judged_step = -1
@@ -279,6 +294,7 @@ class _Run:
             world=self.ranks.world,
             hflip=hflip,
             dtype=engine.autocast or torch.float32,
+            labels=self.of_classes,
         )
         stack.callback(feed.close)
         if self.ranks.writes:
@@ -384,6 +400,7 @@ class _Run:
             source=self.packed.name,
             epoch_images=self.packed.epoch_images,
             images=f"{self.packed.epoch_images:,} images an epoch",
+            classes=self.state.classes,
         ):
             self.say(line)
         self.say(f"writing to {self.out}")
@@ -535,9 +552,12 @@ class _Run:
             statistics: Literal["batch", "running"] = (
                 "batch" if self.config.net == "dcgan" else "running"
             )
+            given: tuple[torch.Tensor, ...] = (self.fixed_z,)
+            if self.state.classes is not None:
+                given = by_class(self.fixed_z, self.state.classes)
             with implementation(self.whole_step.impl):
-                images = models.sample(self.state.sampler, self.fixed_z, statistics=statistics)
-            self.journal.grid(now, grid(to_uint8(images)))
+                images = models.sample(self.state.sampler, *given, statistics=statistics)
+            self.journal.grid(now, grid(to_uint8(images), columns=COLUMNS))
 
     def _judge_health(self) -> None:
         """Whether a checkpoint of this step is one to go back to. In every process, once a step."""

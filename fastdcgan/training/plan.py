@@ -1,6 +1,7 @@
 """What a configuration means on this machine, worked out before anything is trained: the answer of
 --dry-run, and the first lines of every run."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,8 @@ from fastdcgan.training.distributed import Ranks
 from fastdcgan.training.state import build_nets
 from fastdcgan_kernels import plan as kernels
 from fastdcgan_kernels.cpu.build import library
+
+LISTED = 12  # names of classes in the plan; others are counted
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,9 @@ def total_steps(config: TrainConfig, epoch_images: int, ranks: Ranks) -> tuple[i
     return config.steps or config.epochs * per_epoch, per_epoch
 
 
-def memory_bytes(config: TrainConfig, autocast: torch.dtype | None) -> tuple[int, int]:
+def memory_bytes(
+    config: TrainConfig, autocast: torch.dtype | None, classes: Sequence[str] | None = None
+) -> tuple[int, int]:
     """(weights, gradients, Adam's moments and average; activations of one step), in bytes.
 
     The first is exact. The second is the sum of the outputs of all layers over G's pass and D's
@@ -98,7 +103,7 @@ def memory_bytes(config: TrainConfig, autocast: torch.dtype | None) -> tuple[int
     found by running the nets on the meta device: a good guess of the peak, not a bound.
     """
     with torch.device("meta"):
-        netG, netD = build_nets(config)
+        netG, netD = build_nets(config, classes)
         sizes = [sum(p.numel() for p in net.parameters()) for net in (netG, netD)]
         copies = 4 * sum(sizes) + (sizes[0] if config.ema else 0)
         seen = 0
@@ -112,9 +117,10 @@ def memory_bytes(config: TrainConfig, autocast: torch.dtype | None) -> tuple[int
             for module in net.modules():
                 module.register_forward_hook(count)
         z = torch.empty(config.batch_size, config.nz, 1, 1)
-        fake = netG(z)
+        labels = () if classes is None else (torch.empty(len(z), dtype=torch.int64),)
+        fake = netG(z, *labels)
         of_g = seen
-        netD(fake)
+        netD(fake, *labels)
         of_d = seen - of_g
     width = 4 if autocast is None else 2
     activations = (of_g + 2 * of_d) * width
@@ -144,6 +150,11 @@ def _loss(config: TrainConfig) -> str:
     return ", ".join(part for part, on in parts.items() if on)
 
 
+def _listed(classes: Sequence[str]) -> str:
+    shown, more = ", ".join(classes[:LISTED]), len(classes) - LISTED
+    return f"{len(classes)}: {shown}" + (f" and {more:,} more" if more > 0 else "")
+
+
 def _blocks(engine: Engine) -> str:
     if engine.impl == "reference":
         return "plain PyTorch"
@@ -165,6 +176,7 @@ def describe(
     source: str,
     epoch_images: int | None,
     images: str,
+    classes: Sequence[str] | None = None,
 ) -> list[str]:
     """The plan in lines for people.
 
@@ -172,8 +184,9 @@ def describe(
         source: the data's name.
         epoch_images: images of an epoch; None where only decoding can tell.
         images: how many there are, in words.
+        classes: names of the data's, with the configuration's `classes`.
     """
-    held, activations = memory_bytes(config, engine.autocast)
+    held, activations = memory_bytes(config, engine.autocast, classes)
     if epoch_images is None:
         length = f"{config.steps} steps" if config.steps else f"{config.epochs} epochs"
     else:
@@ -194,6 +207,7 @@ def describe(
         f"nz {config.nz}, ngf {config.ngf}, ndf {config.ndf}",
         f"loss       {_loss(config)}",
         f"data       {source}: {images}",
+        *([f"classes    {_listed(classes)}"] if classes else []),
         f"length     {length}, batch {config.batch_size}"
         + (f" x {config.n_critic}" if config.n_critic > 1 else "")
         + (f" x {ranks.world}" if ranks.world > 1 else ""),

@@ -43,13 +43,13 @@ def between(real: Tensor, fake: Tensor) -> Tensor:
     return fake + e * (real - fake)
 
 
-def image_gradients(netD: nn.Module, images: Tensor) -> Tensor:
+def image_gradients(netD: nn.Module, images: Tensor, *labels: Tensor) -> Tensor:
     """d (sum of D's logits) / d images, itself differentiable. Buffers of D (running statistics,
-    vectors of spectral norm) stay as they are."""
+    vectors of spectral norm) stay as they are. `labels`: as in step.py."""
     images = images.detach().to(next(netD.parameters()).dtype).requires_grad_()
     buffers = {name: buffer.clone() for name, buffer in netD.named_buffers()}
     with implementation("reference"):
-        logits = functional_call(netD, buffers, (images,))
+        logits = functional_call(netD, buffers, (images, *labels))
         (gradients,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
     return gradients
 
@@ -78,10 +78,11 @@ class Penalty:
         """Whether step number `step`, from 0, has it."""
         return self.chosen and step % self._every == 0
 
-    def __call__(self, netD: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
-        """The penalty, of no dimension, for the images that D was shown, (B, C, H, W) each."""
+    def __call__(self, netD: nn.Module, real: Tensor, fake: Tensor, *labels: Tensor) -> Tensor:
+        """The penalty, of no dimension, for the images that D was shown, (B, C, H, W) each, of
+        these classes."""
         if self._r1:
-            return r1(image_gradients(netD, real), self._r1 * self._every)
+            return r1(image_gradients(netD, real, *labels), self._r1 * self._every)
         dtype = next(netD.parameters()).dtype
         images = between(real.detach().to(dtype), fake.detach().to(dtype))
-        return slope_penalty(image_gradients(netD, images), self._slope * self._every)
+        return slope_penalty(image_gradients(netD, images, *labels), self._slope * self._every)

@@ -2,21 +2,27 @@
 average, optimisers, gradient scalers, random generators and the step, which is also the position
 in the data."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastdcgan import models
+from fastdcgan.errors import InputError
 from fastdcgan.training.config import TrainConfig
 from fastdcgan.training.ema import EMA
 from fastdcgan_kernels import fuse
 from fastdcgan_kernels.adam import Adam
 
 
-def build_nets(config: TrainConfig) -> tuple[nn.Module, nn.Module]:
-    """G and D as the configuration has them; `channels` must be filled in."""
+def build_nets(
+    config: TrainConfig, classes: Sequence[str] | None = None
+) -> tuple[nn.Module, nn.Module]:
+    """G and D as the configuration has them; `channels` must be filled in, and `classes` are the
+    names of the data's, where the configuration wants them."""
     assert config.channels is not None
+    assert config.classes == (classes is not None)
     return models.build(
         config.net,
         size=config.image_size,
@@ -27,6 +33,7 @@ def build_nets(config: TrainConfig) -> tuple[nn.Module, nn.Module]:
         norm_d=config.norm,
         spectral_norm=config.spectral_norm,
         minibatch_std=config.minibatch_std,
+        classes=classes,
     )
 
 
@@ -38,6 +45,7 @@ class TrainState:
         device: where the nets live, in channels_last.
         dtype: of the parameters; float32 but in tests.
         scaling: whether gradients are scaled (fp16).
+        classes: names of the data's classes, with the configuration's `classes`.
     """
 
     def __init__(
@@ -47,15 +55,17 @@ class TrainState:
         *,
         dtype: torch.dtype = torch.float32,
         scaling: bool = False,
+        classes: Sequence[str] | None = None,
     ) -> None:
         torch.manual_seed(config.seed)
-        netG, netD = build_nets(config)
+        netG, netD = build_nets(config, classes)
         place: dict[str, Any] = {
             "device": device,
             "dtype": dtype,
             "memory_format": torch.channels_last,
         }
         self.config = config
+        self.classes = None if classes is None else tuple(classes)
         self.device = device
         self.netG: nn.Module = netG.to(**place)
         self.netD: nn.Module = netD.to(**place)
@@ -101,6 +111,8 @@ class TrainState:
             state["rng"]["cuda"] = torch.cuda.get_rng_state(self.device)
         if self.ema is not None:
             state["ema"] = self.ema.average.state_dict()
+        if self.classes is not None:
+            state["classes"] = list(self.classes)
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -108,7 +120,16 @@ class TrainState:
 
         Random states of another kind of device are left out: a run that moves from a GPU to a CPU
         goes on, but not bit for bit.
+
+        Raises:
+            InputError: it is of other classes.
         """
+        before = state.get("classes")
+        if before is not None and tuple(before) != self.classes:
+            raise InputError(
+                f"cannot resume: the data's classes were {', '.join(before)} and are now "
+                f"{', '.join(self.classes or ())}: give the data as it was"
+            )
         models.load_weights(self.netG, state["netG"], name="netG")
         models.load_weights(self.netD, state["netD"], name="netD")
         if self.ema is not None:

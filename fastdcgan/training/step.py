@@ -2,6 +2,11 @@
 
 No function here reads a value back from the device, so a step never waits for it. The losses go
 into a row of a tensor that the loop reads when it wants to.
+
+`*labels` are the classes of a batch, (B,) int64, where the nets have classes, and nothing where
+they have none. Generated images get the labels of the real ones beside them: so a class is as
+frequent in both, a paired loss compares images of one class, a penalty between a real and a
+generated image has the class of both, and nothing more is drawn.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,36 +32,37 @@ READINGS = ("loss_d", "loss_g", "d_real", "d_fake", "d_fake_g")
 after D's update: probabilities with bce, else D's output. Of several updates of D the last."""
 
 
-def generate(netG: nn.Module, z: Tensor) -> Tensor:
+def generate(netG: nn.Module, z: Tensor, *labels: Tensor) -> Tensor:
     """G(z)."""
-    out: Tensor = netG(z)
+    out: Tensor = netG(z, *labels)
     return out
 
 
-def discriminate(netD: nn.Module, images: Tensor) -> Tensor:
+def discriminate(netD: nn.Module, images: Tensor, *labels: Tensor) -> Tensor:
     """D's logits of one batch."""
-    logits: Tensor = netD(images)
+    logits: Tensor = netD(images, *labels)
     return logits
 
 
-def discriminate_through(netD: nn.Module, images: Tensor) -> Tensor:
+def discriminate_through(netD: nn.Module, images: Tensor, *labels: Tensor) -> Tensor:
     """D's logits of images that G is to learn from: another function than `discriminate`, because
     compiled it has another gradient."""
-    return discriminate(netD, images)
+    return discriminate(netD, images, *labels)
 
 
-def discriminate_aside(netD: nn.Module, images: Tensor) -> Tensor:
+def discriminate_aside(netD: nn.Module, images: Tensor, *labels: Tensor) -> Tensor:
     """D's logits of images from which nobody learns: another function, compiled without one."""
     with torch.no_grad():
-        return discriminate(netD, images)
+        return discriminate(netD, images, *labels)
 
 
-def discriminate_both(netD: nn.Module, images: Tensor, fake: Tensor) -> Tensor:
+def discriminate_both(netD: nn.Module, images: Tensor, fake: Tensor, *labels: Tensor) -> Tensor:
     """A fused D's logits of real and of generated images, as many of each: one pass over both, each
     normalised by its own statistics."""
     logits: Tensor
+    both = torch.cat([images.to(fake.dtype), fake])
     with stat_groups(2):
-        logits = netD(torch.cat([images.to(fake.dtype), fake]))
+        logits = netD(both, *(each.repeat(2) for each in labels))
     return logits
 
 
@@ -114,9 +120,9 @@ class Step:
         # Made at the first step that needs them, which is in no CUDA graph.
         self._copies: list[WorkingCopies] = []
 
-    def __call__(self, images: Tensor, z: Tensor, *, share: float = 1.0) -> Tensor:
-        """One step on real `images` (B, C, H, W) and latent vectors `z` (B, nz, 1, 1), B being
-        `n_critic` times `batch_size`, or less.
+    def __call__(self, images: Tensor, z: Tensor, *labels: Tensor, share: float = 1.0) -> Tensor:
+        """One step on real `images` (B, C, H, W), latent vectors `z` (B, nz, 1, 1) and, where the
+        nets have classes, `labels` (B,) int64; B being `n_critic` times `batch_size`, or less.
 
         Args:
             share: this process's part of the global batch; 1 where there is one process.
@@ -131,7 +137,7 @@ class Step:
         whole = self.batch_size * state.config.n_critic
         self._whole = images.shape[0] == whole and not self.eagerly
         with implementation(self.impl):
-            row = self._train(images, z, share)
+            row = self._train(images, z, share, *labels)
             if state.clock is not None:
                 state.clock.add_(1)
         state.step += 1
@@ -155,46 +161,46 @@ class Step:
         while self._copies:
             self._copies.pop().leave()
 
-    def _alternating(self, images: Tensor, z: Tensor, share: float) -> Tensor:
+    def _alternating(self, images: Tensor, z: Tensor, share: float, *labels: Tensor) -> Tensor:
         """The PyTorch example's step: D learns from a real and from a fake batch, each with its
         own BatchNorm statistics, then G learns from the updated D. With `n_critic` D does so that
         many times, each time on other images, and G learns from the last ones it made."""
         state = self.state
         with self._working_copies():
-            for part, z_part in self._parts(images, z, share):
+            for part, z_part, *y in self._parts(images, z, share, *labels):
                 state.optD.zero_grad(set_to_none=True)
                 self._iterate_norms()
-                fake = self._run(generate, state.netG, z_part)
+                fake = self._run(generate, state.netG, z_part, *y)
                 real, faked = self.shown(part), self.shown(fake.detach())
-                loss_d, d_real, d_fake = self._judge(real, faked, share)
-                self._penalise(real, faked, share)
+                loss_d, d_real, d_fake = self._judge(real, faked, share, *y)
+                self._penalise(real, faked, share, *y)
                 self._update(0, state.optD, state.netD)
 
             state.optG.zero_grad(set_to_none=True)
             # G's loss needs the gradient through D to its images, never that of D's weights.
             state.netD.requires_grad_(False)
             try:
-                logits = self._run(discriminate_through, state.netD, self.shown(fake))
+                logits = self._run(discriminate_through, state.netD, self.shown(fake), *y)
                 against = None
                 if self.loss.paired:  # with what the updated D says of the real images
-                    against = self._run(discriminate_aside, state.netD, real)
+                    against = self._run(discriminate_aside, state.netD, real, *y)
                 loss_g, d_fake_g = self._back(1, logits, ("wanted",), share, against).split(1)
             finally:
                 state.netD.requires_grad_(True)
             self._update(1, state.optG, state.netG)
         return torch.cat([loss_d, loss_g, d_real, d_fake, d_fake_g])
 
-    def _simultaneous(self, images: Tensor, z: Tensor, share: float) -> Tensor:
+    def _simultaneous(self, images: Tensor, z: Tensor, share: float, *labels: Tensor) -> Tensor:
         """The TensorFlow tutorial's step: both gradients at the same weights, and one pass of D
         over the fakes for both losses, so that its dropout is the same in both."""
         state = self.state
         state.optD.zero_grad(set_to_none=True)
         state.optG.zero_grad(set_to_none=True)
         self._iterate_norms()
-        fake = self._run(generate, state.netG, z)
+        fake = self._run(generate, state.netG, z, *labels)
         real, faked = self.shown(images), self.shown(fake)
-        of_real = self._run(discriminate, state.netD, real)
-        of_fake = self._run(discriminate_through, state.netD, faked)
+        of_real = self._run(discriminate, state.netD, real, *labels)
+        of_fake = self._run(discriminate_through, state.netD, faked, *labels)
         if self.loss.paired:
             row, both = self._loss(0, torch.cat([of_real, of_fake]), ("real", "fake"), share)
             loss_d, d_real, d_fake = row.split(1)
@@ -209,34 +215,39 @@ class Step:
             inputs=list(state.netD.parameters()), retain_graph=True,
         )  # fmt: skip
         of_fake.backward(gradient, inputs=list(state.netG.parameters()))
-        self._penalise(real, faked, share)
+        self._penalise(real, faked, share, *labels)
         self._update(0, state.optD, state.netD)
         self._update(1, state.optG, state.netG)
         return torch.cat([loss_d, wanted[:1], d_real, d_fake, d_fake])
 
-    def _parts(self, images: Tensor, z: Tensor, share: float) -> Iterator[tuple[Tensor, Tensor]]:
+    def _parts(
+        self, images: Tensor, z: Tensor, share: float, *labels: Tensor
+    ) -> Iterator[tuple[Tensor, ...]]:
         """The batches of D's updates, of equal size but for one image; as many in every process,
         also of a ragged batch, because each update waits for all of them."""
         whole = round(len(z) / share) if share else 0  # that of all processes
         needed = -(-whole // (self.batch_size * distributed.processes()))
         count = max(1, min(self.state.config.n_critic, needed))
         if count == 1:
-            yield images, z
+            yield images, z, *labels
         else:
-            yield from zip(images.tensor_split(count), z.tensor_split(count), strict=True)
+            given = (each.tensor_split(count) for each in (images, z, *labels))
+            yield from zip(*given, strict=True)
 
-    def _judge(self, real: Tensor, fake: Tensor, share: float) -> tuple[Tensor, ...]:
+    def _judge(
+        self, real: Tensor, fake: Tensor, share: float, *labels: Tensor
+    ) -> tuple[Tensor, ...]:
         """Backward from D's loss on a real and a generated batch, each with its own statistics: the
         loss, and the mean D of either."""
         netD = self.state.netD
         if self._in_one_pass():
-            logits = self._run(discriminate_both, netD, real, fake)
+            logits = self._run(discriminate_both, netD, real, fake, *labels)
         elif self.loss.paired:
-            logits = torch.cat([self._run(discriminate, netD, images) for images in (real, fake)])
+            logits = torch.cat([self._run(discriminate, netD, x, *labels) for x in (real, fake)])
         else:  # one after the other: so half the activations are held at a time
-            logits = self._run(discriminate, netD, real)
+            logits = self._run(discriminate, netD, real, *labels)
             loss_real, d_real = self._back(0, logits, ("real",), share).split(1)
-            logits = self._run(discriminate, netD, fake)
+            logits = self._run(discriminate, netD, fake, *labels)
             loss_fake, d_fake = self._back(0, logits, ("fake",), share).split(1)
             return loss_real + loss_fake, d_real, d_fake
         row = self._back(0, logits, ("real", "fake"), share)
@@ -246,10 +257,10 @@ class Step:
         if self.state.config.spectral_norm:
             power_iteration(self.state.netD)
 
-    def _penalise(self, real: Tensor, fake: Tensor, share: float) -> None:
+    def _penalise(self, real: Tensor, fake: Tensor, share: float, *labels: Tensor) -> None:
         """Adds the gradients of D's penalty, in the steps that have it, to those of its loss."""
         if self.penalty.due(self.state.step):
-            penalty = self.penalty(self.state.netD, real, fake) * share
+            penalty = self.penalty(self.state.netD, real, fake, *labels) * share
             self.state.scalers[0].scale(penalty).backward()
 
     def _in_one_pass(self) -> bool:

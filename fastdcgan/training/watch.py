@@ -69,12 +69,26 @@ class Probe:
         state: of the run.
         packed: its data.
         z: fixed latents; the first `SAMPLES` are used.
+        labels: the class of each of its images, where the nets have classes. Samples get those of
+            the real images that D is shown beside them.
     """
 
-    def __init__(self, state: TrainState, packed: Packed, z: Tensor) -> None:
+    def __init__(
+        self,
+        state: TrainState,
+        packed: Packed,
+        z: Tensor,
+        labels: np.ndarray[Any, np.dtype[np.int64]] | None = None,
+    ) -> None:
         self.state, self.z = state, z[:SAMPLES]
         images = _reference(packed).to(state.device, memory_format=torch.channels_last)
         self.real = images[:SAMPLES]
+        self.of_real: tuple[Tensor, ...] = ()
+        self.of_fake: tuple[Tensor, ...] = ()
+        if labels is not None:
+            of_real = labels[_chosen(packed)[0][:SAMPLES]]
+            self.of_real = (torch.from_numpy(of_real).to(state.device),)
+            self.of_fake = (torch.from_numpy(np.resize(of_real, len(self.z))).to(state.device),)
         groups = images[: max(len(images) // SAMPLES, 1) * SAMPLES].split(SAMPLES)
         self.of_data = torch.stack([_distances(group) for group in groups]).mean(0)
 
@@ -86,8 +100,9 @@ class Probe:
             gradients: G's, and D's, of the last step.
         """
         state = self.state
-        fake = models.sample(state.netG, self.z, statistics="batch")
-        real, of_fake = (_logits(state.netD, x) for x in (self.real, fake))
+        fake = models.sample(state.netG, self.z, *self.of_fake, statistics="batch")
+        real = _logits(state.netD, self.real, *self.of_real)
+        of_fake = _logits(state.netD, fake, *self.of_fake)
         norms = [_norm(each)[None] for each in reversed(gradients)]
         level = MIDDLE.get(state.config.loss, torch.cat([real, of_fake]).mean())
         right = [(real > level).float().mean()[None], (of_fake <= level).float().mean()[None]]
@@ -106,19 +121,25 @@ def _norm(tensors: list[Tensor]) -> Tensor:
     return total
 
 
-def _logits(netD: nn.Module, images: Tensor) -> Tensor:
+def _logits(netD: nn.Module, images: Tensor, *labels: Tensor) -> Tensor:
     """D's logits of one batch, as a step has them but for dropout."""
-    return models.sample(netD, images, statistics="batch")
+    return models.sample(netD, images, *labels, statistics="batch")
+
+
+def _chosen(packed: Packed) -> tuple[np.ndarray[Any, Any], np.random.Generator]:
+    """Which of the packed images are compared with, and the generator that chose them."""
+    margin = packed.window - packed.size
+    n = SAMPLES * GROUPS if margin else min(SAMPLES * GROUPS, packed.n)
+    random = np.random.default_rng(0)
+    # A group is of images from everywhere, also where the data is sorted by class.
+    return random.permutation(np.linspace(0, packed.n - 1, n).round().astype(int)), random
 
 
 def _reference(packed: Packed) -> Tensor:
     """SAMPLES * GROUPS images from all over the data (fewer where it has fewer), (n, C, size, size)
     from -1 to 1, cropped as in training."""
-    margin = packed.window - packed.size
-    n = SAMPLES * GROUPS if margin else min(SAMPLES * GROUPS, packed.n)
-    random = np.random.default_rng(0)
-    # A group is of images from everywhere, also where the data is sorted by class.
-    rows = random.permutation(np.linspace(0, packed.n - 1, n).round().astype(int))
+    margin, (rows, random) = packed.window - packed.size, _chosen(packed)
+    n = len(rows)
     ramp = torch.arange(packed.size)
     y, x = (ramp + torch.from_numpy(random.integers(margin + 1, size=(n, 1))) for _ in range(2))
     pixels = torch.from_numpy(packed.images[rows])

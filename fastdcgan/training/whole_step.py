@@ -104,24 +104,26 @@ class WholeStep:
         of the batch. The next replay overwrites it."""
         step = self.state.step
         images, rows = self.feed.rows(step)
+        labels = self.feed.labels(step)
+        given = (images, rows) if labels is None else (images, rows, labels)
         batch = self.feed.order.batch_size(step)
         if not self._proved and wants_proof(self.state.device):
-            self._prove_kernels(images, rows, batch)
+            self._prove_kernels(given, batch)
         self._proved = True
         if self._wanted == "off" or batch < self.feed.order.batch:
-            return self._run(images, rows, batch)
+            return self._run(batch, *given)
         kind = self._step.penalty.due(step)
         if kind not in self._graphs:
-            graph = self._capture(images, rows, batch)
+            graph = self._capture(given, batch)
             if graph is None:
                 self._graphs.clear()
-                return self._run(images, rows, batch)
+                return self._run(batch, *given)
             self._graphs[kind] = graph
-        row = self._replay(self._graphs[kind], images, rows)
+        row = self._replay(self._graphs[kind], given)
         self.state.step += 1
         return row
 
-    def _run(self, images: Tensor, rows: Tensor, batch: int) -> Tensor:
+    def _run(self, batch: int, images: Tensor, rows: Tensor, *labels: Tensor) -> Tensor:
         """The step, eagerly. Noise is drawn for the batch of all processes, and each keeps its
         rows: so a run does not depend on how many processes share it."""
         state, ranks = self.state, self.ranks
@@ -134,21 +136,21 @@ class WholeStep:
         z = torch.randn(
             batch, state.config.nz, 1, 1, generator=state.generator, device=state.device
         ).tensor_split(ranks.world)[ranks.rank]
-        row = self._step(real, z, share=len(z) / batch)
+        row = self._step(real, z, *labels, share=len(z) / batch)
         if self.readings is not None:
             self.readings.put(row)
         return row
 
-    def _replay(self, graph: "_StepGraph", images: Tensor, rows: Tensor) -> Tensor:
+    def _replay(self, graph: "_StepGraph", given: tuple[Tensor, ...]) -> Tensor:
         self._step.refresh()
         self._replayed = graph
-        return graph.replay(images, rows)
+        return graph.replay(*given)
 
     def _tensors(self) -> list[Tensor]:
         own = [] if self.readings is None else [self.readings.next]
         return [*self.state.tensors(), *own]
 
-    def _prove_kernels(self, images: Tensor, rows: Tensor, batch: int) -> None:
+    def _prove_kernels(self, given: tuple[Tensor, ...], batch: int) -> None:
         """Compares the gradients of one step by fused blocks with those by plain PyTorch, and what
         an update by them writes with Adam's formulas; leaves the blocks where they are apart."""
         step, gradients, why = self._step, [], ""
@@ -159,7 +161,7 @@ class WholeStep:
             for step.impl in ("reference", asked):
                 try:
                     step.eagerly = True
-                    self._run(images, rows, batch)
+                    self._run(batch, *given)
                     moments = (o.state[p]["exp_avg"] for o, p in self.state.trained())
                     gradients.append([m.clone() for m in moments])
                     if step.impl == asked:
@@ -192,15 +194,15 @@ class WholeStep:
                     return f"an update's {', '.join(wrong)} are not by Adam's formulas"
         return ""
 
-    def _capture(self, images: Tensor, rows: Tensor, batch: int) -> "_StepGraph | None":
+    def _capture(self, given: tuple[Tensor, ...], batch: int) -> "_StepGraph | None":
         """The graph of this step, proved; None, after saying why, where it cannot be had."""
         tensors = self._tensors()
         graph, why = None, ""
         with undone(self.state, tensors) as undo:
             try:
-                graph = _StepGraph(self._run, self.feed, images, rows, batch, self.state)
+                graph = _StepGraph(self._run, self.feed, given, batch, self.state)
                 undo()
-                why = self._disagreement(graph, images, rows, batch, tensors, undo)
+                why = self._disagreement(graph, given, batch, tensors, undo)
             except (RuntimeError, NotImplementedError) as error:
                 why = _first_line(error)
         if not why:
@@ -212,7 +214,7 @@ class WholeStep:
         return None
 
     def _disagreement(
-        self, graph: "_StepGraph", images: Tensor, rows: Tensor, batch: int,
+        self, graph: "_StepGraph", given: tuple[Tensor, ...], batch: int,
         tensors: list[Tensor], undo: Callable[[], None],
     ) -> str:  # fmt: skip
         """How a replay and an eager step from the same state differ; "" where they do not."""
@@ -221,15 +223,15 @@ class WholeStep:
             return [t.clone() for t in tensors]
 
         before = clones()
-        row = self._replay(graph, images, rows).clone()
+        row = self._replay(graph, given).clone()
         replayed, noise = clones(), random_states(self.state)
         undo()
-        expected = self._run(images, rows, batch)
+        expected = self._run(batch, *given)
         if not all(map(torch.equal, noise, random_states(self.state))):
             return "a replay draws other random numbers than a step"
         after = clones()
         undo()
-        self._run(images, rows, batch)
+        self._run(batch, *given)
         allowed = max(ROUNDING, 3 * furthest(before, after, tensors))
         off = furthest(before, after, replayed)
         if not off <= allowed:
@@ -262,33 +264,35 @@ class _StepGraph:
 
     def __init__(
         self,
-        run: Callable[[Tensor, Tensor, int], Tensor],
+        run: Callable[..., Tensor],
         feed: Feed,
-        images: Tensor,
-        rows: Tensor,
+        given: tuple[Tensor, ...],
         batch: int,
         state: TrainState,
     ) -> None:
+        images, *numbers = given
         self._images = images if feed.resident else images.clone()
-        self._rows = rows.clone()
+        self._numbers = [each.clone() for each in numbers]
+        """Rows and, where there are classes, labels."""
         with torch.cuda.device(state.device):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(WARM_UPS):
-                    run(self._images, self._rows, batch)
+                    run(batch, self._images, *self._numbers)
             torch.cuda.current_stream().wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
             if state.generator is not None:
                 self._graph.register_generator_state(state.generator)
             with torch.cuda.graph(self._graph):
-                self._row = run(self._images, self._rows, batch)
+                self._row = run(batch, self._images, *self._numbers)
             self.gradients = _gradients(state)  # steps outside of the graph make others
 
-    def replay(self, images: Tensor, rows: Tensor) -> Tensor:
+    def replay(self, images: Tensor, *numbers: Tensor) -> Tensor:
         """The step on these images; waits for nothing."""
         if images is not self._images:
             self._images.copy_(images, non_blocking=True)
-        self._rows.copy_(rows, non_blocking=True)
+        for own, each in zip(self._numbers, numbers, strict=True):
+            own.copy_(each, non_blocking=True)
         self._graph.replay()
         return self._row

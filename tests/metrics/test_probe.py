@@ -9,10 +9,10 @@ from PIL import Image
 
 from fastdcgan import models
 from fastdcgan.data import prepare
+from fastdcgan.data.labels import labels
 from fastdcgan.data.sources import FASHION_MNIST
 from fastdcgan.errors import InputError
 from fastdcgan.latent.draw import load_discriminator
-from fastdcgan.metrics.labels import labels
 from fastdcgan.metrics.probe import _features, probe
 
 CPU = torch.device("cpu")
@@ -28,7 +28,7 @@ def test_labels_of_folders(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (4, 4)).save(tmp_path / name)
     (tmp_path / "cats" / "more" / "2.png").write_text("no picture")
-    assert labels(packed_of(tmp_path)).tolist() == [0, 1, 1]
+    assert labels(packed_of(tmp_path)).numbers.tolist() == [0, 1, 1]
 
 
 def test_labels_of_idx_files_and_npz(tmp_path):
@@ -40,10 +40,10 @@ def test_labels_of_idx_files_and_npz(tmp_path):
         (tmp_path / f"{prefix}-labels-idx1-ubyte").write_bytes(
             b"\0\0\x08\1" + np.array([3], ">u4").tobytes() + bytes(classes)
         )
-    assert labels(packed_of(tmp_path)).tolist() == [1, 0, 1]
-    assert labels(packed_of(tmp_path, "test")).tolist() == [0, 1, 0]
+    assert labels(packed_of(tmp_path)).numbers.tolist() == [1, 0, 1]
+    assert labels(packed_of(tmp_path, "test")).numbers.tolist() == [0, 1, 0]
     np.savez(tmp_path / "set.npz", images=images, labels=np.array([5, 5, 9]))
-    assert labels(packed_of(tmp_path / "set.npz")).tolist() == [0, 0, 1]
+    assert labels(packed_of(tmp_path / "set.npz")).numbers.tolist() == [0, 0, 1]
 
 
 def test_no_labels_are_said(tmp_path):
