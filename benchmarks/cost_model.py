@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,9 +122,11 @@ def torch_dtype(dtype: str) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
 
 
-def our_step(how: str, device: Device, batch: int, size: int, dtype: str) -> list[Work]:
+def our_step(
+    how: str, device: Device, batch: int, size: int, dtype: str, *, classes: Sequence[str] = ()
+) -> list[Work]:
     """A whole step of ours: data, noise, both updates, average; with the plan's own choices where
-    `how` is "default"."""
+    `how` is "default"; by class where there are some."""
     from contextlib import ExitStack
 
     import torch
@@ -137,14 +139,14 @@ def our_step(how: str, device: Device, batch: int, size: int, dtype: str) -> lis
     from fastdcgan.training.whole_step import WholeStep
 
     meta, compute = torch.device("meta"), torch_dtype(dtype)
-    config = TrainConfig(channels=3, batch_size=batch, image_size=size, impl="triton")
-    state = TrainState(config, meta)
+    options = {"channels": 3, "batch_size": batch, "image_size": size, "classes": bool(classes)}
+    state = TrainState(TrainConfig(**options, impl="triton"), meta, classes=classes or None)
     # The meta device has no autocast: what that does to the input of a fused net is done by hand.
-    state.netG.register_forward_pre_hook(lambda net, z: z[0].to(compute))
+    state.netG.register_forward_pre_hook(lambda net, given: (given[0].to(compute), *given[1:]))
     autocast = None if dtype == "fp32" else compute
     step = WholeStep(
         state,
-        _feed(batch, size, meta, compute),
+        _feed(batch, size, meta, compute, len(classes)),
         engine=Engine(meta, autocast, compile=False, impl="triton", cuda_graph="off", notes=()),
         readings=Readings(8, meta),
     )
@@ -182,7 +184,7 @@ def _adam_state(optimiser: torch.optim.Adam) -> None:
                 optimiser.state[p] = {"step": torch.ones(()), **moments}
 
 
-def _feed(batch: int, size: int, device: torch.device, dtype: torch.dtype) -> Any:
+def _feed(batch: int, size: int, device: torch.device, dtype: torch.dtype, classes: int = 0) -> Any:
     """Images as the built-in data's: random crops of larger windows, flipped."""
     import numpy as np
 
@@ -196,7 +198,10 @@ def _feed(batch: int, size: int, device: torch.device, dtype: torch.dtype) -> An
         hflip=True, fingerprint="", sha256="", skipped=0,
     )  # fmt: skip
     order = Order(n, n, batch, 0)
-    return make_feed(packed, order=order, device=device, hflip=True, dtype=dtype, resident=True)
+    labels = np.arange(n) % classes if classes else None
+    return make_feed(
+        packed, order=order, device=device, hflip=True, dtype=dtype, resident=True, labels=labels
+    )
 
 
 def eager_step(amp: bool, batch: int, size: int) -> list[Work]:

@@ -1,0 +1,348 @@
+"""Runs that learn classes: the step against a plain loop in float64, by kernels, without host
+syncs; the loop's files, resume, watch and evaluations; and whether the label is obeyed."""
+
+import copy
+import dataclasses
+import gzip
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from fastdcgan.data import prepare
+from fastdcgan.data.labels import labels
+from fastdcgan.data.sources import FASHION_MNIST
+from fastdcgan.errors import InputError
+from fastdcgan.generate import main as generate
+from fastdcgan.latent.draw import draw, load_discriminator, load_generator
+from fastdcgan.training import TrainConfig, preset, train
+from fastdcgan.training.journal import read_evaluations
+from fastdcgan.training.state import TrainState
+from fastdcgan.training.step import READINGS, Step
+from fastdcgan.training.watch import Probe
+from fastdcgan_kernels.launch import recording
+from fastdcgan_kernels.plan import TARGETS, assume
+
+from .test_loop import final_state, same
+from .test_losses import EVERYTHING, TEXTBOOK
+from .test_quality import Tiny
+from .test_step import NoSync
+
+CPU = torch.device("cpu")
+NAMES = ("bag", "boot", "coat")
+SMALL = {
+    "image_size": 32, "channels": 1, "nz": 6, "ngf": 4, "ndf": 4, "batch_size": 4, "classes": True,
+}  # fmt: skip
+
+
+def batches(config, steps, *, dtype=torch.float32, device="cpu"):
+    generator = torch.Generator().manual_seed(5)
+    rows, size = config.batch_size * config.n_critic, config.image_size
+    for _ in range(steps):
+        images = torch.rand(rows, config.channels, size, size, generator=generator) * 2 - 1
+        z = torch.randn(rows, config.nz, 1, 1, generator=generator)
+        y = torch.randint(3, (rows,), generator=generator)
+        images = images.to(device, dtype, memory_format=torch.channels_last)
+        yield images, z.to(device, dtype), y.to(device)
+
+
+# --- The step -------------------------------------------------------------------------------------
+
+
+class Plain(nn.Module):
+    """A conditional net written out: one-hot labels times a matrix, on plain layers."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.main = nn.Sequential(*(copy.deepcopy(m) for m in net.main))
+        self.table = nn.Parameter(net.embedding.weight.detach().clone())
+
+    def e(self, y):
+        return F.one_hot(y, len(self.table)).to(self.table.dtype) @ self.table
+
+
+class PlainG(Plain):
+    def forward(self, z, y):
+        return self.main(torch.cat([z.flatten(1), self.e(y)], 1)[:, :, None, None])
+
+
+class PlainD(Plain):
+    def forward(self, x, y):
+        psi, phi = self.main(x).flatten(1).split([1, self.table.shape[1]], 1)
+        return psi.flatten() + torch.einsum("be,be->b", self.e(y), phi)
+
+
+def plain_steps(state, data, config):
+    """A paper's loop, one batch after the other; generated images have the real ones' labels."""
+    netG, netD = PlainG(state.netG), PlainD(state.netD)
+    optG, optD = (torch.optim.Adam(n.parameters(), 2e-4, (0.5, 0.999)) for n in (netG, netD))
+    of_d, of_g = TEXTBOOK[config.loss]
+    for batch in data:
+        for x, z, y in zip(*(t.tensor_split(config.n_critic) for t in batch), strict=True):
+            fake = netG(z, y)
+            optD.zero_grad()
+            total = of_d(netD(x, y), netD(fake.detach(), y))
+            at = x
+            if config.slope_penalty:
+                e = torch.rand(len(x), 1, 1, 1, dtype=torch.float64)
+                at = e * x + (1 - e) * fake.detach()
+            if config.r1 or config.slope_penalty:
+                at = at.clone().requires_grad_()
+                (g,) = torch.autograd.grad(netD(at, y).sum(), at, create_graph=True)
+                square = (g**2).sum((1, 2, 3))
+                slope = config.slope_penalty * ((square.sqrt() - 1) ** 2)
+                total = total + (config.r1 / 2 * square + slope).mean()
+            total.backward()
+            optD.step()
+        optG.zero_grad()
+        with torch.no_grad():
+            real = netD(x, y)
+        of_g(real, netD(fake, y)).backward()
+        optG.step()
+    return netG, netD
+
+
+# Without BatchNorm in D: its running buffers are not what is compared here.
+STEPS = {
+    "bce": {"norm_d": "none"},
+    "hinge, R1": {"loss": "hinge", "norm_d": "none", "r1": 5.0},
+    "relativistic": {"loss": "relativistic", "norm_d": "none"},
+    "wgan-gp, 2 updates of D": {"loss": "wgan-gp", "n_critic": 2},
+}
+
+
+@pytest.mark.parametrize("one_pass", [False, True])
+@pytest.mark.parametrize("what", STEPS)
+def test_steps_equal_the_plain_loop(what, one_pass, monkeypatch):
+    monkeypatch.setattr(Step, "_in_one_pass", lambda self: one_pass)
+    config = TrainConfig(**{**SMALL, **STEPS[what]})
+    state = TrainState(config, CPU, dtype=torch.float64, classes=NAMES)
+    data = list(batches(config, 4, dtype=torch.float64))
+    torch.manual_seed(9)
+    plain = plain_steps(state, data, config)
+    start = [net.embedding.weight.detach().clone() for net in (state.netG, state.netD)]
+    torch.manual_seed(9)
+    step = Step(state, batch_size=config.batch_size)
+    for batch in data:
+        step(*batch)
+    for net, expected, before in zip((state.netG, state.netD), plain, start, strict=True):
+        pairs = [*zip(net.main.state_dict().values(), expected.main.state_dict().values())]  # noqa: B905
+        for a, b in [*pairs, (net.embedding.weight, expected.table)]:
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+        moved = (net.embedding.weight - before).abs().amax(1)
+        assert moved.min() > 1e-4, "every class has learnt"
+
+
+def test_steps_by_fused_kernels_are_the_reference_steps():
+    """In Triton's interpreter. Adam's first moments are compared: the parameters themselves move by
+    a sign at first."""
+    config = TrainConfig(**{**SMALL, "batch_size": 2})
+    states, rows = [], []
+    for impl in ("reference", "triton"):
+        state = TrainState(dataclasses.replace(config, impl=impl), CPU, classes=NAMES)
+        step = Step(state, batch_size=2)
+        rows.append(torch.stack([step(*batch) for batch in batches(config, 2)]))
+        states.append(state)
+    torch.testing.assert_close(rows[1], rows[0], rtol=1e-3, atol=1e-4)
+    for name in ("optG", "optD"):
+        slots = (getattr(state, name).state.values() for state in states)
+        for theirs, ours in zip(*slots, strict=True):
+            error = (ours["exp_avg"] - theirs["exp_avg"]).abs().max()
+            assert error < 1e-2 * theirs["exp_avg"].abs().max()
+
+
+TF28 = {"net": "tf28", "image_size": 28, "updates": "simultaneous", "loss": "lsgan",
+        "spectral_norm": True, "diffaugment": "cutout"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fields", "autocast"),
+    [
+        (EVERYTHING, torch.bfloat16),
+        ({"loss": "relativistic"}, torch.float16),
+        ({"loss": "wgan-gp", "norm_d": "batch"}, None),
+        (TF28, torch.bfloat16),
+    ],
+    ids=["everything", "relativistic", "wgan-gp", "tf28"],
+)
+def test_steps_make_no_host_sync(fields, autocast):
+    config = TrainConfig(**{**SMALL, **fields})
+    state = TrainState(config, CPU, scaling=autocast == torch.float16, classes=NAMES)
+    step = Step(state, batch_size=config.batch_size, autocast=autocast)
+    with NoSync():
+        for batch in list(batches(config, 2)):
+            row = step(*batch)
+    assert row.shape == (len(READINGS),)
+    assert row.isfinite().all()
+    assert state.is_finite()
+    for net in (state.netG, state.netD):
+        gradients = [p.grad for n, p in net.named_parameters() if n.startswith("embedding")]
+        assert [g.dtype for g in gradients] == [torch.float32]
+        if autocast is not torch.float16:  # its first step may be one that overflowed
+            assert gradients[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("fields", [EVERYTHING, {"loss": "wgan-gp"}])
+def test_steps_run_on_the_meta_device_as_kernels(fields):
+    config = TrainConfig(**{**SMALL, **fields}, impl="triton")
+    state = TrainState(config, torch.device("meta"), classes=NAMES)
+    step = Step(state, batch_size=4)
+    with assume(TARGETS["sm_90"]), recording() as asked:
+        for batch in batches(config, 2, device="meta"):
+            assert step(*batch).shape == (len(READINGS),)
+    assert asked, "blocks ran as kernels"
+
+
+# --- The loop -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """12 pictures in each of three folders, one of them damaged: 4 batches of 8 and 3 images."""
+    random = np.random.default_rng(0)
+    for label, name in enumerate(NAMES):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(12):
+            coarse = random.integers(0, 80, (4, 4), dtype=np.uint8) + 80 * label
+            Image.fromarray(coarse.repeat(8, 0).repeat(8, 1)).save(
+                tmp_path / "data" / name / f"{i:02}.png"
+            )
+    (tmp_path / "data" / "boot" / "03.png").write_text("no picture")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def tiny(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return TrainConfig(
+        **{**SMALL, "batch_size": 8, "data": str(folders), "steps": 12, "log_every": 4},
+        tensorboard=False,
+    )
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tiny, tmp_path, capsys):
+    whole = train(dataclasses.replace(tiny, out=tmp_path / "whole"))
+    part = dataclasses.replace(tiny, out=tmp_path / "part")
+    assert "classes    3: bag, boot, coat" in capsys.readouterr().out
+    train(dataclasses.replace(part, steps=6))
+    torch.manual_seed(999)
+    resumed = train(dataclasses.replace(part, resume="auto"))
+    state = final_state(whole.out)
+    assert same(state, final_state(resumed.out))
+    assert "embedding.weight" in state["netG"]
+    assert "embedding.weight" in state["netD"]
+    assert not torch.equal(state["ema"]["embedding.weight"], state["netG"]["embedding.weight"])
+    with pytest.raises(InputError, match="--classes: True -> False"):
+        train(dataclasses.replace(part, resume="auto", classes=False))
+    (tmp_path / "data" / "boot").rename(tmp_path / "data" / "shoe")
+    with pytest.raises(InputError, match="classes were bag, boot, coat and are now bag, coat, sh"):
+        train(dataclasses.replace(part, resume="auto", steps=20))
+
+
+def test_every_loader_finds_the_names(tiny, tmp_path):
+    out = train(dataclasses.replace(tiny, steps=2, out=tmp_path / "run", milestone_every=1)).out
+    places = [out, out / "netG.safetensors", out / "checkpoints" / "step-00000001.pt"]
+    for place in places:
+        assert load_generator(place).classes == NAMES
+    assert load_discriminator(out).classes == NAMES
+    with Image.open(out / "samples" / "step-00000002.png") as sheet:
+        assert sheet.size == (8 * 34 + 2, 9 * 34 + 2), "three rows of eight a class"
+    again = dataclasses.replace(tiny, init_g=out / "netG.safetensors", steps=1)
+    assert train(dataclasses.replace(again, out=tmp_path / "again")).steps == 1
+
+
+def test_evaluations_and_the_watch_draw_by_class(tiny, tmp_path):
+    torch.manual_seed(5)
+    torch.jit.script(Tiny()).save(tmp_path / "tiny.pt")
+    more = {"eval_every": 6, "eval_features": str(tmp_path / "tiny.pt"), "on_collapse": "rollback"}
+    out = train(dataclasses.replace(tiny, channels=3, out=tmp_path / "run", **more)).out
+    assert [row["step"] for row in read_evaluations(out)] == [6, 12]
+    assert load_generator(out / "netG_best.safetensors").classes == NAMES
+    plain = train(dataclasses.replace(tiny, channels=3, out=tmp_path / "plain")).out
+    assert same(final_state(out), final_state(plain)), "looking changes nothing"
+
+
+def test_the_watch_shows_d_each_image_with_its_label(folders, tiny):
+    packed = prepare(str(folders), size=32, channels=1, progress=False)
+    state = TrainState(tiny, CPU, classes=NAMES)
+    probe = Probe(state, packed, torch.randn(64, 6, 1, 1), labels(packed).numbers)
+    (of_real,), (of_fake,) = probe.of_real, probe.of_fake
+    shades = (probe.real.mean((1, 2, 3)) + 1) * 127.5  # of class k about 80 k + 40
+    assert torch.equal((shades / 80).long(), of_real)
+    assert torch.equal(of_fake, of_real[torch.arange(32) % len(of_real)])
+    assert set(probe([[torch.ones(1)]] * 2)) >= {"diversity", "nearest", "accuracy_real"}
+
+
+def test_data_without_labels_is_refused_in_one_line(tiny_data, tmp_path, command):
+    done = command("fastdcgan.train", "--data", tiny_data, "--image-size", 32, "--classes")
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert f"{tiny_data} has no labels: give" in line
+    with pytest.raises(InputError, match="blue-marble has no labels"):
+        train(TrainConfig(classes=True, dry_run=True))
+
+
+def test_a_dry_run_names_the_classes_and_decodes_nothing(tiny, capsys, monkeypatch):
+    monkeypatch.setattr("fastdcgan.data.cache.decode", pytest.fail)
+    train(dataclasses.replace(tiny, dry_run=True))
+    assert "classes    3: bag, boot, coat" in capsys.readouterr().out
+    train(dataclasses.replace(preset("tf28", data=tiny.data), classes=True, dry_run=True))
+    assert "classes    3" in capsys.readouterr().out
+
+
+# --- Is the label obeyed? -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_classes(tmp_path_factory):
+    """1,500 trousers and bags, with labels that are words."""
+    if not FASHION_MNIST.is_dir():
+        pytest.skip("needs the Debian package dataset-fashion-mnist")
+    count, values = 7_500, []
+    for name, head, size in (("images-idx3", 16, 784), ("labels-idx1", 8, 1)):
+        with gzip.open(FASHION_MNIST / f"train-{name}-ubyte.gz") as file:
+            values.append(np.frombuffer(file.read(head + count * size), np.uint8, -1, head))
+    images, kinds = values[0].reshape(-1, 28, 28), values[1]
+    chosen = np.flatnonzero((kinds == 1) | (kinds == 8))[:1500]
+    path = tmp_path_factory.mktemp("two") / "two.npz"
+    np.savez(path, images=images[chosen], labels=np.array(["trouser", "bag"])[kinds[chosen] // 8])
+    return path
+
+
+@pytest.fixture(scope="module")
+def learnt(two_classes):
+    """A run on them, and an independent judge of images: logistic regression on real ones."""
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    packed = prepare(str(two_classes), size=32, progress=False)
+    found = labels(packed)
+    assert found.names == ("bag", "trouser")
+    pixels = packed.images.reshape(packed.n, -1) / 255
+    judge = linear_model.LogisticRegression(max_iter=300).fit(pixels[:1000], found.numbers[:1000])
+    assert judge.score(pixels[1000:], found.numbers[1000:]) > 0.97
+    config = TrainConfig(
+        data=str(two_classes), image_size=32, nz=10, ngf=8, ndf=8, batch_size=32, steps=200,
+        lr=2e-3, ema_decay=0.9, classes=True, tensorboard=False, out=two_classes.parent / "run",
+    )  # fmt: skip
+    return train(config).out, judge
+
+
+def obeyed(judge, images, wanted):
+    return float((judge.predict(images.reshape(len(images), -1) / 255) == wanted).mean())
+
+
+def test_the_drawn_image_is_of_the_class_that_is_asked_for(learnt, tmp_path):
+    run, judge = learnt
+    net = load_generator(run)
+    wanted = torch.tensor([1, 1, 0]).repeat(50)
+    images = np.concatenate(list(draw(net, 150, labels=wanted)))
+    assert obeyed(judge, images, wanted.numpy()) > 0.9
+    in_turn = np.concatenate(list(draw(net, 150)))
+    assert obeyed(judge, in_turn, np.arange(150) % 2) > 0.9
+    for label, number in (("trouser", 1), ("0", 0)):
+        out = tmp_path / f"{label}.npz"
+        args = ["--from", str(run), "--n", "20", "--label", label, "--out", str(out)]
+        assert generate(args) == 0
+        assert obeyed(judge, np.load(out)["images"], np.full(20, number)) > 0.9
