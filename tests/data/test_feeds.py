@@ -252,10 +252,29 @@ def test_a_gpu_keeps_what_fits_in_two_fifths_of_its_free_memory(
     assert made == [kind]
 
 
+@pytest.mark.parametrize("resident", [True, False])
+def test_labels_are_those_of_the_images(packed_of: Make, resident: bool) -> None:
+    """Over epochs, ragged batches, two ranks and a jump: image i is all i, and its label 2 i."""
+    packed = packed_of(np.arange(21, dtype=np.uint8).repeat(12).reshape(21, 2, 2, 3))
+    options = {"resident": resident, "labels": 2 * np.arange(21), "world": 2}
+    feeds = [feed_of(packed, rank=rank, **options) for rank in range(2)]
+    for step in (0, 1, 2, 3, 4, 9, 5):
+        for feed in feeds:
+            images, labels = (feed.batch(step) + 1) * 127.5, feed.labels(step)
+            assert labels is not None
+            assert labels.dtype == torch.int64
+            assert labels.tolist() == (2 * images[:, 0, 0, 0].round()).tolist()
+    assert feed_of(packed, resident=resident).labels(0) is None
+    for feed in feeds:
+        feed.close()
+
+
 def test_mistakes_in_a_call_are_refused(packed_of: Make) -> None:
     packed = packed_of(noise(20, 6, 6, 3))
     with pytest.raises(ValueError, match="19 images for 20"):
         feed_of(packed, order=Order(19, 19, 8, 0))
+    with pytest.raises(ValueError, match="19 labels for 20"):
+        feed_of(packed, labels=np.arange(19))
     with pytest.raises(ValueError, match="rank 2"):
         feed_of(packed, rank=2, world=2)
     with pytest.raises(ValueError, match="positive"):

@@ -6,6 +6,7 @@ import torch
 from scipy import stats
 
 from fastdcgan import models
+from fastdcgan.errors import InputError
 from fastdcgan.latent import draw
 from fastdcgan.latent.draw import Sampler, fast_sampler, latents, latents_numbered, rebatched
 from fastdcgan_kernels import fuse
@@ -52,6 +53,33 @@ def test_batch_statistics_are_those_of_64_images(net):
     drawn = together(Sampler(net).draw(100, seed=5, statistics="batch"))[64:]
     expected = ((expected[:36] + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
     assert np.abs(drawn - expected).max() <= 1
+
+
+def test_each_class_in_turn_or_those_that_are_asked_for(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    torch.manual_seed(0)
+    net = models.Generator(size=32, nz=6, ngf=4, classes=("a", "b", "c"))
+    net(torch.randn(16, 6), torch.arange(16) % 3)
+    net = net.to(memory_format=torch.channels_last).eval()
+    z = torch.empty(256, 6, 1, 1).normal_(generator=torch.Generator().manual_seed(0))
+    asked = torch.randint(3, (100,))
+    for labels, given in ((torch.arange(100) % 3, None), (asked, asked)):
+        with torch.no_grad():
+            expected = ((net(z[:100], labels) + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
+        for draws in (Sampler(net).draw, fast_sampler(net).draw):
+            images = together(draws(100, labels=given, batch_size=7))
+            assert np.abs(images - expected).max() <= 1
+    few = together(Sampler(net).draw(5, labels=asked[:5], statistics="batch"))
+    assert few.shape == (5, 32, 32, 3)
+    with pytest.raises(InputError, match=r"labels from 0 to 3 were given; .* from 0 to 2"):
+        together(draw.draw(net, 4, labels=torch.arange(4)))
+    with pytest.raises(InputError, match="for 3 images"):
+        together(draw.draw(net, 3, labels=torch.arange(2)))
+
+
+def test_labels_are_for_nets_of_classes(net):
+    with pytest.raises(InputError, match="a generator without classes"):
+        together(draw.draw(net, 2, labels=torch.zeros(2, dtype=torch.int64)))
 
 
 def test_numbers_name_the_same_vectors():

@@ -1,17 +1,14 @@
-"""The probe: labels of every kind of source, and a trained discriminator beside the pixels."""
+"""The probe: a trained discriminator beside the pixels."""
 
 import gzip
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from fastdcgan import models
 from fastdcgan.data import prepare
-from fastdcgan.data.labels import labels
 from fastdcgan.data.sources import FASHION_MNIST
-from fastdcgan.errors import InputError
 from fastdcgan.latent.draw import load_discriminator
 from fastdcgan.metrics.probe import _features, probe
 
@@ -20,41 +17,6 @@ CPU = torch.device("cpu")
 
 def packed_of(source, split="train"):
     return prepare(str(source), size=32, split=split, progress=False)
-
-
-def test_labels_of_folders(tmp_path):
-    """By the first folder, and without the pictures that could not be packed."""
-    for name in ("cats/1.png", "cats/more/2.png", "dogs/1.png", "dogs/2.png"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (4, 4)).save(tmp_path / name)
-    (tmp_path / "cats" / "more" / "2.png").write_text("no picture")
-    assert labels(packed_of(tmp_path)).numbers.tolist() == [0, 1, 1]
-
-
-def test_labels_of_idx_files_and_npz(tmp_path):
-    images = np.zeros((3, 4, 4), np.uint8)
-    for prefix, classes in (("train", [7, 3, 7]), ("t10k", [1, 2, 1])):
-        head = b"\0\0\x08\3" + np.array(images.shape, ">u4").tobytes()
-        with gzip.open(tmp_path / f"{prefix}-images-idx3-ubyte.gz", "wb") as file:
-            file.write(head + images.tobytes())
-        (tmp_path / f"{prefix}-labels-idx1-ubyte").write_bytes(
-            b"\0\0\x08\1" + np.array([3], ">u4").tobytes() + bytes(classes)
-        )
-    assert labels(packed_of(tmp_path)).numbers.tolist() == [1, 0, 1]
-    assert labels(packed_of(tmp_path, "test")).numbers.tolist() == [0, 1, 0]
-    np.savez(tmp_path / "set.npz", images=images, labels=np.array([5, 5, 9]))
-    assert labels(packed_of(tmp_path / "set.npz")).numbers.tolist() == [0, 0, 1]
-
-
-def test_no_labels_are_said(tmp_path):
-    np.savez(tmp_path / "bare.npz", images=np.zeros((3, 4, 4), np.uint8))
-    np.savez(tmp_path / "few.npz", images=np.zeros((3, 4, 4), np.uint8), labels=np.arange(2))
-    with pytest.raises(InputError, match="0 labels for 3 images"):
-        labels(packed_of(tmp_path / "bare.npz"))
-    with pytest.raises(InputError, match="2 labels for 3 images"):
-        labels(packed_of(tmp_path / "few.npz"))
-    with pytest.raises(InputError, match="has no labels"):
-        labels(packed_of("blue-marble"))
 
 
 def test_features_are_each_layers_maxima(tmp_path):

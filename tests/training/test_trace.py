@@ -81,6 +81,33 @@ def test_a_step_is_one_list_of_launches_without_a_sync(how, of):
     assert all(w.launches == 1 for w in work)
     names = [w.name for w in work]
     assert "copy to the host" not in names
-    # By which loads, and into how many parts a sum is cut, is the tile's affair.
-    kinds = [name.removesuffix("_descriptors").removesuffix("_pointers") for name in names]
-    assert [kind for kind in kinds if kind != "reduce_splits"] == expected(of)
+    assert kinds(names) == expected(of)
+
+
+# What labels add: PyTorch's own operations on vectors.
+OF_LABELS = {"index_select", "embedding", "embedding_dense_backward", "repeat", "mul", "sum", "add",
+             "cat", "select_backward", "slice_backward", "_to_copy"}  # fmt: skip
+
+
+def test_labels_add_small_launches_and_no_sync():
+    """The blocks are those of the step without classes, in the same order, and one product more:
+    the gradient of G's input, for its embedding."""
+    classes = ("a", "b", "c")
+    work = cost_model.our_step(
+        "default", cost_model.DEVICES["h100"], 128, 64, "bf16", classes=classes
+    )
+    names = kinds([w.name for w in work])
+    assert "copy to the host" not in names
+    assert set(names) - set(expected(MATERIALISED)) <= OF_LABELS
+    assert names.count("embedding") == 3, "G's once, D's for both its batches and for G"
+    assert names.count("embedding_dense_backward") == 2, "and no gradient of D's in G's step"
+    to_both = [*MATERIALISED["to weight"][:-1], "gather", "weight_gradient"]
+    blocks = expected({**MATERIALISED, "to weight": to_both})
+    found, blocks = ([n for n in each if n not in OF_LABELS] for each in (names, blocks))
+    assert found == blocks
+
+
+def kinds(names):
+    """By which loads, and into how many parts a sum is cut, is the tile's affair."""
+    names = [name.removesuffix("_descriptors").removesuffix("_pointers") for name in names]
+    return [name for name in names if name != "reduce_splits"]

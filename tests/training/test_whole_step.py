@@ -106,7 +106,8 @@ def tape(monkeypatch):
 
 def build(graph="off", *, autocast=None, resident=True, said=None, images=15, scale=None, **more):
     config = TrainConfig(**{**SMALL, **more})
-    state = TrainState(config, CPU, scaling=autocast == torch.float16)
+    names = ("a", "b", "c") if config.classes else None
+    state = TrainState(config, CPU, scaling=autocast == torch.float16, classes=names)
     if scale is not None:
         state.scalers = [torch.amp.GradScaler("cpu", init_scale=scale) for _ in range(2)]
     pixels = np.random.default_rng(3).integers(0, 256, (images, 36, 36, 3), dtype=np.uint8)
@@ -114,6 +115,7 @@ def build(graph="off", *, autocast=None, resident=True, said=None, images=15, sc
         types.SimpleNamespace(images=pixels, n=images, window=36, size=32),
         order=Order(images, images, config.batch_size * config.n_critic, 0), device=CPU, hflip=True,
         resident=resident, dtype=autocast or torch.float32,
+        labels=np.arange(images) % 3 if config.classes else None,
     )  # fmt: skip
     readings = Readings(100, CPU)
     engine = Engine(CPU, autocast, cuda_graph=graph)
@@ -190,6 +192,22 @@ def test_a_lazy_penalty_has_a_graph_of_its_own(tape, autocast):
     assert graphed[1:] == eager[1:]
     for name, value in eager[0].items():
         assert torch.equal(value, graphed[0][name]), name
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_a_graph_takes_the_labels_of_each_batch(tape, resident):
+    options = {"classes": True, "resident": resident, "loss": "relativistic", "spectral_norm": True}
+    eager = trained(build(**options), 7)
+    whole = build("on", **options)
+    graphed = trained(whole, 7)
+    assert whole.graphed
+    assert graphed[1:] == eager[1:]
+    assert "netG.embedding.weight" in graphed[0]
+    for name, value in eager[0].items():
+        assert torch.equal(value, graphed[0][name]), name
+    other = build(**options)
+    other.feed._labels = other.feed._labels.roll(1)
+    assert trained(other, 7)[1] != eager[1], "labels count"
 
 
 def norms(whole):
