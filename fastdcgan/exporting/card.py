@@ -59,9 +59,18 @@ def is_generator(net: nn.Module) -> bool:
 
 
 def sizes_of(net: nn.Module) -> dict[str, Any]:
-    """The arguments that built `net`, which keeps them as attributes: its config.json."""
+    """The arguments that built `net`, which keeps them as attributes: its config.json.
+
+    Raises:
+        InputError: the net takes labels.
+    """
     given = {name: getattr(net, name) for name in inspect.signature(class_of(net)).parameters}
-    return {name: value for name, value in given.items() if value is not None}
+    if given.pop("classes") is not None:
+        raise InputError(
+            "this net is of a run with --classes; files and cards are made of nets with one input, "
+            "and it takes labels, too: export a run without classes"
+        )
+    return given
 
 
 def facts_of(run: Path | None, **given: Any) -> Facts:

@@ -47,6 +47,7 @@ def export(config: ExportConfig) -> list[str]:
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not config.force):
         raise InputError(f"{out} exists already: choose another --out, or --force")
     plain = _loaded(config)
+    sizes = sizes_of(plain)
     subject = models.fold(plain) if config.fold else plain
     facts = facts_of(
         run,
@@ -70,7 +71,7 @@ def export(config: ExportConfig) -> list[str]:
                 lines.append(
                     f"{out / form.file}: {size / 2**20:.1f} MiB, at most {off:.1g} from PyTorch"
                 )
-            (work / "config.json").write_text(json.dumps(sizes_of(plain), indent=2) + "\n")
+            (work / "config.json").write_text(json.dumps(sizes, indent=2) + "\n")
             if config.net == "g":
                 drawn: Any = load_generator(config.source, ema=config.ema, device=str(place))
                 save_samples(
@@ -121,11 +122,6 @@ def _loaded(config: ExportConfig) -> nn.Module:
         if config.net == "g"
         else load_discriminator(config.source)
     )
-    if net.classes is not None:
-        raise InputError(
-            f"{config.source} is of {len(net.classes)} classes (--classes); export writes nets of "
-            "one input, and these take labels, too: use fastdcgan.exporting.hub, or a run without"
-        )
     return net.to(memory_format=torch.contiguous_format).float().eval()  # type: ignore[no-any-return]
 
 

@@ -4,6 +4,7 @@ syncs; the loop's files, resume, watch and evaluations; and whether the label is
 import copy
 import dataclasses
 import gzip
+import importlib.util
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from fastdcgan.data import prepare
 from fastdcgan.data.labels import labels
 from fastdcgan.data.sources import FASHION_MNIST
 from fastdcgan.errors import InputError
+from fastdcgan.export import main as export
 from fastdcgan.generate import main as generate
+from fastdcgan.inpaint import main as inpaint
 from fastdcgan.latent.draw import draw, load_discriminator, load_generator
 from fastdcgan.training import TrainConfig, preset, train
 from fastdcgan.training.journal import read_evaluations
@@ -327,6 +330,25 @@ def learnt(two_classes):
         lr=2e-3, ema_decay=0.9, classes=True, tensorboard=False, out=two_classes.parent / "run",
     )  # fmt: skip
     return train(config).out, judge
+
+
+def test_what_has_no_label_to_give_says_so(learnt, two_classes, tmp_path, capsys):
+    run, _ = learnt
+    sheet = ["--out", str(tmp_path / "a.png")]
+    cases = [
+        (generate, ["--from", run, "--label", "shoe", *sheet], "the classes bag, trouser (or"),
+        (generate, ["--from", run, "--interpolate", "0,1", *sheet], "give --label, one of bag"),
+        (inpaint, ["--from", run, "--images", two_classes, "--n", "1", "--sheet", sheet[1]],
+         "draws by class"),
+    ]  # fmt: skip
+    if importlib.util.find_spec("huggingface_hub") is not None:
+        cases.append((export, ["--from", run, "--out", tmp_path / "x"], "with --classes"))
+    for command, args, message in cases:
+        assert command(list(map(str, args))) == 1
+        (line,) = (s for s in capsys.readouterr().err.splitlines() if s.startswith("error: "))
+        assert message in line
+    assert not list(tmp_path.iterdir())
+    assert generate(["--from", str(run), "--label", "bag", "--interpolate", "0,1", *sheet]) == 0
 
 
 def obeyed(judge, images, wanted):
