@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from fastdcgan.errors import InputError
-from fastdcgan.models.conditional import EMBEDDING
 from fastdcgan.models.dcgan import Discriminator, Generator
 from fastdcgan.models.tf28 import TF28Discriminator, TF28Generator
 
@@ -109,13 +108,12 @@ def generator_from(source: Source, *, name: str = "netG") -> Generator | TF28Gen
     kernels = _kernels(state, source)
     first, last = kernels[0].shape, kernels[-1].shape
     classes = _classes(state, source)
-    more = 0 if classes is None else EMBEDDING
 
     def build() -> Generator | TF28Generator:
         if _dense(state, "main.0.weight"):
-            nz = state["main.0.weight"].shape[1] - more
+            nz = state["main.0.weight"].shape[1]
             return TF28Generator(nz=nz, channels=last[1], classes=classes)
-        return Generator(_size(kernels), first[0] - more, last[0], last[1], classes=classes)
+        return Generator(_size(kernels), first[0], last[0], last[1], classes=classes)
 
     return _filled(build, state, source)
 

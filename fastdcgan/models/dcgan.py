@@ -14,7 +14,7 @@ from fastdcgan.models.conditional import (
     check_classes,
     check_labels,
     embedding_of,
-    joined,
+    placed,
     projected,
 )
 from fastdcgan.models.regularised import MinibatchStd, spectrally_normalise
@@ -49,8 +49,8 @@ class Generator(nn.Module):
         nz: length of a latent vector. Default 100 (the example).
         ngf: feature maps ahead of the image layer. Default 64 (the example).
         channels: image channels, 1 to 4. Default 3 (the example).
-        classes: names of the classes that it draws, by label; `main` then also takes an embedding
-            of the label (`conditional.joined`). Default: none.
+        classes: names of the classes that it draws, by label, which moves z to a place of its own
+            (`conditional.placed`). Default: none.
 
     Raises:
         InputError: for any other value.
@@ -71,9 +71,9 @@ class Generator(nn.Module):
         check_channels(channels)
         self.size, self.nz, self.ngf, self.channels = size, nz, ngf, channels
         self.classes = check_classes(classes)
-        width, length = ngf * size // 8, nz if self.classes is None else nz + EMBEDDING
+        width = ngf * size // 8
         layers: list[nn.Module] = [
-            nn.ConvTranspose2d(length, width, 4, stride=1, padding=0, bias=False),
+            nn.ConvTranspose2d(nz, width, 4, stride=1, padding=0, bias=False),
             nn.BatchNorm2d(width),
             nn.ReLU(inplace=True),
         ]
@@ -88,7 +88,7 @@ class Generator(nn.Module):
         self.main = nn.Sequential(*layers)
         self.apply(weights_init)
         if self.classes is not None:
-            self.embedding = embedding_of(self.classes)
+            self.embedding = embedding_of(self.classes, nz)
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return images in [-1, 1].
@@ -107,7 +107,7 @@ class Generator(nn.Module):
         z = flat_latents(z, self.nz)
         check_labels("generator", self.classes, labels, len(z))
         if labels is not None:
-            z = joined(z, self.embedding, labels)
+            z = placed(z, self.embedding, labels)
         images: Tensor = self.main(z[:, :, None, None])
         return images
 
@@ -174,7 +174,7 @@ class Discriminator(nn.Module):
         self.main = nn.Sequential(*layers)
         self.apply(weights_init)
         if self.classes is not None:
-            self.embedding = embedding_of(self.classes, std=EMBEDDING**-0.5)
+            self.embedding = embedding_of(self.classes, EMBEDDING, std=EMBEDDING**-0.5)
         if spectral_norm:
             spectrally_normalise(self)
 

@@ -20,7 +20,7 @@ from fastdcgan.models.conditional import (
     check_classes,
     check_labels,
     embedding_of,
-    joined,
+    placed,
     projected,
 )
 from fastdcgan.models.regularised import spectrally_normalise
@@ -112,11 +112,10 @@ class TF28Generator(nn.Module):
         check_channels(channels)
         self.size, self.nz, self.channels = SIZE, nz, channels
         self.classes = check_classes(classes)
-        length = nz if self.classes is None else nz + EMBEDDING
         # "same" at stride 2 cuts 1 pixel before and 2 after; `padding` cuts 1 on either side, and
         # the negative pad the last row and column.
         self.main = nn.Sequential(
-            nn.Linear(length, 7 * 7 * 256, bias=False),
+            nn.Linear(nz, 7 * 7 * 256, bias=False),
             KerasBatchNorm(7 * 7 * 256),
             nn.LeakyReLU(LEAKY_SLOPE, inplace=True),
             nn.Unflatten(1, (7, 7, 256)),
@@ -134,7 +133,7 @@ class TF28Generator(nn.Module):
         )
         self.apply(keras_init)
         if self.classes is not None:
-            self.embedding = embedding_of(self.classes)
+            self.embedding = embedding_of(self.classes, nz)
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return images in [-1, 1].
@@ -153,7 +152,7 @@ class TF28Generator(nn.Module):
         z = flat_latents(z, self.nz)
         check_labels("generator", self.classes, labels, len(z))
         if labels is not None:
-            z = joined(z, self.embedding, labels)
+            z = placed(z, self.embedding, labels)
         images: Tensor = self.main(z)
         return images
 
@@ -198,7 +197,7 @@ class TF28Discriminator(nn.Module):
         )
         self.apply(keras_init)
         if self.classes is not None:
-            self.embedding = embedding_of(self.classes, std=EMBEDDING**-0.5)
+            self.embedding = embedding_of(self.classes, EMBEDDING, std=EMBEDDING**-0.5)
         if spectral_norm:
             spectrally_normalise(self)
 

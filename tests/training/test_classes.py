@@ -69,7 +69,8 @@ class Plain(nn.Module):
 
 class PlainG(Plain):
     def forward(self, z, y):
-        return self.main(torch.cat([z.flatten(1), self.e(y)], 1)[:, :, None, None])
+        e = self.e(y)
+        return self.main((z.flatten(1) + 5 * e / e.norm(dim=1, keepdim=True))[:, :, None, None])
 
 
 class PlainD(Plain):

@@ -85,8 +85,8 @@ def test_a_step_is_one_list_of_launches_without_a_sync(how, of):
 
 
 # What labels add: PyTorch's own operations on vectors.
-OF_LABELS = {"index_select", "embedding", "embedding_dense_backward", "repeat", "mul", "sum", "add",
-             "cat", "select_backward", "slice_backward", "_to_copy"}  # fmt: skip
+OF_LABELS = {"index_select", "embedding", "embedding_dense_backward", "repeat", "mul", "pow", "sum",
+             "rsqrt", "add", "select_backward", "slice_backward", "_to_copy"}  # fmt: skip
 
 
 def test_labels_add_small_launches_and_no_sync():
