@@ -163,3 +163,11 @@ def test_images_may_be_named(run, tmp_path):
 def test_numbers_out_of_range_are_refused(run, ask, message):
     with pytest.raises(InputError, match=message):
         ask(Studio(run))
+
+
+def test_a_run_of_classes_is_refused_in_one_line(run):
+    save_weights(
+        models.Generator(32, 6, 4, 1, classes=("a", "b")), run / "netG_ema.safetensors", step=1
+    )
+    with pytest.raises(InputError, match="--classes"):
+        Studio(run)
