@@ -115,8 +115,8 @@ class Studio:
         net, self.step = load_generator_at(self.source, ema=self.ema, device=str(self._device))
         if net.classes is not None:
             raise InputError(
-                f"{self.source} draws by class (--classes), which the page has no choice for: give a "
-                "run without classes, or use fastdcgan.generate --label"
+                f"{self.source} draws by class (--classes), which the page has no choice for: give "
+                "a run without classes, or use fastdcgan.generate --label"
             )
         self.directions = principal_directions(net, min(DIRECTIONS, net.nz))
         self._sampler = fast_sampler(net, amp=self.amp)

@@ -334,8 +334,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The same on the built-in data, whose epochs are short: batches of 64 make 450 steps of them,
     # after which its coasts are still a blur; batches of 16 make 1,775 in the same time.
     "blue-marble": {"data": "blue-marble", "batch_size": 16},
-    # For some thousand images and little time, where the example's nets see too few steps, or D knows
-    # the images by heart: found by a search, benchmarks/results/recipes says what it is better at.
+    # For little time or some thousand images, where the example's nets make too few steps or its D
+    # knows the images by heart: found by a search; benchmarks/results/recipes says where it is
+    # better.
     "small-data": {
         "batch_size": 32,
         "ngf": 32,
