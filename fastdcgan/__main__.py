@@ -13,6 +13,7 @@ COMMANDS = {
     "inpaint": ("fastdcgan.inpaint", "fill hidden parts of images with a generator"),
     "stylize": ("fastdcgan.stylize", "give images the look of others"),
     "gallery": ("fastdcgan.gallery", "look at a run in the browser"),
+    "augment": ("fastdcgan.augment", "draw a balanced synthetic set for a classifier"),
     "doctor": ("fastdcgan.doctor", "say what this machine can do, and prove it"),
     "data": ("fastdcgan.data.__main__", "prepare and describe a source of images"),
 }

@@ -6,7 +6,7 @@ gets its name when all of it is written. Not here: grids (picture.py), moving pi
 import io
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -41,13 +41,18 @@ def single_files(folder: Path) -> Iterator[Add]:
 
 
 @contextmanager
-def array(path: Path, n: int) -> Iterator[Add]:
-    """An .npz with one array, "images": uint8, n x H x W x C. Exactly n images must be added."""
+def array(
+    path: Path, n: int, others: Mapping[str, np.ndarray[Any, Any]] | None = None
+) -> Iterator[Add]:
+    """An .npz with the array "images": uint8, n x H x W x C, and `others`. Exactly n images must be
+    added."""
     with (
         atomic_file(path) as file,
         zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive,
-        archive.open("images.npy", "w", force_zip64=True) as member,
     ):
+        for name, other in (others or {}).items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, other, allow_pickle=False)
         count = 0
 
         def add(images: Pixels) -> None:
@@ -59,7 +64,8 @@ def array(path: Path, n: int) -> Iterator[Add]:
             member.write(np.ascontiguousarray(images).data)
             count += len(images)
 
-        yield add
+        with archive.open("images.npy", "w", force_zip64=True) as member:
+            yield add
         assert count == n
 
 
@@ -85,7 +91,9 @@ def shards(path: Path) -> list[Path]:
 
 
 @contextmanager
-def archives(path: Path, shard: int) -> Iterator[Add]:
+def archives(
+    path: Path, shard: int, texts: Callable[[int], Mapping[str, str]] = lambda index: {}
+) -> Iterator[Add]:
     """PNGs named 000000.png and on, in a .zip or in a .tar as WebDataset reads it.
 
     The same images give the same bytes: no clock is in them.
@@ -94,6 +102,7 @@ def archives(path: Path, shard: int) -> Iterator[Add]:
         path: one archive, or with %06d in its name one for every `shard` images. What Python keeps
             of a zip until it is closed, 0.34 kB an image, is all that grows, and in shards nothing.
         shard: images in each archive but the last.
+        texts: what stands beside the image of that number, by suffix: {".cls": "3"}.
 
     Raises:
         InputError: as of `shards`.
@@ -116,6 +125,8 @@ def archives(path: Path, shard: int) -> Iterator[Add]:
                     written.append(path.with_name(name))
                     put = current.enter_context(_archive(written[-1]))
                 put(f"{count:06d}.png", content)
+                for suffix, text in texts(count).items():
+                    put(f"{count:06d}{suffix}", text.encode())
                 count += 1
 
         yield add

@@ -127,12 +127,12 @@ def neighbourhoods(real: Tensor, fake: Tensor, nearest: int = NEAREST) -> dict[s
     """
     middle = real.mean(0)
     real, fake = real - middle, fake - middle  # short vectors: small errors in their distances
-    around_real, around_fake = _radii(real, nearest), _radii(fake, nearest)
+    around_real, around_fake = radii_of(real, nearest), radii_of(fake, nearest)
     held = torch.zeros(len(fake), dtype=torch.int64, device=fake.device)
     recalled = covered = 0
     for start in range(0, len(real), ROWS):
         rows = slice(start, start + ROWS)
-        apart = _squared_distances(real[rows], fake)
+        apart = squared_distances(real[rows], fake)
         within = apart <= around_real[rows, None]
         held += within.sum(0)
         covered += int(within.any(1).sum())
@@ -145,17 +145,17 @@ def neighbourhoods(real: Tensor, fake: Tensor, nearest: int = NEAREST) -> dict[s
     }
 
 
-def _radii(features: Tensor, nearest: int) -> Tensor:
+def radii_of(features: Tensor, nearest: int) -> Tensor:
     """(N,): the squared distance of each from its `nearest`-th neighbour."""
     radii = []
     for start in range(0, len(features), ROWS):
-        apart = _squared_distances(features[start : start + ROWS], features)
+        apart = squared_distances(features[start : start + ROWS], features)
         apart.diagonal(start).fill_(torch.inf)  # nothing is its own neighbour
         radii.append(apart.kthvalue(nearest, 1).values)
     return torch.cat(radii)
 
 
-def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
+def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     """(A, D), (B, D) -> (A, B)."""
     lengths = a.square().sum(1)[:, None] + b.square().sum(1)
     return torch.addmm(lengths, a, b.T, alpha=-2).clamp_(min=0)
