@@ -8,7 +8,7 @@ The command for the same is `python -m fastdcgan.augment --data photos --per-cla
 
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -16,12 +16,9 @@ from fastdcgan.synthetic_data.config import AugmentConfig, Training
 from fastdcgan.synthetic_data.making import augment
 
 
-def main(
-    data: str, out: Path, reject: Literal["density", "d", "none"] = "density", **training: Any
-) -> None:
+def main(data: str, out: Path, **training: Any) -> None:
     """Trains a generator for each class and draws from it; `training` are fields of TrainConfig."""
-    recipe = Training(data=data, **training)
-    config = AugmentConfig(50, out, to="npz", reject=reject, training=recipe)
+    config = AugmentConfig(50, out, to="npz", training=Training(data=data, **training))
     print(*augment(config).lines(), sep="\n")
     with np.load(out / "images.npz") as held:
         print(held["images"].shape, "of", *held["classes"])

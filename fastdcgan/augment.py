@@ -23,7 +23,7 @@ Examples:
       stop
 
   python -m fastdcgan.augment --data fashion-mnist --per-class 1000 --to npz --out more \\
-      --from synthetic-runs/generators/* --reject d
+      --from synthetic-runs/generators/* --reject density
       draws another set from runs that are there
 
 --preset {{{",".join(PRESETS)}}} chooses the training recipe, as in fastdcgan.train; the training

@@ -49,13 +49,14 @@ class AugmentConfig:
     source: Annotated[tuple[Path, ...], tyro.conf.arg(name="from")] = ()
     """Draw from these and train nothing: one run that was trained with --classes, or a run for each
     class, in the order of the classes unless the runs' folders have just their names."""
-    reject: Literal["density", "d", "none"] = "density"
-    """Which images are dropped as bad. density: those in no real image's ball of --nearest
-    neighbours. d: the --reject-share that the discriminator finds least real. none."""
-    nearest: int = 5
-    """k: the ball around a real image reaches to the k-th nearest other one of its class."""
+    reject: Literal["d", "density", "none"] = "d"
+    """Which images are dropped as bad. d: the --reject-share that the discriminator finds least
+    real. density: those in no real image's ball of --nearest neighbours, which may be nearly all.
+    none."""
     reject_share: float = 0.2
     """Share of the images that --reject d drops."""
+    nearest: int = 5
+    """k: the ball around a real image reaches to the k-th nearest other one of its class."""
     duplicate_quantile: float = 0.01
     """Images nearer to a real one than this quantile of the real images' own nearest distances are
     dropped as copies; 0 keeps them."""
