@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
         made = {way: make(cut, way, flags, given) for way, flags in ways.items()}
         found = {arm: accuracies(arm, cut, real, test, made, given) for arm in arms}
         write_sheet(given.out / f"samples-{cut}.png", real, [m.images for m in made.values()])
-        text += [*section(cut, found, made)]
+        text += [*section(cut, found, made, passes=given.steps * given.batch / len(real.labels))]
     (given.out / "page.md").write_text("\n".join(text) + "\n", encoding="utf-8")
     print("\n".join(text))
     return 0
@@ -259,6 +259,13 @@ def interval(values: Array) -> float:
     return float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
 
 
+def verdict(apart: Array) -> str:
+    """Of paired differences, in words."""
+    if abs(apart.mean()) <= interval(apart):
+        return "no difference is shown"
+    return f"{'better' if apart.mean() > 0 else 'worse'} than real images alone"
+
+
 def introduction(given: argparse.Namespace) -> Iterator[str]:
     yield "# Synthetic images for a classifier with few real ones"
     yield ""
@@ -286,8 +293,14 @@ def given_words(given: argparse.Namespace) -> list[str]:
     ]
 
 
-def section(cut: int, found: dict[Arm, Array], made: dict[str, Made]) -> Iterator[str]:
-    """The table of one cut, and how its images were made."""
+def section(
+    cut: int, found: dict[Arm, Array], made: dict[str, Made], passes: float
+) -> Iterator[str]:
+    """The table of one cut, what it shows, and how its images were made.
+
+    Args:
+        passes: of the first arm over its images.
+    """
     (first, base), *others = found.items()
     yield from ("", f"## {cut} images a class", "")
     yield "| training images | test accuracy, % | difference, points |"
@@ -296,12 +309,20 @@ def section(cut: int, found: dict[Arm, Array], made: dict[str, Made]) -> Iterato
     for arm, values in others:
         apart = _with_interval(values - base, "+.2f")
         yield f"| {arm.name} | {_with_interval(values, '.2f')} | {apart} |"
+    yield ""
+    for arm, values in others:
+        yield f"{arm.name[0].upper()}{arm.name[1:]}: {verdict(values - base)}."
+    yield (
+        f"The first arm passes over its images {passes:.0f} times; beside synthetic ones they are "
+        "seen half as often."
+    )
     for way, one in made.items():
         counts = one.manifest["counts"].values()
         total = {key: sum(c[key] for c in counts) for key in ("drawn", "copies", "rejected")}
         yield ""
         yield (
-            f"Synthetic, {way}: {one.seconds:.0f} s of CPU, {sum(one.steps):,} steps in all; "
+            f"Synthetic, {way}: {sum(one.steps):,} steps in all; the call that made the set took "
+            f"{one.seconds:.0f} s of CPU, without what calls before it had trained; "
             f"{total['drawn']:,} images drawn, {total['copies']:,} of them copies of real ones, "
             f"{total['rejected']:,} rejected."
         )

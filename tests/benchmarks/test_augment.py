@@ -6,7 +6,16 @@ import argparse
 import numpy as np
 import pytest
 
-from benchmarks.augment import Arm, Images, Made, _batches, accuracy, flip_and_shift, section
+from benchmarks.augment import (
+    Arm,
+    Images,
+    Made,
+    _batches,
+    accuracy,
+    flip_and_shift,
+    section,
+    verdict,
+)
 
 RANDOM = np.random.default_rng(0)
 PIXELS = RANDOM.integers(1, 256, (40, 32, 32, 1), np.uint8)
@@ -14,7 +23,7 @@ PIXELS = RANDOM.integers(1, 256, (40, 32, 32, 1), np.uint8)
 
 def test_the_page_has_the_t_interval_and_paired_differences():
     base, other = np.array([0.5, 0.6, 0.7]), np.array([0.52, 0.61, 0.73])
-    lines = list(section(50, {Arm("a"): base, Arm("b"): other}, {}))
+    lines = list(section(50, {Arm("a"): base, Arm("b"): other}, {}, 9))
     # t(0.975, 2) = 4.302653; standard errors 0.1 / sqrt(3) and 0.01 / sqrt(3)
     assert "| a | 60.00 ± 24.84 | |" in lines
     assert "| b | 62.00 ± 26.17 | +2.00 ± 2.48 |" in lines
@@ -23,9 +32,17 @@ def test_the_page_has_the_t_interval_and_paired_differences():
 def test_the_page_says_what_was_drawn():
     counts = {"drawn": 30, "copies": 2, "rejected": 8}
     made = Made("python -m x", 61.0, {"counts": {"a": counts, "b": counts}}, [5, 5], None)
-    text = "\n".join(section(50, {Arm("a"): np.array([0.5, 0.6])}, {"one": made}))
-    assert "61 s of CPU, 10 steps in all; 60 images drawn, 4 of them copies" in text
+    text = "\n".join(section(50, {Arm("a"): np.array([0.5, 0.6])}, {"one": made}, 9))
+    assert "10 steps in all; the call that made the set took 61 s of CPU" in text
+    assert "60 images drawn, 4 of them copies of real ones, 16 rejected" in text
     assert "python -m x" in text
+
+
+def test_a_difference_is_shown_where_its_interval_excludes_zero():
+    apart = np.array([0.02, 0.01, 0.03])  # mean 0.02, interval 0.0248
+    assert verdict(apart) == "no difference is shown"
+    assert verdict(apart + 0.01) == "better than real images alone"
+    assert verdict(apart - 0.05) == "worse than real images alone"
 
 
 def test_flip_and_shift_moves_by_two_pixels_at_most_and_mirrors_half():

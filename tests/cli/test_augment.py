@@ -128,9 +128,10 @@ def test_more_sets_from_the_same_runs(folder, monkeypatch, capsys, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
     assert main(args) == 1
     assert "exists already" in capsys.readouterr().err
-    assert main([*args, "--force", "--seed", "1", "--reject", "d"]) == 0
-    others, _, manifest = set_of(tmp_path / "a")
-    assert not np.array_equal(images, others)
+    assert main([*args, "--force", "--seed", "1"]) == 0
+    assert not np.array_equal(images, set_of(tmp_path / "a")[0])
+    assert main([*args, "--force", "--reject", "d"]) == 0
+    manifest = set_of(tmp_path / "a")[2]
     assert manifest["reject"] == {"rule": "d", "reject_share": 0.2}
     counts = manifest["counts"].values()
     assert sum(c["rejected"] for c in counts) > 0
