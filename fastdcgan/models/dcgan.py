@@ -105,7 +105,7 @@ class Generator(nn.Module):
             InputError: if `z` has another shape, or labels are missing or too many.
         """
         z = flat_latents(z, self.nz)
-        check_labels("generator", self.classes, labels, len(z))
+        check_labels("generator", self.classes, labels, z.shape[0])
         if labels is not None:
             z = placed(z, self.embedding, labels)
         images: Tensor = self.main(z[:, :, None, None])
@@ -193,7 +193,7 @@ class Discriminator(nn.Module):
             InputError: if `x` has another shape, or labels are missing or too many.
         """
         check_images(x, self.channels, self.size)
-        check_labels("discriminator", self.classes, labels, len(x))
+        check_labels("discriminator", self.classes, labels, x.shape[0])
         logits: Tensor = self.main(x)
         if labels is not None:
             return projected(logits.flatten(1), self.embedding, labels)
