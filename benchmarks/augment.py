@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
             "one of all classes=--classes --steps 10000",
         ],
         help="how the synthetic images are made: flags of fastdcgan.augment; default: a generator "
-        "per class (1,000 steps each), and one of all classes (5,000 steps)",
+        "per class (1,000 steps each), and one of all classes (10,000 steps)",
     )
     parser.add_argument(
         "--flags",
