@@ -1,10 +1,11 @@
 """What every command shares: a frozen dataclass becomes the command line, an error of the user's
 becomes one line. No command's own logic is here."""
 
+import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 from fastdcgan.errors import Collapsed, InputError, RunError
 
@@ -39,6 +40,28 @@ def parse(
         description=description,
         args=list(args),
         default=tyro.MISSING_NONPROP if default is None else default,
+    )
+
+
+def without_flags(options: type[Any], fields: Collection[str], name: str, module: str) -> type[Any]:
+    """A subclass of the dataclass `options` in which some fields have no flags: those that another
+    command, which has `options` among its own, decides itself.
+
+    Args:
+        options: a frozen dataclass type.
+        fields: names of its fields; their defaults stay.
+        name, module: where the subclass is kept, by which pickle finds it.
+    """
+    import tyro
+
+    hints = get_type_hints(options)
+    hidden = [
+        (f.name, Annotated[hints[f.name], tyro.conf.Suppress],
+         dataclasses.field(default=f.default, metadata=f.metadata))
+        for f in dataclasses.fields(options) if f.name in fields
+    ]  # fmt: skip
+    return dataclasses.make_dataclass(
+        name, hidden, bases=(options,), frozen=True, namespace={"__module__": module}
     )
 
 

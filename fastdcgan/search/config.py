@@ -4,10 +4,11 @@ argument of `search()`. The configuration that is varied is a `TrainConfig` insi
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from fastdcgan.command import without_flags
 from fastdcgan.errors import InputError
 from fastdcgan.search.space import DECIDED
 from fastdcgan.training.config import TrainConfig
@@ -20,22 +21,8 @@ ENDLESS = 1_000_000
 
 if TYPE_CHECKING:
     Base = TrainConfig
-else:
-    _HINTS = get_type_hints(TrainConfig)
-    # Without the flags of what the search decides; some of them are flags of its own.
-    Base = dataclasses.make_dataclass(
-        "Base",
-        [
-            (f.name, Annotated[_HINTS[f.name], tyro.conf.Suppress], dataclasses.field(
-                default=f.default, metadata=f.metadata
-            ))
-            for f in dataclasses.fields(TrainConfig)
-            if f.name in DECIDED
-        ],
-        bases=(TrainConfig,),
-        frozen=True,
-        namespace={"__module__": __name__},  # by which pickle finds it, for the workers
-    )  # fmt: skip
+else:  # some of what the search decides are flags of its own
+    Base = without_flags(TrainConfig, DECIDED, "Base", __name__)
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ are the help; how generators are trained is a `TrainConfig` inside it. It needs 
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from fastdcgan.command import without_flags
 from fastdcgan.errors import InputError
 from fastdcgan.training.config import TrainConfig
 
@@ -18,20 +19,7 @@ DECIDED = ("out", "resume", "dry_run")
 if TYPE_CHECKING:
     Training = TrainConfig
 else:
-    _HINTS = get_type_hints(TrainConfig)
-    Training = dataclasses.make_dataclass(
-        "Training",
-        [
-            (f.name, Annotated[_HINTS[f.name], tyro.conf.Suppress], dataclasses.field(
-                default=f.default, metadata=f.metadata
-            ))
-            for f in dataclasses.fields(TrainConfig)
-            if f.name in DECIDED
-        ],
-        bases=(TrainConfig,),
-        frozen=True,
-        namespace={"__module__": __name__},
-    )  # fmt: skip
+    Training = without_flags(TrainConfig, DECIDED, "Training", __name__)
 
 
 @dataclass(frozen=True)

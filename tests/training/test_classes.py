@@ -280,6 +280,20 @@ def test_the_watch_shows_d_each_image_with_its_label(folders, tiny):
     assert set(probe([[torch.ones(1)]] * 2)) >= {"diversity", "nearest", "accuracy_real"}
 
 
+def test_a_run_trains_on_each_image_with_its_label(tiny, tmp_path, monkeypatch):
+    shown, step = [], Step.__call__
+
+    def watched(self, images, z, *labels, share=1.0):
+        shown.append((images.mean((1, 2, 3)), *labels))
+        return step(self, images, z, *labels, share=share)
+
+    monkeypatch.setattr(Step, "__call__", watched)
+    train(dataclasses.replace(tiny, out=tmp_path / "run", steps=5))
+    shades, given = (torch.cat(each) for each in zip(*shown, strict=True))
+    assert torch.equal(((shades + 1) * 127.5 / 80).long(), given)  # of class k about 80 k + 40
+    assert given.bincount().tolist() == [12, 11, 12]
+
+
 def test_data_without_labels_is_refused_in_one_line(tiny_data, tmp_path, command):
     done = command("fastdcgan.train", "--data", tiny_data, "--image-size", 32, "--classes")
     assert done.returncode == 1
