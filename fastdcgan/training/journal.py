@@ -231,7 +231,9 @@ def figure(out: Path, *, brief: bool = False) -> Any:
     for axis, (title, lines) in zip(axes, panels.items(), strict=False):
         for name, label in lines.items():
             found = [(row["step"], row[name]) for row in rows if name in row]
-            axis.plot([step for step, _ in found], [value for _, value in found], label=label)
+            marker = "o" if len(found) == 1 else ""  # a line through one point cannot be seen
+            steps, values = ([pair[i] for pair in found] for i in (0, 1))
+            axis.plot(steps, values, label=label, marker=marker, markersize=4)
         axis.set_ylabel(title)
         axis.grid(alpha=0.3)
         if title == "gradient norm":
