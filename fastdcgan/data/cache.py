@@ -20,7 +20,6 @@ from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 
-from fastdcgan.data.decode import RULE, decode
 from fastdcgan.data.sources import Item, Source, cache_folder, open_source
 from fastdcgan.errors import InputError
 
@@ -135,6 +134,8 @@ def prepare(
         raise InputError(f"images of {channels} channels: give 1, 2, 3 or 4")
     if workers is not None and workers < 1:
         raise InputError(f"{workers} workers: give at least 1, or none to use every CPU")
+    from fastdcgan.data.decode import RULE  # loads Pillow, which packed images do not need
+
     source = open_source(spec, split=split, cache=cache)
     facts: dict[str, Any] = {
         "source": spec,
@@ -265,6 +266,8 @@ def _decoded(
 def _decode_chunk(
     items: Sequence[Item], window: int, channels: int
 ) -> tuple[list[np.ndarray[Any, Any]], list[Broken]]:
+    from fastdcgan.data.decode import decode
+
     images, broken = [], []
     for label, read in items:
         try:

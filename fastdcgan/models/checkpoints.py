@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -157,9 +155,12 @@ def _read(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise InputError(f"{path} is not a file; give the path of a checkpoint")
     if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
         try:
-            return safetensors.torch.load_file(path)
-        except safetensors.SafetensorError as error:
+            return load_file(path)
+        except SafetensorError as error:
             raise InputError(f"{path} is not a whole .safetensors file: {error}") from error
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
@@ -293,7 +294,9 @@ def _classes(state: Mapping[str, Tensor], source: Source) -> tuple[str, ...] | N
     if isinstance(source, Mapping):
         names = source.get("classes")
     elif Path(source).suffix == ".safetensors":
-        with safetensors.safe_open(source, "pt") as file:
+        from safetensors import safe_open
+
+        with safe_open(source, "pt") as file:
             names = json.loads((file.metadata() or {}).get("classes", "null"))
     return tuple(map(str, names or range(len(embedding))))
 

@@ -2,7 +2,9 @@
 tensors and with gradients. Not here: what they compute (blocks.py), and what users call
 (functional.py).
 
-An operator returns a tensor for everything; a gradient that was not asked for has no elements.
+An operator returns a tensor for everything; a gradient that was not asked for has no elements. Its
+arguments have no defaults: before a call, PyTorch drops trailing arguments that equal theirs, and
+PyTorch 2.11 then looks for the mutated ones among those left (IndexError).
 """
 
 from __future__ import annotations
@@ -26,11 +28,10 @@ CHANNELS_LAST = torch.channels_last
 def conv_bn(
     x: Tensor, x_coef: Tensor | None, weight: Tensor, bias: Tensor | None, gamma: Tensor | None,
     beta: Tensor | None, up: bool, stride: int, groups: int, eps: float, x_activation: str,
-    x_slope: float, sync: str, working: Tensor | None = None, running_mean: Tensor | None = None,
-    running_var: Tensor | None = None, batches: Tensor | None = None, momentum: float = 0.0,
-    momenta: Tensor | None = None, picture: Tensor | None = None,
-    picture_weight: Tensor | None = None, picture_working: Tensor | None = None,
-    signs: Tensor | None = None,
+    x_slope: float, sync: str, working: Tensor | None, running_mean: Tensor | None,
+    running_var: Tensor | None, batches: Tensor | None, momentum: float, momenta: Tensor | None,
+    picture: Tensor | None, picture_weight: Tensor | None, picture_working: Tensor | None,
+    signs: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y, coef) as `blocks.conv_bn`. Moves the running buffers and their count, where given, by
     `momentum` or by `momenta`. `working`: the weight as the kernels take it.
@@ -51,8 +52,8 @@ def conv_bn(
 
 @conv_bn.register_fake
 def _(x, x_coef, weight, bias, gamma, beta, up, stride, groups, eps, x_activation, x_slope, sync,
-      working=None, running_mean=None, running_var=None, batches=None, momentum=0.0, momenta=None,
-      picture=None, picture_weight=None, picture_working=None, signs=None):  # fmt: skip
+      working, running_mean, running_var, batches, momentum, momenta, picture, picture_weight,
+      picture_working, signs):  # fmt: skip
     y = empty_output(x, weight, up, stride)
     return y, x.new_empty((5, groups, y.shape[1]), dtype=torch.float32)
 
@@ -112,9 +113,8 @@ def _(gy, gcoef, picture, picture_weight, picture_working, signs, x, weight, wor
 @torch.library.custom_op("fastdcgan::conv_act", mutates_args=())
 def conv_act(
     x: Tensor, x_coef: Tensor | None, weight: Tensor, bias: Tensor | None, up: bool, stride: int,
-    x_activation: str, x_slope: float, activation: str, slope: float,
-    working: Tensor | None = None, signed: bool = False, x_gamma: Tensor | None = None,
-    x_beta: Tensor | None = None,
+    x_activation: str, x_slope: float, activation: str, slope: float, working: Tensor | None,
+    signed: bool, x_gamma: Tensor | None, x_beta: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `blocks.conv_act`, and the signs (N, P, Q, CO / 8), of no size unless `signed`. `working`:
     the weight as the kernels take it. With x_gamma and x_beta, which x_coef was made of, the
@@ -137,8 +137,8 @@ def _empty_signs(x: Tensor, weight: Tensor, up: bool, stride: int, signed: bool)
 
 
 @conv_act.register_fake
-def _(x, x_coef, weight, bias, up, stride, x_activation, x_slope, activation, slope, working=None,
-      signed=False, x_gamma=None, x_beta=None):  # fmt: skip
+def _(x, x_coef, weight, bias, up, stride, x_activation, x_slope, activation, slope, working,
+      signed, x_gamma, x_beta):  # fmt: skip
     return empty_output(x, weight, up, stride), _empty_signs(x, weight, up, stride, signed)
 
 

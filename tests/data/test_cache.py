@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastdcgan.data import Packed, cache, prepare
+from fastdcgan.data import Packed, cache, decode, prepare
 from fastdcgan.data.sources import Item, Source
 from fastdcgan.errors import InputError
 
@@ -74,7 +74,7 @@ def test_the_second_call_opens_without_decoding(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = pack(folder)
-    monkeypatch.setattr(cache, "decode", refuse_to_decode)
+    monkeypatch.setattr(decode, "decode", refuse_to_decode)
     second = pack(folder)
     assert second.path == first.path
     np.testing.assert_array_equal(second.images, first.images)
@@ -188,7 +188,7 @@ def test_little_work_waits_however_large_the_set(monkeypatch: pytest.MonkeyPatch
 
     source = Source("made", "made", 3, "", items)
     monkeypatch.setattr(cache, "open_source", lambda *args, **options: source)
-    monkeypatch.setattr(cache, "decode", slow)
+    monkeypatch.setattr(decode, "decode", slow)
     assert prepare("made", size=8, workers=2, progress=False).n == 1000
     assert most <= 6 * cache.CHUNK
 
@@ -196,13 +196,14 @@ def test_little_work_waits_however_large_the_set(monkeypatch: pytest.MonkeyPatch
 # A process that notes every picture that it decodes, taking its time.
 SLOW = """
 import sys, time
-from fastdcgan.data import cache
-decode = cache.decode
-def slow(*args):
-    time.sleep(float(sys.argv[2]))
-    print("decoded", flush=True)
-    return decode(*args)
-cache.decode = slow
+from fastdcgan.data import cache, decode
+plain = decode.decode
+def slow(picture, *args):
+    if isinstance(picture, bytes):  # decode opens a file and calls itself with the picture
+        time.sleep(float(sys.argv[2]))
+        print("decoded", flush=True)
+    return plain(picture, *args)
+decode.decode = slow
 print(cache.prepare(sys.argv[1], size=64, workers=1, progress=False).sha256)
 """
 
