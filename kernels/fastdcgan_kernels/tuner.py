@@ -2,6 +2,11 @@
 `python -m fastdcgan_kernels.tuner`. Each candidate is first checked against plain PyTorch on random
 data, and then timed; what is wrong or slower is dropped, and said; the rest is stored.
 
+A candidate that raises (out of memory, a compiler, a driver) has proved nothing. So "reference",
+plain PyTorch, is stored only if it beat the default's time, or if the default gave wrong numbers,
+and no kernel did better. If the default raised, another right kernel is stored, because it runs
+where the default does not; if there is none, nothing is, and a later run asks again.
+
 Not here: the experiments (trials.py), which tiles are tried (plan.py), the file (measured.py).
 Imports torch only when it is used.
 """
@@ -52,8 +57,10 @@ def contest(
     say: Callable[[str], None],
 ) -> Any:
     """The fastest of the candidates that are right; None if none is. The first is the default: it
-    stays unless another saves GAIN of its time."""
+    stays unless another saves GAIN of its time. If it raised, "reference" does not count."""
+    default = candidates[0]
     seconds: dict[Any, float] = {}
+    raised: list[Any] = []
     for candidate in candidates:
         try:
             run = trial.prepare(candidate)
@@ -62,12 +69,16 @@ def contest(
                 seconds[candidate] = timer(run)
         except Exception as error:  # whatever a compiler, a driver or a kernel raises
             why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raised.append(candidate)
         if why:
             say(f"{name}: dropped {_words(candidate)}: {why}")
+    if default in raised and seconds.pop("reference", None) is not None:
+        say(f"{name}: dropped reference: the default raised, which does not prove it slower")
     if not seconds:
-        say(f"{name}: no candidate is right; nothing stored")
+        because = f" ({', '.join(map(_words, raised))} raised)" if raised else ""
+        say(f"{name}: no kernel is right{because}; nothing stored")
         return None
-    best, default = min(seconds, key=lambda one: seconds[one]), candidates[0]
+    best = min(seconds, key=lambda one: seconds[one])
     if default in seconds and seconds[best] > (1 - GAIN) * seconds[default]:
         best = default
     for candidate, time in seconds.items():

@@ -120,7 +120,25 @@ def test_a_default_that_is_wrong_leaves_whatever_is_right():
     assert contest("wrong", "a", "b", a=2.0, b=1.99)[0] == "b"
     best, said = contest("wrong", "broken")
     assert best is None
-    assert "no candidate is right" in said[-1]
+    assert said[-1] == "layer: no kernel is right (broken raised); nothing stored"
+
+
+def test_plain_pytorch_is_not_stored_because_the_default_raised():
+    best, said = contest("broken", "wrong", "reference", reference=1e-6)
+    assert best is None
+    assert said[2:] == [
+        "layer: dropped reference: the default raised, which does not prove it slower",
+        "layer: no kernel is right (broken raised); nothing stored",
+    ]
+    # Another right kernel runs where the default does not, though plain PyTorch was faster.
+    assert contest("broken", "a", "reference", a=3e-6, reference=1e-6)[0] == "a"
+
+
+def test_plain_pytorch_is_stored_where_the_default_is_wrong_or_slower():
+    """Also if another candidate raised: this one would have been compared with the default."""
+    assert contest("wrong", "broken", "reference", reference=3e-6)[0] == "reference"
+    assert contest("a", "broken", "reference", a=3e-6, reference=1e-6)[0] == "reference"
+    assert contest("a", "broken", "reference", a=1e-6, reference=3e-6)[0] == "a"
 
 
 # The file
@@ -563,7 +581,9 @@ def test_tune_finds_measures_and_stores_what_a_model_runs(monkeypatch):
     assert list(anew) == one
 
 
-def test_a_kernel_that_does_not_run_here_leaves_its_blocks_to_pytorch(monkeypatch):
+def test_a_kernel_that_does_not_run_here_leaves_its_blocks_to_the_vendor(monkeypatch):
+    """Not to plain PyTorch, though that is the fastest by this clock."""
+
     class TooLarge:
         def __getitem__(self, grid):
             raise RuntimeError("out of resource: shared memory")
@@ -572,10 +592,24 @@ def test_a_kernel_that_does_not_run_here_leaves_its_blocks_to_pytorch(monkeypatc
     model, said = fuse(net()[2:4]), []
     found = tuner.tune(model, torch.randn(2, 5, 8, 4), say=said.append, timer=backwards)
     (choice,) = (found[one] for one in found if isinstance(one, plan.Block))
-    assert choice in ("vendor", "reference")
+    assert choice == "vendor"
     assert {one.op for one in found if isinstance(one, plan.Task)} == {"weight_gradient"}
-    assert any("no candidate is right" in line for line in said)
+    assert any("no kernel is right" in line for line in said)
     assert model(torch.randn(2, 5, 8, 4)).isfinite().all()
+
+
+def test_an_operator_that_raises_leaves_the_default(monkeypatch):
+    """As where a dispatcher refuses every call of it: nothing is stored, and it is asked again."""
+
+    def refused(*given, **options):
+        raise IndexError("list index out of range")
+
+    monkeypatch.setattr(blocks, "conv_bn", refused)
+    said = []
+    assert tuner.tune_questions([BLOCK], CPU, say=said.append, timer=backwards) == {}
+    assert "(materialised, prologue, vendor raised); nothing stored" in said[-1]
+    assert plan.choose(BLOCK, plan.INTERPRETER) == plan.Choice("materialised", measured=False)
+    assert not measured.known(BLOCK, "interpreter")
 
 
 def test_a_model_without_fused_blocks_has_nothing_to_tune(monkeypatch):
