@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.nvml import Gpu
 from benchmarks.ours import DEVICE
 from benchmarks.timing import Measured, Unavailable, Workload, measure
 from fastdcgan.hardware import use_allowed_threads
@@ -114,15 +115,10 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: An
     machine_info["device"] = "cpu"
     machine_info["threads"] = torch.get_num_threads()
     if DEVICE.type == "cuda":
-        import pynvml
-
-        from benchmarks.nvml import Sampler
-
-        handle = Sampler.of(DEVICE).handle
-        limit = pynvml.nvmlDeviceGetEnforcedPowerLimit(handle)
+        gpu = Gpu.of(DEVICE)
         machine_info["device"] = torch.cuda.get_device_name(DEVICE)
-        machine_info["power_limit_watts"] = limit / 1000
-        machine_info["driver"] = pynvml.nvmlSystemGetDriverVersion()
+        machine_info["power_limit_watts"] = gpu.limit_watts()
+        machine_info["driver"] = gpu.driver()
 
 
 @pytest.fixture(scope="session")
