@@ -238,7 +238,7 @@ def _graphed(run: Callable[[], object], device: torch.device) -> Callable[[], ob
             run()
     torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         run()
     return graph.replay
 

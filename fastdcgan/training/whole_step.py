@@ -284,7 +284,8 @@ class _StepGraph:
             self._graph = torch.cuda.CUDAGraph()
             if state.generator is not None:
                 self._graph.register_generator_state(state.generator)
-            with torch.cuda.graph(self._graph):
+            # In "global" mode the feed's thread, which pins memory meanwhile, breaks the capture.
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._row = run(batch, self._images, *self._numbers)
             self.gradients = _gradients(state)  # steps outside of the graph make others
 

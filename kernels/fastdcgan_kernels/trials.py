@@ -363,7 +363,7 @@ def device_time(run: Callable[[], Any], say: Callable[[str], None], repeats: int
     replay: Callable[[], Any] = run
     try:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             run()
         replay = graph.replay
     except RuntimeError as error:

@@ -46,7 +46,7 @@ def test_steps_are_pytorchs(graph):
         if graph and t > 0:
             if recorded is None:
                 recorded = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(recorded):
+                with torch.cuda.graph(recorded, capture_error_mode="thread_local"):
                     ours.step()
             ours.refresh()
             recorded.replay()

@@ -165,7 +165,7 @@ def test_a_training_step_in_a_cuda_graph_is_the_step():
     torch.cuda.current_stream().wait_stream(side)
     net.zero_grad(set_to_none=True)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         loss = step(net, static)
     net.load_state_dict(start)
     for seed in range(3):

@@ -675,7 +675,8 @@ def fake_cuda(monkeypatch):
         def replay(self):
             state.now += state.durations.pop(0)
 
-    def graph(given):
+    def graph(given, *, capture_error_mode="global"):
+        assert capture_error_mode == "thread_local"
         state.captured += 1
         if state.error:
             raise state.error

@@ -89,13 +89,17 @@ def tape(monkeypatch):
         made.append(Tape())
         return made[-1]
 
+    def capture(graph, *, capture_error_mode="global"):
+        assert capture_error_mode == "thread_local"  # the feed has a thread of its own
+        return graph
+
     fake = {
         "device": lambda device: contextlib.nullcontext(),
         "Stream": lambda: stream,
         "current_stream": lambda: stream,
         "stream": lambda s: contextlib.nullcontext(),
         "CUDAGraph": new,
-        "graph": lambda graph: graph,
+        "graph": capture,
         "get_rng_state": lambda device: torch.get_rng_state(),
         "set_rng_state": lambda state, device: torch.set_rng_state(state),
     }
@@ -322,7 +326,7 @@ def test_stale_noise_is_seen(tape, monkeypatch):
 
 
 def test_a_capture_that_fails_leaves_no_trace(tape, monkeypatch):
-    def refused(graph):
+    def refused(graph, **options):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     expected, rows, _ = trained(build(), 5)
