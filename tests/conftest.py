@@ -1,6 +1,7 @@
-"""What all tests share: a cache of their own, one thread a process, Triton's interpreter, and a way
-to run commands."""
+"""What all tests share: a cache of their own, one thread a process, Triton's interpreter, PyTorch's
+settings as they were before each test, and a way to run commands."""
 
+import contextlib
 import gc
 import os
 import subprocess
@@ -46,6 +47,45 @@ def pytest_collection_modifyitems(config, items):
 def private_cache(tmp_path_factory):
     """Packed images of the tests never touch the user's cache."""
     os.environ["FASTDCGAN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@contextlib.contextmanager
+def restored_settings():
+    """Inside, PyTorch's global settings may be changed; afterwards they are as before."""
+    import torch
+    from torch import backends
+
+    # The wider ones first: what is not set follows them.
+    attributes = [
+        (backends, "fp32_precision"),
+        (backends.cudnn, "fp32_precision"),
+        (backends.cudnn.conv, "fp32_precision"),
+        (backends.cuda.matmul, "fp32_precision"),
+        *((backends.cudnn, name) for name in ("enabled", "benchmark", "deterministic")),
+    ]
+    settings = [
+        *((lambda a=a: getattr(*a), lambda value, a=a: setattr(*a, value)) for a in attributes),
+        (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+        (torch.get_default_dtype, torch.set_default_dtype),
+        (torch.is_grad_enabled, torch.set_grad_enabled),
+        (torch.get_num_threads, torch.set_num_threads),
+    ]
+    if torch.cuda.is_initialized():
+        settings.append((torch.cuda.get_sync_debug_mode, torch.cuda.set_sync_debug_mode))
+    before = [get() for get, _ in settings]
+    try:
+        yield
+    finally:
+        for (get, put), value in zip(settings, before, strict=True):
+            if get() != value:
+                put(value)
+
+
+@pytest.fixture(autouse=True)
+def settings_of_each_test():
+    """A test that changes PyTorch's settings changes them for itself alone."""
+    with restored_settings():
+        yield
 
 
 @pytest.fixture(scope="session")

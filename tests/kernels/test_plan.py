@@ -278,11 +278,7 @@ def test_float32_products_are_as_pytorchs_convolutions_are_told(target, setting,
 
     x = torch.empty(2, 16, 8, 8, device="meta", dtype=dtype)
     weight = torch.empty(8, 16, 4, 4, device="meta")
-    before = torch.backends.cudnn.conv.fp32_precision
     torch.backends.cudnn.conv.fp32_precision = setting
-    try:
-        with plan.assume(plan.TARGETS[target]), recording() as launches:
-            blocks.conv_act(x, None, weight, None, False, 2, "none", 0.0, "relu", 0.0)
-    finally:
-        torch.backends.cudnn.conv.fp32_precision = before
+    with plan.assume(plan.TARGETS[target]), recording() as launches:
+        blocks.conv_act(x, None, weight, None, False, 2, "none", 0.0, "relu", 0.0)
     assert launches[0].arguments["PRECISION"] == expected
