@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,32 +31,47 @@ MEGA, GIGA = 1e6, 1e9
 # operation, while the device works on earlier ones.
 REPLAYED, DISPATCHED = 1e-6, 5e-6
 
+# Bytes a clock that the L2 gives each multiprocessor. ASSUMED, not measured: 5.5 to 7 TB/s are
+# expected of an H100, which is 23 to 29 of them; every other device is taken to give as many.
+L2_A_CLOCK = 26
+
 
 @dataclass(frozen=True)
 class Device:
     """Peaks of a GPU. flops16, flops32: of dense matrix products with float32 sums, of 16-bit
-    floats and of float32 in TF32, as convolutions are by default; bytes: of memory, a second."""
+    floats and of float32 in TF32, as convolutions are by default; bytes: of memory, a second; l2:
+    bytes a second from the L2 to all multiprocessors, by default L2_A_CLOCK at `clock` Hz, which is
+    the one that the peaks of the source are for."""
 
     name: str
     target: str
     multiprocessors: int
+    clock: float
     flops16: float
     flops32: float
     bytes: float
     source: str
+    l2: float = 0.0
+    l2_source: str = f"assumed, {L2_A_CLOCK} bytes a clock for each multiprocessor"
+
+    def __post_init__(self) -> None:
+        if not self.l2:
+            object.__setattr__(self, "l2", self.multiprocessors * self.clock * L2_A_CLOCK)
 
 
 DEVICES = {
-    "h100": Device("H100 SXM", "sm_90", 132, 798e12, 494.7e12, 3.0e12,
+    "h100": Device("H100 SXM", "sm_90", 132, 1.83e9, 798e12, 494.7e12, 3.0e12,
                    "16 bit and memory: as measured on one; TF32: NVIDIA H100 data sheet"),
-    "h200": Device("H200", "sm_90", 132, 989.4e12, 494.7e12, 4.8e12, "NVIDIA H200 data sheet"),
-    "b200": Device("B200", "sm_100", 148, 2250e12, 1125e12, 7.7e12, "NVIDIA HGX B200 data sheet"),
-    "a100": Device("A100 SXM 80 GB", "sm_80", 108, 312e12, 156e12, 2.039e12,
+    "h200": Device("H200", "sm_90", 132, 1.83e9, 989.4e12, 494.7e12, 4.8e12,
+                   "NVIDIA H200 data sheet"),
+    "b200": Device("B200", "sm_100", 148, 1.86e9, 2250e12, 1125e12, 7.7e12,
+                   "NVIDIA HGX B200 data sheet"),
+    "a100": Device("A100 SXM 80 GB", "sm_80", 108, 1.41e9, 312e12, 156e12, 2.039e12,
                    "NVIDIA A100 data sheet"),
-    "l4": Device("L4", "sm_89", 58, 121e12, 60e12, 0.3e12, "NVIDIA L4 data sheet"),
-    "rtx4090": Device("RTX 4090", "sm_89", 128, 165.2e12, 82.6e12, 1.008e12,
+    "l4": Device("L4", "sm_89", 58, 2.04e9, 121e12, 60e12, 0.3e12, "NVIDIA L4 data sheet"),
+    "rtx4090": Device("RTX 4090", "sm_89", 128, 2.52e9, 165.2e12, 82.6e12, 1.008e12,
                       "NVIDIA Ada GPU architecture whitepaper"),
-    "mi300x": Device("MI300X", "gfx942", 304, 1307.4e12, 653.7e12, 5.3e12,
+    "mi300x": Device("MI300X", "gfx942", 304, 2.1e9, 1307.4e12, 653.7e12, 5.3e12,
                      "AMD Instinct MI300X data sheet"),
 }  # fmt: skip
 
@@ -89,6 +105,11 @@ class Cost:
         return sum(w.bytes for w in self.work)
 
     @property
+    def l2(self) -> int:
+        """Bytes through the L2 in a step."""
+        return sum(w.l2 for w in self.work)
+
+    @property
     def flops(self) -> int:
         """FLOPs of a step as the kernels make them, padding included."""
         return sum(w.flops for w in self.work)
@@ -100,16 +121,48 @@ class Cost:
 
     def roofline(self, device: Device, dtype: str) -> float:
         """Seconds: for each launch the longer of its products and its bytes at the peaks, added."""
-        peak = device.flops32 if dtype == "fp32" else device.flops16
-        return sum(max(w.flops / peak, w.bytes / device.bytes) for w in self.work)
+        return sum(floor for floor, _ in self._seconds(device, dtype))
+
+    def through_l2(self, device: Device, dtype: str) -> float:
+        """Seconds: the same with the L2, `seconds_of`."""
+        return sum(predicted for _, predicted in self._seconds(device, dtype))
 
     def predicted(self, device: Device, dtype: str) -> float:
-        """Seconds: the roofline and, replayed, REPLAYED for each launch; eagerly, what the host
-        takes for all of them where that is longer."""
-        device_time = self.roofline(device, dtype)
+        """Seconds: those with the L2 and, replayed, REPLAYED for each launch; eagerly, what the
+        host takes for all of them where that is longer."""
+        device_time = self.through_l2(device, dtype)
         if self.replayed:
             return device_time + self.launches * REPLAYED
         return max(device_time, self.launches * DISPATCHED)
+
+    def _seconds(self, device: Device, dtype: str) -> list[tuple[float, float]]:
+        return [seconds_on(device, w, dtype) for w in self.work]
+
+
+def seconds_of(
+    work: Work, *, flops: float, bytes: float, l2: float, multiprocessors: int = 0
+) -> tuple[float, float]:
+    """(floor, predicted): seconds on a device with these peaks a second. Floor: the longer of FLOPs
+    and bytes of memory. Predicted: the longest of these and of the bytes through the L2, where a
+    launch of fewer programs than there are multiprocessors has only its share of FLOPs and L2.
+
+    Args:
+        multiprocessors: 0 if programs are not to be counted.
+    """
+    share = min(1.0, work.programs / multiprocessors) if work.programs and multiprocessors else 1.0
+    floor = max(work.flops / flops, work.bytes / bytes)
+    return floor, max(floor, work.flops / flops / share, work.l2 / l2 / share)
+
+
+def seconds_on(device: Device, work: Work, dtype: str) -> tuple[float, float]:
+    """`seconds_of` one of the devices."""
+    return seconds_of(
+        work,
+        flops=device.flops32 if dtype == "fp32" else device.flops16,
+        bytes=device.bytes,
+        l2=device.l2,
+        multiprocessors=device.multiprocessors,
+    )
 
 
 # --- The steps ------------------------------------------------------------------------------------
@@ -162,7 +215,6 @@ def our_step(
 def _on(device: Device, how: str) -> Iterator[None]:
     """Inside, tensors on the meta device are taken to be on this one, and blocks run like that."""
     from contextlib import nullcontext
-    from dataclasses import replace
 
     from fastdcgan_kernels import plan
 
@@ -283,18 +335,21 @@ def summary(one: Cost, device: Device, dtype: str) -> dict[str, Any]:
     """The figures of a row, and the launches by kernel."""
     kernels: dict[str, dict[str, float]] = {}
     for w in one.work:
-        kernel = kernels.setdefault(w.name, {"launches": 0, "bytes": 0, "flops": 0})
-        kernel["launches"] += w.launches
-        kernel["bytes"] += w.bytes
-        kernel["flops"] += w.flops
+        figures = ("launches", "bytes", "l2_bytes", "flops", "predicted_seconds")
+        kernel = kernels.setdefault(w.name, dict.fromkeys(figures, 0))
+        values = (w.launches, w.bytes, w.l2, w.flops, seconds_on(device, w, dtype)[1])
+        for figure, value in zip(figures, values, strict=True):
+            kernel[figure] += value
     seconds = one.predicted(device, dtype)
     return {
         "step": one.name,
         "launches": one.launches,
         "bytes": one.bytes,
+        "l2_bytes": one.l2,
         "flops": one.flops,
         "useful_flops": one.useful,
         "roofline_seconds": one.roofline(device, dtype),
+        "l2_seconds": one.through_l2(device, dtype),
         "predicted_seconds": seconds,
         "predicted_images_per_second": one.batch / seconds,
         "kernels": kernels,
@@ -315,19 +370,23 @@ def document(rows: list[dict[str, Any]], device: Device, given: argparse.Namespa
         f"Made by `{given.command}`.",
         "",
         f"Predicted for {device.name}: {device.flops16 / 1e12:g} TFLOP/s in 16 bit, "
-        f"{device.flops32 / 1e12:g} in TF32, {device.bytes / 1e12:g} TB/s ({device.source}).",
+        f"{device.flops32 / 1e12:g} in TF32, {device.bytes / 1e12:g} TB/s ({device.source}); "
+        f"{device.l2 / 1e12:.3g} TB/s from the L2 ({device.l2_source}).",
         "",
-        "| step | launches | GB moved | of eager AMP | MFLOP an image: made | useful | roofline, "
-        "predicted ms | step, predicted ms | images/s, predicted |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| step | launches | GB moved | of eager AMP | GB through the L2 | MFLOP an image: made "
+        "| useful | roofline, predicted ms | with the L2, predicted ms | step, predicted ms "
+        "| images/s, predicted |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         share = f"1/{eager['bytes'] / row['bytes']:.2f}" if eager else "-"
         cells = (
             row["step"], row["launches"], f"{row['bytes'] / GIGA:.3f}", share,
+            f"{row['l2_bytes'] / GIGA:.1f}",
             f"{row['flops'] / given.batch / MEGA:.1f}",
             f"{row['useful_flops'] / given.batch / MEGA:.1f}",
-            f"{row['roofline_seconds'] * 1e3:.3f}", f"{row['predicted_seconds'] * 1e3:.3f}",
+            f"{row['roofline_seconds'] * 1e3:.3f}", f"{row['l2_seconds'] * 1e3:.3f}",
+            f"{row['predicted_seconds'] * 1e3:.3f}",
             f"{row['predicted_images_per_second']:,.0f}",
         )  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
@@ -336,23 +395,35 @@ def document(rows: list[dict[str, Any]], device: Device, given: argparse.Namespa
         "- A step is everything between two batches: indexing, cropping, flipping, noise, both "
         "updates with Adam, the moving average, the readings. Eager PyTorch is the loop of its "
         "example, whose images come from the host.",
-        "- Bytes: what each launch reads and writes, every tensor once; nothing is taken to stay "
-        "in a cache from one launch to the next. What libraries move inside an operation (cuDNN's "
-        "changes of layout) is not counted.",
+        "- Bytes moved: what each launch reads and writes, every tensor once; nothing is taken to "
+        "stay in a cache from one launch to the next. What libraries move inside an operation "
+        "(cuDNN's changes of layout) is not counted.",
+        "- Bytes through the L2: the same, but operands of products as often as tiles load them. "
+        "A tile of 128 x 128 makes 64 FLOPs of each byte in 16 bit, one of 64 x 64 makes 32. "
+        "Tiles of a library's convolutions are not known: 128 x 128 is assumed.",
         "- FLOPs: of convolutions alone. Made: with the padding of tiles; useful: without.",
-        "- Roofline: for each launch the longer of FLOPs and bytes at the device's peaks, added "
-        f"up. Step: and {REPLAYED * 1e6:g} us a launch for ours, which is replayed as one CUDA "
-        f"graph; for eager PyTorch at least {DISPATCHED * 1e6:g} us a launch on the host. Both are "
-        "assumed. No kernel runs at its roofline: these are bounds to tune towards. What a "
-        "prologue adds to a product's instructions is not in them.",
+        "- Roofline: for each launch the longer of FLOPs and bytes moved at the device's peaks, "
+        "added up. No kernel runs at its roofline: these are bounds to tune towards.",
+        "- With the L2: the longest of FLOPs, bytes moved and bytes through the L2, likewise; a "
+        "launch of ours with fewer programs than the device has multiprocessors has only their "
+        "share of FLOPs and L2. Instructions that are no products (a prologue's, an epilogue's) "
+        "are not counted.",
+        f"- Step: with the L2, and {REPLAYED * 1e6:g} us a launch for ours, which is replayed as "
+        f"one CUDA graph; for eager PyTorch at least {DISPATCHED * 1e6:g} us a launch on the host. "
+        "Both are assumed.",
         "- Of the losses nothing is compiled here: launches are those of the engine without "
         "`--compile`.",
     ]
     for row in rows:
-        lines += ["", f"## {row['step']}", "", "| kernel or operation | launches | MB moved |",
-                  "|---|---|---|"]  # fmt: skip
-        by_bytes = sorted(row["kernels"].items(), key=lambda item: -item[1]["bytes"])
-        lines += [f"| {n} | {k['launches']} | {k['bytes'] / MEGA:.1f} |" for n, k in by_bytes]
+        lines += ["", f"## {row['step']}", "",
+                  "| kernel or operation | launches | MB moved | MB through the L2 "
+                  "| with the L2, predicted us |", "|---|---|---|---|---|"]  # fmt: skip
+        by_time = sorted(row["kernels"].items(), key=lambda item: -item[1]["predicted_seconds"])
+        lines += [
+            f"| {n} | {k['launches']} | {k['bytes'] / MEGA:.1f} | {k['l2_bytes'] / MEGA:.1f} "
+            f"| {k['predicted_seconds'] * 1e6:.1f} |"
+            for n, k in by_time
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -368,6 +439,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--image-size", type=int, default=64, help="32, 64, 128 or 256; default 64")
     parser.add_argument("--device", default="h100", help=f"default h100; {', '.join(DEVICES)}")
     parser.add_argument("--dtype", default="bf16", choices=DTYPES, help="of ours; default bf16")
+    parser.add_argument(
+        "--l2", type=float, metavar="BYTES",
+        help="a second from the L2; default: assumed, by the multiprocessors and their clock",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="objects, not Markdown")
     parser.add_argument("--markdown", metavar="FILE", help="write it there, not to the screen")
     given = parser.parse_args(arguments)
@@ -377,8 +452,12 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--image-size {given.image_size} was given; give 32, 64, 128 or 256")
     if given.batch < 2:
         parser.error(f"--batch {given.batch} was given; BatchNorm wants 2 images or more")
+    if given.l2 is not None and not 0 < given.l2 < math.inf:
+        parser.error(f"--l2 {given.l2:g} was given; give bytes a second, as 5.5e12")
     given.command = " ".join([COMMAND, *(sys.argv[1:] if arguments is None else arguments)])
     device = DEVICES[given.device]
+    if given.l2 is not None:
+        device = replace(device, l2=given.l2, l2_source="as given")
     rows = [
         summary(
             cost(name, device=device, batch=given.batch, size=given.image_size, dtype=given.dtype),

@@ -13,6 +13,10 @@ add inside an operation, such as cuDNN's changes of layout, is not seen, and not
 
 FLOPs: products and sums of convolutions, two a multiplication, and nothing else; `flops` are those
 made, padding of tiles included, `useful` those of the convolution itself.
+
+L2: what passes between the L2 and the multiprocessors. A tile of a product loads its operands anew
+at each step, whoever loaded them before, so these are many times the bytes above; everything else
+passes once. Tiles of a library's products are not known: LIBRARY_TILE is assumed.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +42,9 @@ from fastdcgan_kernels.launch import Launch, recording
 CHUNK, CHUNKS = 65_536, 320
 TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
 
+# ASSUMED: rows and columns of the tiles in which cuDNN multiplies.
+LIBRARY_TILE = 128
+
 # Operations that read nothing of the tensor they write over.
 OVERWRITING = ("copy_", "fill_", "zero_", "normal_", "uniform_", "random_")
 GATHERING = ("index", "index_select")
@@ -53,11 +60,22 @@ class Work:
     written: int
     flops: int = 0
     useful: int = 0
+    tile_loads: int = 0
+    """Bytes of operands that tiles of products load, one tile after the other."""
+    operands: int = 0
+    """Bytes of these operands, each once; they are among those read."""
+    programs: int = 0
+    """Of a launch of ours; 0 where unknown."""
 
     @property
     def bytes(self) -> int:
         """Read and written."""
         return self.read + self.written
+
+    @property
+    def l2(self) -> int:
+        """Bytes through the L2."""
+        return self.bytes - self.operands + self.tile_loads
 
 
 @contextmanager
@@ -158,10 +176,17 @@ def _work_of(func: Any, args: Any, kwargs: Any, result: Any) -> list[Work]:
         taken, launches = taken + sum(map(size, two)), 2
     if name in GATHERING:
         taken += size(result) - size(args[0])
-    flops = 0
+    written = sum(map(size, [*changed, *new]))
     if func._overloadpacket in flop_registry:
         flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
-    return [Work(name, launches, taken, sum(map(size, [*changed, *new])), flops, flops)]
+        return [_library_product(name, taken, written, flops, new[0].itemsize)]
+    return [Work(name, launches, taken, written)]
+
+
+def _library_product(name: str, read: int, written: int, flops: int, itemsize: int) -> Work:
+    """One launch, whose tiles are assumed."""
+    loads = Product(flops, LIBRARY_TILE, LIBRARY_TILE).loads * itemsize
+    return Work(name, 1, read, written, flops, flops, max(loads, read), read)
 
 
 def _is_one_of(tensor: Tensor, others: list[Tensor]) -> bool:
@@ -185,12 +210,9 @@ def _convolution_backward(args: Any, result: Any) -> list[Work]:
         if args[-1][at]:
             mask = [at == 0, at == 1, False]
             flops = count(*args[:-1], mask, out_val=result)
-            found.append(
-                Work(
-                    ("convolution, input gradient", "convolution, weight gradient")[at], 1,
-                    size(dy) + size(other), size(result[at]), flops, flops,
-                )
-            )  # fmt: skip
+            name = ("convolution, input gradient", "convolution, weight gradient")[at]
+            read, written = size(dy) + size(other), size(result[at])
+            found.append(_library_product(name, read, written, flops, dy.itemsize))
     if args[-1][2]:
         found.append(Work("convolution, bias gradient", 1, size(dy), size(result[2])))
     return found
@@ -229,25 +251,60 @@ def multi_tensor_launches(elements: Iterable[int], lists: int) -> int:
 # --- Our launches ---------------------------------------------------------------------------------
 
 
+# Arguments that products load; the rest is read by prologues and epilogues.
+OPERANDS = ("x", "x_aux", "w", "small", "small_aux", "large", "large_aux", "image")
+
+
+class Product(NamedTuple):
+    """Products [rows, K] x [K, columns], one for each tile."""
+
+    flops: int
+    rows: int
+    columns: int
+    left: int = 1
+    """How often a step loads its [rows, K] operand: 0 where it is there already, 2 with an aux."""
+    right: int = 1
+    """The same, of [K, columns]."""
+
+    @property
+    def loads(self) -> int:
+        """Elements that all tiles load."""
+        pairs = self.flops // 2
+        return pairs * self.left // self.columns + pairs * self.right // self.rows
+
+
 def work_of_launch(launch: Launch) -> Work:
     """By what the kernel of that name does with its arguments (`fastdcgan_kernels/jit`)."""
     name, given = launch.kernel.fn.__name__, launch.arguments
     reads, writes = traffic(name, given)
-    flops, useful = _flops(name, launch.grid, given)
+    products, useful = _products(name, launch.grid, given)
     taken = sum(_size(given[r]) for r in reads)
     if name == "crop":  # of uint8 images, as many values as it writes
         taken += given["out"].numel()
     written = sum(_size(given[w]) for w in writes)
     if name == "adam":  # buffers, behind the parameters, are only read
         written -= _size(given["values"][len(given["steps"]) :])
-    return Work(name, 1, taken, written, flops, useful)
+    loads = operands = 0
+    if products:
+        element = _tensor(given["small" if "small" in given else "x"]).itemsize
+        loads = sum(product.loads for product in products) * element
+        operands = sum(_size(given[r]) for r in reads if r in OPERANDS)
+    flops = sum(product.flops for product in products)
+    programs = math.prod(launch.grid)
+    return Work(name, 1, taken, written, flops, useful, loads, operands, programs)
 
 
 def _size(value: Any) -> int:
     """Bytes of a tensor, of the tensor that a descriptor describes, or of several."""
     if isinstance(value, tuple):
         return sum(map(_size, value))
-    return size(value if isinstance(value, Tensor) else value.base)
+    return size(_tensor(value))
+
+
+def _tensor(value: Any) -> Tensor:
+    """The tensor, or that of a descriptor."""
+    found: Tensor = value if isinstance(value, Tensor) else value.base
+    return found
 
 
 def _operand(name: str, given: dict[str, Any], prologue: str) -> list[str]:
@@ -327,31 +384,37 @@ def traffic(name: str, given: dict[str, Any]) -> tuple[list[str], list[str]]:
     raise ValueError(f"a launch of {name}, of which nothing is known here: say what it reads")
 
 
-def _flops(name: str, grid: tuple[int, ...], given: dict[str, Any]) -> tuple[int, int]:
-    """(made, useful): two for each multiplication of `tl.dot`, and those of the convolution."""
+def _products(name: str, grid: tuple[int, ...], given: dict[str, Any]) -> tuple[list[Product], int]:
+    """Those that the kernel makes with `tl.dot`, and the FLOPs of the convolution itself."""
     if "PRECISION" not in given:  # no tl.dot
-        return 0, 0
+        return [], 0
 
     def padded(n: int, block: int) -> int:
         return -(-n // block) * block
 
+    def loaded(prologue: str) -> int:
+        return 2 if given[prologue] in ("normgrad", "actgrad") else 1
+
+    rows, columns = given["BLOCK_M"], given.get("BLOCK_N", 64)
     images = given["groups"] * given["images"]
     pixels = given["images"] * given["P"] * given["Q"]
     depth = given.get("BLOCK_K", 64)
     useful = 2 * images * given["P"] * given["Q"] * given["CS"] * given["CL"] * 16
     if name == "image_gradients":  # both are sums of windows, over taps and over pixels
-        made = grid[0] * grid[1] * given["BLOCK_N"] * 64 * padded(pixels, given["BLOCK_M"])
-        return 2 * 2 * made, 2 * useful
+        made = 2 * grid[0] * grid[1] * columns * 64 * padded(pixels, rows)
+        # The weight stays, and the second product has the windows of the first.
+        first = Product(made, rows, columns, left=loaded("PROLOGUE"), right=0)
+        return [first, Product(made, columns, 64, right=0)], 2 * useful
     if name == "image_weight_gradient_through":
         # Going up, then the weight of what is below, which has 4 times as many small pixels.
-        tiles = grid[0] * grid[1] * 4 * padded(pixels, given["BLOCK_M"]) * given["BLOCK_N"]
-        k = 4 * padded(given["CS"], given["BLOCK_K"]) + 64
+        tiles = 2 * grid[0] * grid[1] * 4 * padded(pixels, rows) * columns
+        up = Product(tiles * 4 * padded(given["CS"], depth), rows, columns, loaded("PROLOGUE"))
         below = 2 * images * 4 * given["P"] * given["Q"] * given["CL"] * given["CI"] * 16
-        return 2 * tiles * k, useful + below
+        return [up, Product(tiles * 64, columns, 64, left=0)], useful + below
     if "weight_gradient" in name:
-        columns = given.get("BLOCK_N", 64)
-        made = grid[0] * given["BLOCK_M"] * columns * given["groups"] * padded(pixels, depth)
-        return 2 * made, useful
+        made = 2 * grid[0] * rows * columns * given["groups"] * padded(pixels, depth)
+        small, large = loaded("SMALL_PROLOGUE"), loaded("LARGE_PROLOGUE")
+        return [Product(made, rows, columns, small, large)], useful
     if name == "image_down":
         k = padded(64, depth)
     elif name == "image_up":
@@ -360,4 +423,5 @@ def _flops(name: str, grid: tuple[int, ...], given: dict[str, Any]) -> tuple[int
         k = (4 if given["STRIDE"] > 1 else 1) * padded(given["CS"], depth)
     else:
         k = 16 * padded(given["CL"], depth)
-    return 2 * grid[0] * grid[1] * given["BLOCK_M"] * given["BLOCK_N"] * k, useful
+    made = 2 * grid[0] * grid[1] * rows * columns * k
+    return [Product(made, rows, columns, loaded("PROLOGUE"))], useful

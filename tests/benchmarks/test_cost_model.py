@@ -1,15 +1,24 @@
 """The counter against PyTorch's own and against sums by hand; then what a step is to cost."""
 
 import json
+import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import cost_model
-from benchmarks.counting import counting, multi_tensor_launches
+from benchmarks.counting import (
+    _products,
+    counting,
+    multi_tensor_launches,
+    size,
+    traffic,
+    work_of_launch,
+)
 from fastdcgan_kernels import functional, plan
 
 H100 = cost_model.DEVICES["h100"]
@@ -116,6 +125,79 @@ def test_a_first_layers_weight_gradient_by_hand():
     assert through.flops == 2 * (products + BATCH * 32 * 32 * 64 * 16)  # 64 columns for 48
 
 
+def step_of_tiles(launch):
+    """Bytes that all programs of a launch load, one step after the other."""
+    given = launch.arguments
+    element = given.get("small", given.get("x"))
+    element = getattr(element, "base", element).element_size()
+    programs = math.prod(launch.grid[:-1])  # those that SPLIT adds share the steps
+    left, right = given["BLOCK_M"] * given["BLOCK_K"], given["BLOCK_N"] * given["BLOCK_K"]
+    if "small" in given:
+        pixels = given["groups"] * given["images"] * given["P"] * given["Q"]
+        steps = pixels // given["BLOCK_K"]
+        left *= 2 if given["SMALL_PROLOGUE"] == "normgrad" else 1
+        right *= 2 if given["LARGE_PROLOGUE"] == "normgrad" else 1
+    else:
+        channels, taps = (given["CS"], 4) if given["UP"] else (given["CL"], 16)
+        steps = taps * channels // given["BLOCK_K"]
+        left *= 2 if given["PROLOGUE"] == "normgrad" else 1
+    return programs * steps * (left + right) * element
+
+
+@pytest.mark.parametrize("how", ["materialised", "prologue"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_bytes_through_the_l2_are_those_of_all_steps_of_all_tiles(how, dtype, monkeypatch):
+    """D's second to fourth layer, forward and backward, by the arguments of each launch."""
+    weights = [meta(2 * c, c, 4, 4, dtype=torch.float32).requires_grad_() for c in (64, 128, 256)]
+    x = meta(2 * BATCH, 64, 32, 32, dtype=dtype).requires_grad_()
+
+    launches = []
+
+    def noted(launch):
+        launches.append((launch, work_of_launch(launch)))
+        return launches[-1][1]
+
+    def run():
+        h = x
+        for weight in weights:
+            gamma = meta(len(weight), dtype=torch.float32)
+            h = functional.conv_bn_act(
+                h, weight, None, gamma, gamma, None, None, stride=2, padding=1, training=True,
+                momentum=0.1, eps=1e-5, activation="relu", stat_groups=2,
+                defer=weight is not weights[-1],
+            )  # fmt: skip
+        h.sum().backward()
+
+    monkeypatch.setattr("benchmarks.counting.work_of_launch", noted)
+    ours(run, how)
+    seen = 0
+    for launch, work in launches:
+        given = launch.arguments
+        if "PRECISION" not in given:
+            assert work.l2 == work.bytes
+            continue
+        seen += 1
+        names = ("small", "small_aux", "large", "large_aux", "x", "x_aux", "w")
+        reads = [name for name in traffic(work.name, given)[0] if name in names]
+        once = sum(size(getattr(given[name], "base", given[name])) for name in reads)
+        assert work.l2 == work.bytes - once + step_of_tiles(launch)
+    assert seen == 9
+
+
+def test_bytes_of_merged_products_through_the_l2_by_hand():
+    """The first layers' weight gradient in one launch: its second product loads windows alone."""
+    given = {"groups": 1, "images": 2, "P": 16, "Q": 16, "CS": 128, "CL": 64, "CI": 3,
+             "BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "PROLOGUE": "normgrad",
+             "PRECISION": "tf32"}  # fmt: skip
+    products, _ = _products("image_weight_gradient_through", (1, 1, 4), given)
+    tiles, steps = 4 * 2 * 16 * 16 // 128, 4 * 128 // 32
+    loaded = tiles * (steps * (2 * 128 + 64) * 32 + 128 * 64)
+    assert sum(product.loads for product in products) == loaded
+    # Both gradients of an image: windows, for one of which an aux is read, and features.
+    products, _ = _products("image_gradients", (1, 1, 4), given)
+    assert sum(product.loads for product in products) == 4 * (2 * 128 * 64 + 128 * 64)
+
+
 def test_launches_of_known_operations():
     a, b = (torch.empty(64, 1024, device="meta") for _ in range(2))
     with counting() as work:
@@ -174,6 +256,27 @@ def test_a_roofline_by_hand():
     assert one.predicted(H100, "bf16") == pytest.approx(2e-3 + 2 * cost_model.REPLAYED)
 
 
+def test_seconds_of_a_launch_by_hand():
+    """Bound by FLOPs, by memory, by the L2; and a few programs of many."""
+    from benchmarks.counting import Work
+
+    rates = {"flops": 1e12, "bytes": 1e9, "l2": 4e9}
+    assert cost_model.seconds_of(Work("", 1, 10**6, 0, 10**10), **rates) == (0.01, 0.01)
+    assert cost_model.seconds_of(Work("", 1, 10**6, 10**6, 10**6), **rates) == (0.002, 0.002)
+    product = Work("", 1, 10**6, 10**6, 10**9, tile_loads=39 * 10**6, operands=10**6, programs=33)
+    assert product.l2 == 40 * 10**6
+    assert cost_model.seconds_of(product, **rates) == (0.002, 0.01)
+    assert cost_model.seconds_of(product, **rates, multiprocessors=132) == (0.002, 0.04)
+    assert cost_model.seconds_of(product, **rates, multiprocessors=16) == (0.002, 0.01)
+
+
+def test_the_l2_of_a_device_is_given_or_assumed_by_its_clock():
+    assert H100.l2 == pytest.approx(6.25e12, rel=0.01)  # between 5.5 and 7 TB/s
+    a100 = cost_model.DEVICES["a100"]
+    assert a100.l2 / H100.l2 == pytest.approx(108 / 132 * 1.41 / 1.83)
+    assert replace(a100, l2=5e12).l2 == 5e12
+
+
 @pytest.fixture(scope="module")
 def steps():
     names = ("prologue", "default", "eager-amp")
@@ -201,6 +304,43 @@ def test_a_step_wastes_no_flops(steps):
     assert steps["eager-amp"].useful / BATCH / 1e6 == pytest.approx(2482, rel=1e-3)
 
 
+# Layers of D on two batches, and of G: GFLOP, FLOPs a byte of operands, floor in us, and what the
+# kernels were expected to take (of 5.5 to 7 TB/s), read from their tiles by hand.
+TABLE = [
+    ("D2 forward", 17.2, 64, 21.5, (38, 49)), ("D3 forward", 17.2, 64, 21.5, (38, 49)),
+    ("D4 forward", 17.2, 43, 21.5, (58, 73)), ("D4 weight", 17.2, 43, 21.5, (58, 73)),
+    ("D3 weight", 17.2, 32, 21.5, (77, 98)), ("G2 forward", 8.6, 43, 10.8, (29, 37)),
+    ("G3 forward", 8.6, 64, 10.8, (19, 24)), ("G2 data", 8.6, 32, 10.8, (38, 49)),
+]  # fmt: skip
+
+
+def test_launches_of_a_step_are_those_of_the_table(steps):
+    work = steps["default"].work
+    forward = [w for w in work if w.name == "gather_descriptors"]
+    weights = [w for w in work if w.name == "weight_gradient_descriptors"]
+    found = {
+        **dict(zip(("G2 forward", "G3 forward"), forward, strict=False)),
+        **dict(zip(("D2 forward", "D3 forward", "D4 forward"), forward[3:], strict=False)),
+        **dict(zip(("D4 weight", "D3 weight"), weights, strict=False)),
+        "G2 data": forward[-1],
+    }
+    for name, gflop, a_byte, floor, (least, most) in TABLE:
+        w = found[name]
+        assert round(w.flops / 1e9, 1) == gflop, name
+        assert round(w.flops / w.tile_loads) == a_byte, name
+        seconds, predicted = cost_model.seconds_on(H100, w, "bf16")
+        assert round(seconds * 1e6, 1) == floor, name
+        assert least <= predicted * 1e6 <= most, name
+
+
+@pytest.mark.parametrize(("batch", "expected"), [(128, 66_500), (1024, 85_500)])
+def test_a_step_is_predicted_as_slow_as_its_tiles(batch, expected):
+    """To 30 % of what was estimated from each kernel's tile by hand; the roofline is twice that."""
+    one = cost_model.cost("default", device=H100, batch=batch, size=64, dtype="bf16")
+    assert batch / one.predicted(H100, "bf16") == pytest.approx(expected, rel=0.3)
+    assert batch / one.roofline(H100, "bf16") > 1.9 * expected
+
+
 def test_the_command(command, tmp_path):
     file = tmp_path / "cost.md"
     run = command(
@@ -217,8 +357,14 @@ def test_the_command(command, tmp_path):
     run = command("benchmarks.cost_model", "--batch", 8, "--image-size", 32, "--json")
     found = json.loads(run.stdout)
     assert found["prediction"] is True
+    run = command(
+        "benchmarks.cost_model", "--batch", 8, "--image-size", 32, "--json", "--l2", "1e9"
+    )
+    for step, slower in zip(found["steps"], json.loads(run.stdout)["steps"], strict=True):
+        assert slower["l2_seconds"] > 5 * step["l2_seconds"]
+        assert slower["roofline_seconds"] == step["roofline_seconds"]
     for step in found["steps"]:
-        assert step["predicted_seconds"] >= step["roofline_seconds"] > 0
+        assert step["predicted_seconds"] >= step["l2_seconds"] > step["roofline_seconds"] > 0
         assert sum(kernel["bytes"] for kernel in step["kernels"].values()) == step["bytes"]
 
 
@@ -226,6 +372,7 @@ def test_bad_arguments_get_one_line(command):
     for arguments, words in (
         (("--device", "voodoo2"), "--device voodoo2 was given; give one of h100"),
         (("--batch", "1"), "--batch 1 was given"),
+        (("--l2", "0"), "--l2 0 was given; give bytes a second"),
         (("--image-size", "65"), "--image-size 65 was given; give 32, 64, 128 or 256"),
     ):
         run = command("benchmarks.cost_model", *arguments)
