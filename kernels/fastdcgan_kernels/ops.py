@@ -398,7 +398,7 @@ def only(needs: Sequence[bool], *grads: Tensor | None) -> tuple[Tensor | None, .
 
 
 # register_autograd refuses an operator that changes arguments, whoever needs their gradients; these
-# are buffers, which have none. opcheck, compiling and training in test_functional.py hold it.
+# are buffers, which have none. test_ops.py and test_functional.py (compiling, training) hold it.
 conv_bn._setup_context_fn, conv_bn._backward_fn = _save_conv_bn, _conv_bn_gradient
 conv_act.register_autograd(_conv_act_gradient, setup_context=_save_conv_act)
 activate.register_autograd(_activate_gradient, setup_context=_save_activate)

@@ -19,7 +19,6 @@ from fastdcgan_kernels import functional, fuse, reference
 from fastdcgan_kernels.cpu import build, convolution
 from fastdcgan_kernels.geometry import Geometry
 from fastdcgan_kernels.modules import stat_groups
-from fastdcgan_kernels.ops import ops
 
 CL = torch.channels_last
 
@@ -296,21 +295,6 @@ def test_one_value_a_channel_is_refused():
     x, weight, gamma, beta = leaves((1, 32, 4, 4), (32, 32, 4, 4), (32,), (32,))
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         block()(x[:, :, :2, :2], weight, gamma, beta)
-
-
-def test_operators_pass_opcheck():
-    x, weight, gamma, beta = leaves((16, 32, 8, 8), (32, 32, 4, 4), (32,), (32,))
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    for activation in ("leaky_relu", "tanh"):
-        torch.library.opcheck(
-            ops.cpu_conv_norm.default,
-            (x, weight, None, gamma, beta, False, 2, 2, 1e-5, activation, 0.2),
-            test_utils=checks,
-        )
-        torch.library.opcheck(
-            ops.cpu_conv_act.default, (x, weight, beta, False, 2, activation, 0.2),
-            test_utils=checks,
-        )  # fmt: skip
 
 
 def test_compiles_whole(called):

@@ -9,7 +9,6 @@ from torch import nn
 import fastdcgan_kernels as fk
 from fastdcgan_kernels import functional, plan, reference
 from fastdcgan_kernels.launch import Launch
-from fastdcgan_kernels.ops import ops
 
 CL = torch.channels_last
 # (transposed, stride, x's shape, weight's shape): the four kinds, and the two three-channel ends.
@@ -503,54 +502,6 @@ def test_second_gradients_of_the_reference_pieces():
 
     assert torch.autograd.gradcheck(pieces, (x, coef, weight, gamma, beta))
     assert torch.autograd.gradgradcheck(pieces, (x, coef, weight, gamma, beta))
-
-
-OPCHECK = {
-    "conv_bn": (
-        ops.conv_bn,
-        lambda: (
-            *leaves((4, 5, 4, 4), (3, 2, 5), (6, 5, 4, 4), None, (6,), (6,)),
-            False, 2, 2, 1e-5, "relu", 0.0, "",
-        ),
-    ),
-    "conv_act": (
-        ops.conv_act,
-        lambda: (
-            *leaves((2, 5, 4, 4), None, (5, 3, 4, 4), (3,)),
-            *(True, 2, "none", 0.0, "tanh", 0.0),
-        ),
-    ),
-    "conv_act with signs": (
-        ops.conv_act,
-        lambda: (
-            *leaves((2, 3, 8, 4), None, (8, 3, 4, 4), None),
-            *(False, 2, "none", 0.0, "relu", 0.0, None, True),
-        ),
-    ),
-    "conv_act to a number": (
-        ops.conv_act,
-        lambda: (
-            *leaves((4, 5, 4, 4), (5, 2, 5), (1, 5, 4, 4), None),
-            *(False, 1, "relu", 0.0, "none", 0.0, None, False), *leaves((5,), (5,)),
-        ),
-    ),
-    "conv_bn of image": (
-        ops.conv_bn,
-        lambda: (
-            torch.randn(2, 8, 4, 4), *leaves(None, (6, 8, 4, 4), None, (6,), (6,)),
-            *(False, 2, 2, 1e-5, "relu", 0.0, "", None, None, None, None, 0.0, None),
-            *leaves((2, 3, 8, 8), (8, 3, 4, 4)), None,
-            torch.randint(256, (2, 4, 4, 1), dtype=torch.uint8),
-        ),
-    ),
-    "activate": (ops.activate, lambda: (*leaves((4, 5, 4, 4), (3, 2, 5)), "leaky_relu", 0.2)),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", OPCHECK)
-def test_opcheck(name):
-    op, arguments = OPCHECK[name]
-    torch.library.opcheck(op.default, arguments())
 
 
 def small_net(x, weights, norm, op):

@@ -1,0 +1,238 @@
+"""Every operator that the package registers with PyTorch, found by listing them: its schema, and
+opcheck (schema, fakes, gradients, dynamic shapes), optional arguments absent and present. Not here:
+whether what they compute is right (test_functional.py, test_cpu.py)."""
+
+import pkgutil
+from importlib import import_module
+
+import pytest
+import torch
+
+import fastdcgan_kernels
+from fastdcgan_kernels.ops import ops
+
+for _module in pkgutil.walk_packages(fastdcgan_kernels.__path__, "fastdcgan_kernels."):
+    import_module(_module.name)
+
+SCHEMAS = {
+    schema.name.removeprefix("fastdcgan::"): schema
+    for schema in torch._C._jit_get_all_schemas()
+    if schema.name.startswith("fastdcgan::")
+}
+
+
+def optional(argument):
+    return argument.type.kind() == "OptionalType"
+
+
+def normal(*shape):
+    return torch.randn(shape)
+
+
+def leaf(*shape):
+    return torch.randn(shape, requires_grad=True)
+
+
+def signs(*shape):
+    return torch.randint(256, shape, dtype=torch.uint8)
+
+
+# What each case of each operator is given; optional arguments that are not named are None.
+LAYER = {"up": False, "stride": 2, "x_activation": "none", "x_slope": 0.0}
+DEFERRED = {"up": False, "stride": 2, "x_activation": "leaky_relu", "x_slope": 0.2}
+CPU_LAYER = {"up": False, "stride": 2, "groups": 2, "eps": 1e-5, "slope": 0.2}
+CASES = {
+    "conv_bn": {
+        "alone": lambda: {
+            **LAYER, "x": leaf(2, 3, 8, 4), "weight": leaf(5, 3, 4, 4), "groups": 1, "eps": 1e-5,
+            "sync": "", "momentum": 0.0,
+        },
+        "with all of the norm's": lambda: {
+            **DEFERRED, "x": leaf(4, 5, 4, 4), "x_coef": leaf(5, 2, 5), "weight": leaf(6, 5, 4, 4),
+            "working": normal(6, 5, 4, 4), "bias": leaf(6), "gamma": leaf(6), "beta": leaf(6),
+            "groups": 2, "eps": 1e-5, "sync": "", "running_mean": normal(6),
+            "running_var": torch.rand(6), "batches": torch.tensor(3), "momentum": 0.3,
+        },
+        "with a momentum for each group": lambda: {
+            **LAYER, "x": leaf(4, 3, 8, 4), "weight": leaf(5, 3, 4, 4), "groups": 2, "eps": 1e-5,
+            "sync": "", "running_mean": normal(5), "running_var": torch.rand(5), "momentum": 0.0,
+            "momenta": torch.rand(2),
+        },
+        "of an image": lambda: {
+            **DEFERRED, "x": normal(2, 8, 4, 4), "weight": leaf(6, 8, 4, 4), "gamma": leaf(6),
+            "beta": leaf(6), "groups": 2, "eps": 1e-5, "sync": "", "momentum": 0.0,
+            "picture": leaf(2, 3, 8, 8), "picture_weight": leaf(8, 3, 4, 4),
+            "picture_working": normal(8, 3, 4, 4), "signs": signs(2, 4, 4, 1),
+        },
+    },
+    "conv_bn_backward": {
+        "alone": lambda: {
+            **LAYER, "gy": normal(2, 5, 4, 2), "x": normal(2, 3, 8, 4),
+            "weight": normal(5, 3, 4, 4), "y": normal(2, 5, 4, 2), "groups": 1, "sync": "",
+            "need": [True, True, False],
+        },
+        "with all": lambda: {
+            **DEFERRED, "gy": normal(4, 6, 2, 2), "gcoef": normal(5, 2, 6), "x": normal(4, 5, 4, 4),
+            "x_coef": normal(5, 2, 5), "weight": normal(6, 5, 4, 4), "working": normal(6, 5, 4, 4),
+            "bias": normal(6), "y": normal(4, 6, 2, 2), "groups": 2, "sync": "",
+            "need": [True, True, True],
+        },
+        "with nothing asked for": lambda: {
+            **DEFERRED, "gy": normal(4, 6, 2, 2), "gcoef": normal(5, 2, 6), "x": normal(4, 5, 4, 4),
+            "x_coef": normal(5, 2, 5), "weight": normal(6, 5, 4, 4), "bias": normal(6),
+            "y": normal(4, 6, 2, 2), "groups": 2, "sync": "", "need": [False, False, False],
+        },
+    },
+    "conv_bn_of_image_backward": {
+        f"working {given}, need {need}": lambda given=given, need=need: {
+            "gy": normal(2, 6, 2, 2), "gcoef": normal(5, 2, 6), "picture": normal(2, 3, 8, 8),
+            "picture_weight": normal(8, 3, 4, 4), "signs": signs(2, 4, 4, 1),
+            "x": normal(2, 8, 4, 4), "weight": normal(6, 8, 4, 4), "y": normal(2, 6, 2, 2),
+            "groups": 2, "x_activation": "relu", "x_slope": 0.0, "sync": "", "need": need,
+            **({"picture_working": normal(8, 3, 4, 4), "working": normal(6, 8, 4, 4)} if given
+               else {}),
+        }
+        for given, need in ((True, [True] * 3), (False, [False, True, False]), (False, [False] * 3))
+    },
+    "conv_act": {
+        "alone": lambda: {
+            "x": leaf(2, 5, 4, 4), "weight": leaf(5, 3, 4, 4), "up": True, "stride": 2,
+            "x_activation": "none", "x_slope": 0.0, "activation": "tanh", "slope": 0.0,
+            "signed": False,
+        },
+        "with bias and working": lambda: {
+            **DEFERRED, "x": leaf(4, 5, 4, 4), "x_coef": leaf(5, 2, 5), "weight": leaf(6, 5, 4, 4),
+            "working": normal(6, 5, 4, 4), "bias": leaf(6), "activation": "relu", "slope": 0.0,
+            "signed": False,
+        },
+        "with signs": lambda: {
+            **LAYER, "x": leaf(2, 3, 8, 4), "weight": leaf(8, 3, 4, 4), "activation": "relu",
+            "slope": 0.0, "signed": True,
+        },
+        "to a number": lambda: {
+            "x": leaf(4, 5, 4, 4), "x_coef": leaf(5, 2, 5), "weight": leaf(1, 5, 4, 4), "up": False,
+            "stride": 1, "x_activation": "relu", "x_slope": 0.0, "activation": "none", "slope": 0.0,
+            "signed": False, "x_gamma": leaf(5), "x_beta": leaf(5),
+        },
+    },
+    "conv_act_backward": {
+        "alone": lambda: {
+            **LAYER, "g": normal(2, 5, 4, 2), "out": normal(2, 5, 4, 2), "x": normal(2, 3, 8, 4),
+            "weight": normal(5, 3, 4, 4), "activation": "none", "slope": 0.0,
+            "need": [True, True, False],
+        },
+        "with all": lambda: {
+            **DEFERRED, "g": normal(4, 6, 2, 2), "out": normal(4, 6, 2, 2), "x": normal(4, 5, 4, 4),
+            "x_coef": normal(5, 2, 5), "weight": normal(6, 5, 4, 4), "working": normal(6, 5, 4, 4),
+            "bias": normal(6), "activation": "tanh", "slope": 0.0, "need": [True, True, True],
+        },
+        "with nothing asked for": lambda: {
+            **DEFERRED, "g": normal(4, 6, 2, 2), "out": normal(4, 6, 2, 2), "x": normal(4, 5, 4, 4),
+            "x_coef": normal(5, 2, 5), "weight": normal(6, 5, 4, 4), "bias": normal(6),
+            "activation": "tanh", "slope": 0.0, "need": [False, False, False],
+        },
+    },
+    "logit_backward": {
+        f"working {given}": lambda given=given: {
+            "g": normal(4, 1, 1, 1), "x": normal(4, 5, 4, 4), "x_coef": normal(5, 2, 5),
+            "weight": normal(1, 5, 4, 4), "x_activation": "relu", "x_slope": 0.0,
+            **({"working": normal(1, 5, 4, 4)} if given else {}),
+        }
+        for given in (False, True)
+    },
+    "activate": {
+        "alone": lambda: {
+            "y": leaf(4, 5, 4, 4), "coef": leaf(5, 2, 5), "activation": "leaky_relu", "slope": 0.2,
+        },
+    },
+    "activate_backward": {
+        "alone": lambda: {
+            "g": normal(4, 5, 4, 4), "y": normal(4, 5, 4, 4), "coef": normal(5, 2, 5),
+            "activation": "leaky_relu", "slope": 0.2,
+        },
+    },
+    "cpu_conv_norm": {
+        "alone": lambda: {
+            **CPU_LAYER, "x": leaf(16, 32, 8, 8), "weight": leaf(32, 32, 4, 4),
+            "activation": "leaky_relu",
+        },
+        "with all": lambda: {
+            **CPU_LAYER, "x": leaf(16, 32, 8, 8), "weight": leaf(32, 32, 4, 4), "bias": leaf(32),
+            "gamma": leaf(32), "beta": leaf(32), "activation": "tanh",
+        },
+    },
+    "cpu_conv_norm_backward": {
+        "alone": lambda: {
+            **CPU_LAYER, "g": normal(16, 32, 4, 4), "x": normal(16, 32, 8, 8),
+            "weight": normal(32, 32, 4, 4), "y": normal(16, 32, 4, 4),
+            "stats": torch.rand(3, 2, 32), "activation": "leaky_relu", "need": [True, True, False],
+        },
+        "with all": lambda: {
+            **CPU_LAYER, "g": normal(16, 32, 4, 4), "x": normal(16, 32, 8, 8),
+            "weight": normal(32, 32, 4, 4), "bias": normal(32), "gamma": normal(32),
+            "beta": normal(32), "out": torch.rand(16, 32, 4, 4), "y": normal(16, 32, 4, 4),
+            "stats": torch.rand(3, 2, 32), "activation": "tanh", "need": [True, True, True],
+        },
+    },
+    "cpu_conv_act": {
+        "alone": lambda: {
+            "x": leaf(16, 32, 8, 8), "weight": leaf(32, 32, 4, 4), "up": False, "stride": 2,
+            "activation": "tanh", "slope": 0.0,
+        },
+        "with bias": lambda: {
+            "x": leaf(16, 32, 8, 8), "weight": leaf(32, 32, 4, 4), "bias": leaf(32), "up": True,
+            "stride": 2, "activation": "leaky_relu", "slope": 0.2,
+        },
+    },
+    "cpu_conv_act_backward": {
+        "alone": lambda: {
+            "g": normal(16, 32, 4, 4), "x": normal(16, 32, 8, 8), "weight": normal(32, 32, 4, 4),
+            "up": False, "stride": 2, "activation": "none", "slope": 0.0,
+            "need": [True, True, False],
+        },
+        "with all": lambda: {
+            "g": normal(16, 32, 4, 4), "out": torch.rand(16, 32, 4, 4), "x": normal(16, 32, 8, 8),
+            "weight": normal(32, 32, 4, 4), "bias": normal(32), "up": False, "stride": 2,
+            "activation": "leaky_relu", "slope": 0.2, "need": [True, True, True],
+        },
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_no_argument_has_a_default(name):
+    """PyTorch 2.11 drops trailing arguments that equal their defaults before a call, and then looks
+    for the mutated ones among those left."""
+    assert [a.name for a in SCHEMAS[name].arguments if a.has_default_value()] == []
+
+
+def test_conv_bn_without_running_buffers_and_without_a_momentum():
+    """The call that PyTorch 2.11 made an IndexError of."""
+    x, weight = normal(2, 3, 8, 8), normal(5, 3, 4, 4)
+    y, coef = ops.conv_bn(
+        x, None, weight, None, None, None, False, 2, 1, 1e-5, "none", 0.0, "", None, None, None,
+        None, 0.0, None, None, None, None, None,
+    )  # fmt: skip
+    torch.testing.assert_close(y, torch.nn.functional.conv2d(x, weight, None, 2, 1))
+    torch.testing.assert_close(coef[0, 0], y.mean((0, 2, 3)))
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_cases_have_every_optional_argument_absent_and_present(name):
+    cases = [case() for case in CASES[name].values()]
+    for argument in filter(optional, SCHEMAS[name].arguments):
+        assert {argument.name in case for case in cases} == {True, False}, argument.name
+
+
+@pytest.mark.parametrize(
+    ("name", "case"), [(name, case) for name in SCHEMAS for case in CASES.get(name, ())]
+)
+def test_opcheck(name, case):
+    torch.manual_seed(0)
+    given = CASES[name][case]()
+    values = [
+        given.pop(a.name, None) if optional(a) else given.pop(a.name)
+        for a in SCHEMAS[name].arguments
+    ]
+    assert not given, "arguments that the operator does not have"
+    torch.library.opcheck(getattr(ops, name).default, values)
