@@ -1,0 +1,1 @@
+"""Proves and measures a card: `python -m benchmarks.gpu`."""
