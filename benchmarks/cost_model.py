@@ -1,5 +1,6 @@
 """What one whole training step costs, counted from what it really launches, and the time that this
-predicts on a GPU: `python -m benchmarks.cost_model`. Nothing here is measured, and no GPU is used.
+predicts on a GPU: `python -m benchmarks.cost_model`. Nothing is measured here, and no GPU is used;
+`--measured FOLDER` puts beside it what `python -m benchmarks.gpu` measured.
 
 The steps are ours in each of the implementations that a plan can choose, and the PyTorch example's
 loop in float32 and under AMP. How launches and operations are counted is in counting.py.
@@ -16,6 +17,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from benchmarks.gpu import page
+from fastdcgan.errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +78,38 @@ DEVICES = {
     "mi300x": Device("MI300X", "gfx942", 304, 2.1e9, 1307.4e12, 653.7e12, 5.3e12,
                      "AMD Instinct MI300X data sheet"),
 }  # fmt: skip
+
+
+def device_of(run: page.Summary, base: Device | None = None) -> Device:
+    """The card of a run, with the peaks that the run measured; `base`, by default a known card of
+    its architecture, has those that it did not."""
+    machine = page.items(run, "machine")
+    card = machine.get("card", {})
+    target = "sm_" + "".join(map(str, card.get("capability", [])))
+    known = [device for device in DEVICES.values() if device.target == target]
+    base = base or (known or [DEVICES["h100"]])[0]
+    found = {
+        "flops16": machine.get("product", {}).get("flops_per_second"),
+        "bytes": machine.get("copy", {}).get("bytes_per_second"),
+        "l2": machine.get("l2", {}).get("bytes_per_second"),
+    }
+    peaks = {name: value for name, value in found.items() if value}
+    how = [
+        f"{words}: {'measured' if name in peaks else base.source}"
+        for name, words in (("flops16", "16 bit"), ("flops32", "TF32"), ("bytes", "memory"))
+    ]
+    return replace(
+        base,
+        **{
+            "l2": 0.0,
+            "name": page.card_of(run),
+            "multiprocessors": card.get("multiprocessors", base.multiprocessors),
+            "source": "; ".join(how),
+            "l2_source": "measured" if "l2" in peaks else base.l2_source,
+            **peaks,
+        },
+    )
+
 
 OURS = {
     "default": "ours, the plan's own choices",
@@ -328,10 +364,26 @@ def cost(name: str, *, device: Device, batch: int, size: int, dtype: str) -> Cos
     return Cost(EAGER[name], eager_step(name == "eager-amp", batch, size), batch, False)
 
 
+def measured(run: page.Summary, batch: int) -> dict[str, float]:
+    """Seconds of a step of this batch, as a run measured them, by the names of `OURS` and `EAGER`;
+    only of those that it has."""
+    found = {
+        facts["way"]: facts["median"]
+        for facts in page.items(run, "ways").values()
+        if facts.get("batch") == batch and facts.get("median") and facts.get("way") in OURS
+    }
+    if batch in page.rates(run):
+        found["default"] = batch / page.rates(run)[batch]
+    example = page.steps(run, in_turn=True).get(batch, {}).get(page.EXAMPLE)
+    return found | ({"eager": example["median"]} if example else {})
+
+
 # --- The report -----------------------------------------------------------------------------------
 
 
-def summary(one: Cost, device: Device, dtype: str) -> dict[str, Any]:
+def summary(
+    one: Cost, device: Device, dtype: str, measured_seconds: float | None = None
+) -> dict[str, Any]:
     """The figures of a row, and the launches by kernel."""
     kernels: dict[str, dict[str, float]] = {}
     for w in one.work:
@@ -352,20 +404,21 @@ def summary(one: Cost, device: Device, dtype: str) -> dict[str, Any]:
         "l2_seconds": one.through_l2(device, dtype),
         "predicted_seconds": seconds,
         "predicted_images_per_second": one.batch / seconds,
+        "measured_seconds": measured_seconds,
         "kernels": kernels,
     }
 
 
 def document(rows: list[dict[str, Any]], device: Device, given: argparse.Namespace) -> str:
     """The report in Markdown."""
+    beside = given.measured is not None
     eager = next((row for row in rows if row["step"] == EAGER["eager-amp"]), None)
     lines = [
         f"# What a training step costs: batch {given.batch}, {given.image_size} pixels, "
         f"{given.dtype}",
         "",
         "Counted from the launches that the engine makes and the operations that eager PyTorch "
-        "dispatches, on tensors without data. **Nothing here was measured on a GPU: every time is "
-        "a prediction.**",
+        f"dispatches, on tensors without data. {_claim(given)}",
         "",
         f"Made by `{given.command}`.",
         "",
@@ -375,8 +428,8 @@ def document(rows: list[dict[str, Any]], device: Device, given: argparse.Namespa
         "",
         "| step | launches | GB moved | of eager AMP | GB through the L2 | MFLOP an image: made "
         "| useful | roofline, predicted ms | with the L2, predicted ms | step, predicted ms "
-        "| images/s, predicted |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| images/s, predicted |" + " step, measured ms | images/s, measured |" * beside,
+        "|" + "---|" * (13 if beside else 11),
     ]
     for row in rows:
         share = f"1/{eager['bytes'] / row['bytes']:.2f}" if eager else "-"
@@ -389,6 +442,10 @@ def document(rows: list[dict[str, Any]], device: Device, given: argparse.Namespa
             f"{row['predicted_seconds'] * 1e3:.3f}",
             f"{row['predicted_images_per_second']:,.0f}",
         )  # fmt: skip
+        if beside:
+            seconds = row["measured_seconds"]
+            own = (f"{seconds * 1e3:.3f}", f"{given.batch / seconds:,.0f}") if seconds else "--"
+            cells = (*cells, *own)
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     lines += [
         "",
@@ -427,6 +484,28 @@ def document(rows: list[dict[str, Any]], device: Device, given: argparse.Namespa
     return "\n".join(lines) + "\n"
 
 
+def _claim(given: argparse.Namespace) -> str:
+    if given.measured is None:
+        return "**Nothing here was measured on a GPU: every time is a prediction.**"
+    return (
+        "**Every time is a prediction but those called measured**, which are of "
+        f"`{given.measured}` ({given.run.get('when', 'date unknown')})."
+    )
+
+
+def _run(given: argparse.Namespace, parser: argparse.ArgumentParser) -> page.Summary:
+    """The run that --measured names."""
+    if (given.image_size, given.dtype) != (64, "bf16"):
+        parser.error("--measured goes with --image-size 64 and --dtype bf16, which were measured")
+    try:
+        run = page.load(given.measured)
+    except InputError as error:
+        parser.error(f"--measured {given.measured} was given: {error}")
+    if run["rehearsal"]:
+        parser.error(f"--measured {given.measured} is a rehearsal: no GPU was measured")
+    return run
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(
@@ -437,16 +516,22 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--batch", type=int, default=128, help="images; default 128")
     parser.add_argument("--image-size", type=int, default=64, help="32, 64, 128 or 256; default 64")
-    parser.add_argument("--device", default="h100", help=f"default h100; {', '.join(DEVICES)}")
+    parser.add_argument(
+        "--device", help=f"default h100, or the measured card; {', '.join(DEVICES)}"
+    )  # fmt: skip
     parser.add_argument("--dtype", default="bf16", choices=DTYPES, help="of ours; default bf16")
     parser.add_argument(
         "--l2", type=float, metavar="BYTES",
         help="a second from the L2; default: assumed, by the multiprocessors and their clock",
     )  # fmt: skip
+    parser.add_argument(
+        "--measured", metavar="FOLDER", type=Path,
+        help="of python -m benchmarks.gpu: predict with its peaks, for its card, beside its times",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="objects, not Markdown")
     parser.add_argument("--markdown", metavar="FILE", help="write it there, not to the screen")
     given = parser.parse_args(arguments)
-    if given.device not in DEVICES:
+    if given.device not in (None, *DEVICES):
         parser.error(f"--device {given.device} was given; give one of {', '.join(DEVICES)}")
     if given.image_size not in (32, 64, 128, 256):
         parser.error(f"--image-size {given.image_size} was given; give 32, 64, 128 or 256")
@@ -455,7 +540,12 @@ def main(arguments: list[str] | None = None) -> int:
     if given.l2 is not None and not 0 < given.l2 < math.inf:
         parser.error(f"--l2 {given.l2:g} was given; give bytes a second, as 5.5e12")
     given.command = " ".join([COMMAND, *(sys.argv[1:] if arguments is None else arguments)])
-    device = DEVICES[given.device]
+    device = DEVICES[given.device or "h100"]
+    times: dict[str, float] = {}
+    if given.measured is not None:
+        given.run = _run(given, parser)
+        device = device_of(given.run, DEVICES.get(given.device))
+        times = measured(given.run, given.batch)
     if given.l2 is not None:
         device = replace(device, l2=given.l2, l2_source="as given")
     rows = [
@@ -463,6 +553,7 @@ def main(arguments: list[str] | None = None) -> int:
             cost(name, device=device, batch=given.batch, size=given.image_size, dtype=given.dtype),
             device,
             "fp32" if name == "eager" else given.dtype,
+            times.get(name),
         )
         for name in (*OURS, *EAGER)
     ]

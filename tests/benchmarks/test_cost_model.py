@@ -20,6 +20,7 @@ from benchmarks.counting import (
     work_of_launch,
 )
 from fastdcgan_kernels import functional, plan
+from tests.benchmarks import synthetic_gpu
 
 H100 = cost_model.DEVICES["h100"]
 BATCH = 128
@@ -366,6 +367,40 @@ def test_the_command(command, tmp_path):
     for step in found["steps"]:
         assert step["predicted_seconds"] >= step["l2_seconds"] > step["roofline_seconds"] > 0
         assert sum(kernel["bytes"] for kernel in step["kernels"].values()) == step["bytes"]
+
+
+def test_a_run_stands_beside_its_prediction(command, tmp_path):
+    """Its card's peaks are taken; what it did not measure stays empty, or as assumed."""
+    run = synthetic_gpu.summary()
+    (tmp_path / "summary.json").write_text(json.dumps(run))
+    done = command("benchmarks.cost_model", "--batch", 100, "--measured", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "500 TFLOP/s in 16 bit, 494.7 in TF32, 1 TB/s (16 bit: measured; TF32: " in done.stdout
+    assert "4 TB/s from the L2 (measured)" in done.stdout
+    assert f"Predicted for {synthetic_gpu.CARD}: " in done.stdout
+    assert "prediction but those called measured" in done.stdout
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()]
+    measured = {row[0]: row[-2:] for row in rows if len(row) == 13}
+    assert measured[cost_model.OURS["default"]] == ["1.100", "90,909"]
+    assert measured[cost_model.OURS["prologue"]] == ["1.500", "66,667"]
+    assert measured[cost_model.EAGER["eager"]] == ["3.300", "30,303"]
+    assert measured[cost_model.EAGER["eager-amp"]] == ["-", "-"]
+    del run["items"]["machine"]["l2"], run["items"]["machine"]["product"]
+    device = cost_model.device_of(run)
+    assert (device.multiprocessors, device.bytes, device.flops16) == (100, 1e12, H100.flops16)
+    assert device.l2 == pytest.approx(H100.l2 * 100 / 132)
+    assert "assumed" in device.l2_source
+    assert cost_model.device_of({}).name == "a card of unknown name"
+    (tmp_path / "summary.json").write_text(json.dumps({**run, "rehearsal": True}))
+    for arguments, words in (
+        ((tmp_path,), "is a rehearsal: no GPU was measured"),
+        ((tmp_path / "none",), "holds no run"),
+        ((tmp_path, "--dtype", "fp32"), "goes with --image-size 64 and --dtype bf16"),
+    ):
+        done = command("benchmarks.cost_model", "--measured", *arguments)
+        assert done.returncode == 2
+        assert words in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_bad_arguments_get_one_line(command):
