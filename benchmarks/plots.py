@@ -1,15 +1,19 @@
 """The plots of a report: images/s of the whole step by batch, the blocks as bars, and the history
-over commits."""
+over commits; of a GPU run the step's images/s and its launches."""
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu import page
 from benchmarks.saved import Entry, Run
 from fastdcgan.data.picture import atomic_write
 
 GREYS = ["#8a8a8a", "#b9a27c", "#c9c9c9", "#d9b8a0"]  # what is not ours
+LAUNCHES = 25
+"""Launches in the plot of where the time goes."""
 COLOURS = ["#1f5fa8", "#2f9e6e", "#d1682c", "#8b3fa0", "#b32d4a"]
 
 
@@ -30,24 +34,50 @@ def draw(
     Returns:
         The names of the files.
     """
+    pyplot = _pyplot()
+    figures = {
+        "step.png": _step(run, roofline, pyplot),
+        "blocks.png": _blocks(run, pyplot),
+        "history.png": _history(history, pyplot),
+    }
+    return _save(figures, out, pyplot)
+
+
+def draw_gpu(
+    run: page.Summary, out: Path, predicted: Mapping[str, Mapping[int, float]]
+) -> list[str]:
+    """Draws what a run of `python -m benchmarks.gpu` measured, into the folder `out`.
+
+    Args:
+        predicted: label -> images/s of our step by batch.
+
+    Returns:
+        The names of the files.
+    """
+    pyplot = _pyplot()
+    figures = {"steps.png": _gpu_steps(run, predicted, pyplot)}
+    for batch, facts in page.profiles(run).items():
+        figures[f"launches-{batch}.png"] = _gpu_launches(run, batch, facts, pyplot)
+    return _save(figures, out, pyplot)
+
+
+def _pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    drawn = []
-    for name, figure in (
-        ("step.png", _step(run, roofline, pyplot)),
-        ("blocks.png", _blocks(run, pyplot)),
-        ("history.png", _history(history, pyplot)),
-    ):
-        if figure is None:
-            continue
+    return pyplot
+
+
+def _save(figures: Mapping[str, Any], out: Path, pyplot: Any) -> list[str]:
+    """Writes those that there are; returns their names."""
+    drawn = {name: figure for name, figure in figures.items() if figure is not None}
+    for name, figure in drawn.items():
         save = partial(figure.savefig, format="png", dpi=110, bbox_inches="tight")
         atomic_write(out / name, save)
         pyplot.close(figure)
-        drawn.append(name)
-    return drawn
+    return list(drawn)
 
 
 def _family(run: Run, family: str) -> list[Entry]:
@@ -85,14 +115,21 @@ def _step(run: Run, roofline: tuple[str, dict[int, float]] | None, pyplot: Any) 
         label, rates_of = roofline
         batches = sorted(rates_of)
         axes.plot(batches, [rates_of[b] for b in batches], "k:", label=label)
-    axes.set_xscale("log", base=2)
-    ticks = sorted({entry.facts["batch"] for entry in entries})
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.set_xlim(ticks[0] / 1.5, ticks[-1] * 1.5)
-    axes.set_ylim(bottom=0)
-    axes.set(xlabel="batch", ylabel="images/s", title=f"whole training step, {_where(run)}")
-    _legend(axes)
+    _by_batch(axes, sorted({entry.facts["batch"] for entry in entries}))
+    axes.set_title(f"whole training step, {_where(run)}")
     return figure
+
+
+def _by_batch(axes: Any, batches: Sequence[int]) -> None:
+    """Images/s over the batch."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(batches, [str(batch) for batch in batches])
+    axes.minorticks_off()
+    axes.set_xlim(batches[0] / 1.5, batches[-1] * 1.5)
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.set(xlabel="batch", ylabel="images/s")
+    _legend(axes)
 
 
 def _blocks(run: Run, pyplot: Any) -> Any:
@@ -152,6 +189,74 @@ def _history(history: Sequence[Run], pyplot: Any) -> Any:
     return figure
 
 
+def _gpu_steps(run: page.Summary, predicted: Mapping[str, Mapping[int, float]], pyplot: Any) -> Any:
+    """Ours and what was measured in turn with it; predictions are dotted."""
+    ours = page.step_of_ours(run)
+    if not ours:
+        return None
+    lines: dict[str, dict[int, page.Facts]] = {page.OURS: ours}
+    for batch, group in page.steps(run, in_turn=True).items():
+        for name, facts in group.items():
+            lines.setdefault(name, {}).setdefault(batch, facts)
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    greys = iter(GREYS)
+    for name, found in lines.items():
+        mine = name == page.OURS
+        style = {"color": COLOURS[0] if mine else next(greys), "linestyle": "-" if mine else "--"}
+        batches = sorted(found)
+        rates = [batch / found[batch]["median"] for batch in batches]
+        low, high = [], []
+        for batch, rate in zip(batches, rates, strict=True):
+            first, third = _middle_half(found[batch])
+            low.append(rate - batch / third)
+            high.append(batch / first - rate)
+        axes.plot(batches, rates, label=name, marker="o", **style)
+        axes.errorbar(batches, rates, [low, high], fmt="none", capsize=3, ecolor=style["color"])
+    for (name, found), colour in zip(predicted.items(), ("#1f5fa8", "black"), strict=False):
+        batches = sorted(found)
+        axes.plot(batches, [found[b] for b in batches], ":", color=colour, label=name)
+    _by_batch(axes, sorted({batch for found in lines.values() for batch in found}))
+    axes.set_title(f"whole training step, {page.card_of(run)}")
+    return figure
+
+
+def _middle_half(facts: page.Facts) -> tuple[float, float]:
+    """First and third quartile of the rounds."""
+    rounds = facts.get("rounds", [])
+    if len(rounds) < 3:
+        return facts["median"], facts["median"]
+    first, _, third = statistics.quantiles(rounds, method="inclusive")
+    return first, third
+
+
+def _gpu_launches(run: page.Summary, batch: int, facts: page.Facts, pyplot: Any) -> Any:
+    """The launches that lose most, the worst on top."""
+    worst = sorted(facts["rows"], key=page.lost, reverse=True)[:LAUNCHES]
+    figure, axes = pyplot.subplots(figsize=(7, 1.2 + 0.24 * len(worst)))
+    at = range(len(worst))
+    floors = [1e6 * row.get("floor_seconds", 0.0) for row in worst]
+    losses = [max(0.0, 1e6 * page.lost(row)) for row in worst]
+    axes.barh(at, floors, color=COLOURS[0], label="floor: FLOPs or memory at the peak")
+    axes.barh(at, losses, left=floors, color=GREYS[1], label="beyond it")
+    guesses = [(i, 1e6 * row["predicted_seconds"]) for i, row in enumerate(worst)
+               if "predicted_seconds" in row]  # fmt: skip
+    if guesses:
+        places, values = zip(*guesses, strict=True)
+        axes.plot(values, places, "k|", markersize=9, label="predicted with the L2")
+    axes.set_yticks(at, [page.named(row) for row in worst], fontsize=8)
+    axes.invert_yaxis()
+    every = [row.get("seconds", 0.0) for row in facts["rows"]]
+    share = sum(row.get("seconds", 0.0) for row in worst) / (sum(every) or 1.0)
+    axes.set(
+        xlabel="µs",
+        title=f"{len(worst)} of {len(every)} launches, {share:.0%} of their time: those that lose "
+        f"most\nbatch {batch}, {page.card_of(run)}",
+    )
+    axes.margins(y=0.01)
+    _legend(axes, along="x")
+    return figure
+
+
 def _where(run: Run) -> str:
     device = run.hardware["device"]
     if device == "cpu":
@@ -159,12 +264,12 @@ def _where(run: Run) -> str:
     return str(device)
 
 
-def _legend(axes: Any) -> None:
+def _legend(axes: Any, along: str = "y") -> None:
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
-    _tidy(axes)
+    _tidy(axes, along)
 
 
-def _tidy(axes: Any) -> None:
-    axes.grid(axis="y", alpha=0.3)
+def _tidy(axes: Any, along: str = "y") -> None:
+    axes.grid(axis=along, alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,14 +1,17 @@
 """`python -m benchmarks.report`: what the saved runs say, as a Markdown page with plots, and
-whether anything became slower than it was. Reading and comparing is in saved.py, drawing in
+whether anything became slower than it was; with --gpu the pages of the GPUs that were measured, and
+the README's part on them. Reading and comparing is in saved.py and gpu/page.py, drawing in
 plots.py."""
 
 import json
+import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.gpu import page as gpu
 from benchmarks.saved import Change, Entry, Run, compare, differences, duration, load, load_all
 from benchmarks.saved import previous as previous_of
 from fastdcgan import command
@@ -25,7 +28,17 @@ Examples:
       exits with status 1, and a line for each, if anything of ours became more than 10 % slower
       beyond noise: the middle halves of its rounds, then and now, have no time in common, and none
       of the baselines that were timed in turn with it became as much slower
+
+  python -m benchmarks.report --gpu
+      page and plots of each run of `python -m benchmarks.gpu`, and the README's table of them
 """
+ROOT = Path(__file__).parents[1]
+BEGIN = "<!-- gpu: made by python -m benchmarks.report --gpu -->"
+END = "<!-- /gpu -->"
+NONE = """\
+**No GPU has been measured: there is no row for one.** `python -m benchmarks.gpu` proves the kernels
+on yours and measures them in eight minutes; `python -m benchmarks.report --gpu` puts its rows
+here."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +58,13 @@ class Options:
     roofline: tuple[Path, ...] = ()
     """To draw in the plot of the whole step: what `python -m benchmarks.cost_model --json` printed,
     a file for each batch."""
+    gpu: bool = False
+    """Pages and plots of the runs of `python -m benchmarks.gpu`, and the README's part on them; of
+    the options only the next two are read."""
+    gpu_runs: Path = ROOT / "benchmarks/results/gpu"
+    """Folder of these runs, one folder each, or the folder of one run."""
+    readme: Path = ROOT / "README.md"
+    """Where their table goes, between its two comments."""
 
 
 def _report(args: Sequence[str]) -> list[str]:
@@ -52,6 +72,9 @@ def _report(args: Sequence[str]) -> list[str]:
     options = command.parse(
         Options, prog="python -m benchmarks.report", description=DESCRIPTION, args=args
     )
+    if options.gpu:
+        _gpu(options.gpu_runs, options.readme)
+        return []
     limit = None if options.fail_on is None else _percentage(options.fail_on)
     # A run or an earlier one that is named need not lie among the saved ones.
     named = options.run != "latest" and options.against != "previous"
@@ -156,6 +179,121 @@ def _comparison(changes: Sequence[Change], lines: Sequence[str], limit: float | 
             )
         page.append("")
     return page
+
+
+# --- GPU runs -------------------------------------------------------------------------------------
+
+
+def _gpu(folder: Path, readme: Path) -> None:
+    """Writes the page and the plots of each run, and the README's part."""
+    runs = gpu_runs(folder)
+    text = with_gpu_part(_read(readme), readme_part(runs, readme.parent), readme)
+
+    for path, run in runs.items():
+        from benchmarks import plots
+
+        drawn = plots.draw_gpu(run, path, _predicted(run))
+        page = gpu.document(run, drawn)
+        atomic_write(path / "report.md", lambda file, page=page: file.write(page.encode()))
+        print(f"wrote {path / 'report.md'}")
+    atomic_write(readme, lambda file: file.write(text.encode()))
+    print(f"wrote {readme}, of {len(runs)} GPU{'s' * (len(runs) != 1)}")
+
+
+def gpu_runs(folder: Path) -> dict[Path, gpu.Summary]:
+    """The runs of a folder, or the one that it is.
+
+    Raises:
+        InputError: one of them is a rehearsal, or cannot be read.
+    """
+    files = ("summary.json", "items.jsonl")
+    places = {
+        path.parent for name in files for path in [*folder.glob(name), *folder.glob(f"*/{name}")]
+    }
+    runs = {path: gpu.load(path) for path in sorted(places)}
+    for path, run in runs.items():
+        if run["rehearsal"]:
+            raise InputError(
+                f"{path} is a rehearsal: no GPU was measured, and the README takes none of it"
+            )
+    return runs
+
+
+def _predicted(run: gpu.Summary) -> dict[str, dict[int, float]]:
+    """Images/s of our step at this card's peaks."""
+    from benchmarks import cost_model
+
+    device = cost_model.device_of(run)
+    found: dict[str, dict[int, float]] = {"predicted with the L2": {}, "roofline, predicted": {}}
+    for batch in gpu.rates(run):
+        one = cost_model.cost("default", device=device, batch=batch, size=64, dtype="bf16")
+        for seconds, rates in zip(
+            (one.predicted(device, "bf16"), one.roofline(device, "bf16")),
+            found.values(), strict=True,
+        ):  # fmt: skip
+            rates[batch] = batch / seconds
+    return found
+
+
+def readme_part(runs: Mapping[Path, gpu.Summary], root: Path) -> str:
+    """What the README says of these runs, between its comments.
+
+    Args:
+        root: the README's folder, from which it links to the pages.
+    """
+    parts = [_readme_of(run, os.path.relpath(path, root)) for path, run in runs.items()]
+    return f"{BEGIN}\n{chr(10).join(parts) or NONE}\n{END}"
+
+
+def _readme_of(run: gpu.Summary, link: str) -> str:
+    versions = gpu.items(run, "machine").get("versions", {})
+    torch = f", torch {versions['torch']}" if "torch" in versions else ""
+    lines = [
+        f"Measured on {gpu.card_of(run)}{torch}, {run.get('when', 'date unknown')[:10]}, by "
+        f"`{run.get('made_by', 'python -m benchmarks.gpu')}`: medians of rounds that all of a row "
+        f"ran in turn. [All tables and plots]({link}/report.md).",
+        "",
+        "| images per second | PyTorch example | PyTorch tuned, AMP | fastdcgan `--amp` |",
+        "|---|---|---|---|",
+    ]
+    gains, beside = gpu.speedups(run), gpu.steps(run, in_turn=True)
+    for batch, own in gpu.step_of_ours(run).items():
+        faster = gains.get(batch, {})
+        cells = [
+            _rate(beside[batch][name]) if name in faster else ""
+            for name in (gpu.EXAMPLE, gpu.TUNED)
+        ]
+        words = [f"{gain:.2f}x {name.split()[-1]}" for name, gain in sorted(faster.items())]
+        row = [f"training step, batch {batch}", *cells, _rate(own, *words)]
+        lines.append(f"| {' | '.join(row)} |")
+    lines += ["", *(f"{line[0].upper()}{line[1:]}." for line in gpu.verdicts(run)), ""]
+    return "\n".join(lines)
+
+
+def _rate(facts: gpu.Facts, *words: str) -> str:
+    """Images/s, and what is to be said of them."""
+    notes = [*words, *["throttled"] * bool(facts.get("throttled"))]
+    return f"{facts['batch'] / facts['median']:,.0f}" + f" ({', '.join(notes)})" * bool(notes)
+
+
+def with_gpu_part(text: str, part: str, readme: Path) -> str:
+    """The README with this part between its comments.
+
+    Raises:
+        InputError: it does not have them.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise InputError(f"{readme} has no place for the table: a line {BEGIN}, and a line {END}")
+    return before + part + after
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
 
 
 # --- tables ---------------------------------------------------------------------------------------

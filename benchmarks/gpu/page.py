@@ -152,18 +152,31 @@ def speedups(summary: Summary) -> dict[int, dict[str, float]]:
     }  # fmt: skip
 
 
+def step_of_ours(summary: Summary) -> dict[int, Facts]:
+    """Batch -> our step, in turn with the baselines or, where there are none, alone."""
+    found = {}
+    for in_turn in (False, True):
+        for batch, group in steps(summary, in_turn=in_turn).items():
+            if OURS in group:
+                found[batch] = group[OURS]
+    return dict(sorted(found.items()))
+
+
 def rates(summary: Summary) -> dict[int, float]:
-    """Batch -> images/s of ours, in turn with the baselines or, where there are none, alone."""
-    groups = {**steps(summary, in_turn=False)}
-    for batch, group in steps(summary, in_turn=True).items():
-        if OURS in group:
-            groups[batch] = group
-    return {b: b / group[OURS]["median"] for b, group in sorted(groups.items()) if OURS in group}
+    """Batch -> images/s of ours."""
+    return {batch: batch / own["median"] for batch, own in step_of_ours(summary).items()}
 
 
 def lost(row: Facts) -> float:
     """Seconds that a launch takes beyond its floor."""
     return (_number(row.get("seconds")) or 0.0) - (_number(row.get("floor_seconds")) or 0.0)
+
+
+def named(row: Facts) -> str:
+    """A launch in words, as far as they are known."""
+    halves = (("layer", "pass"), ("kernel", "tile"))
+    words = (" ".join(str(row[name]) for name in half if row.get(name)) for half in halves)
+    return ", ".join(filter(None, words))
 
 
 def profiles(summary: Summary) -> dict[int, Facts]:
@@ -207,13 +220,19 @@ def _number(value: Any) -> float | None:
 # --- The page -------------------------------------------------------------------------------------
 
 
-def document(summary: Summary) -> str:
-    """The run's report.md."""
+def document(summary: Summary, plots: Sequence[str] = ()) -> str:
+    """The run's report.md.
+
+    Args:
+        plots: names of pictures beside it.
+    """
     summary = known(summary)
-    sections = (
-        _head, _speed, _proof, _tests, _time, _ways, _tiles, _counters, _compiled, _phases
-    )  # fmt: skip
-    lines = [line for section in sections for line in section(summary)]
+    sections = (_speed, _proof, _tests, _time, _ways, _tiles, _counters, _compiled, _phases)
+    lines = _head(summary)
+    for name in plots:
+        lines += [f"![{Path(name).stem}]({name})", ""]
+    for section in sections:
+        lines += section(summary)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -536,7 +555,7 @@ def screen(summary: Summary) -> list[str]:
     """The run in nine lines of WIDTH characters or fewer."""
     summary = known(summary)
     lines = [
-        _machine_line(summary), _proof_line(summary), _tests_line(summary), *_speed_lines(summary),
+        _machine_line(summary), *verdicts(summary), *_speed_lines(summary),
         *_lost_lines(summary), _failed_line(summary),
     ]  # fmt: skip
     return [_short(line, WIDTH) for line in lines]
@@ -555,6 +574,11 @@ def _machine_line(summary: Summary) -> str:
         ) if _number(machine.get(item, {}).get(name))
     ]  # fmt: skip
     return f"{card_of(summary)}: {', '.join(peaks) or 'its peaks were not measured'}"
+
+
+def verdicts(summary: Summary) -> list[str]:
+    """Whether the proof and the tests passed, a line each."""
+    return [_proof_line(summary), _tests_line(summary)]
 
 
 def _proof_line(summary: Summary) -> str:
@@ -590,8 +614,7 @@ def _lost_lines(summary: Summary) -> list[str]:
         return ["where the time goes: not measured"]
     batch, facts = next(iter(found.items()))
     return [
-        f"at {batch}, {_us(lost(row))} us lost of {_us(row.get('seconds'))}: "
-        f"{_words(row, 'layer', 'pass')}, {_words(row, 'kernel', 'tile')}"
+        f"at {batch}, {_us(lost(row))} us lost of {_us(row.get('seconds'))}: {named(row)}"
         for row in sorted(facts["rows"], key=lost, reverse=True)[:3]
     ]
 
@@ -635,10 +658,6 @@ def _figures(value: Any, scale: float | None = 1.0) -> str:
         return "-"
     value *= scale
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def _words(row: Facts, *names: str) -> str:
-    return " ".join(str(row[name]) for name in names if row.get(name))
 
 
 def _or(value: Any, otherwise: str) -> str:

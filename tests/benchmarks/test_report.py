@@ -1,5 +1,5 @@
 """`python -m benchmarks.report` on runs that the real plugin saved, and on copies made slower,
-throttled, of another machine, broken."""
+throttled, of another machine, broken; and with --gpu on made-up runs."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.report import _roofline, main
+from benchmarks.report import (
+    BEGIN,
+    END,
+    _roofline,
+    gpu_runs,
+    main,
+    readme_part,
+    with_gpu_part,
+)
+from tests.benchmarks import synthetic_gpu
 
 ROOT = Path(__file__).parents[2]
 LATER = "2100-01-01T00:00:00+00:00"
@@ -184,6 +193,97 @@ def test_mistakes_are_one_line(report, storage, tmp_path):
     broken.unlink()
     one_line(report("--roofline", storage[0] / "before.json"), "no roofline")
     one_line(report("--storage", tmp_path / "empty"), "no saved runs", "--benchmark-autosave")
+
+
+@pytest.fixture
+def gpu(tmp_path):
+    """A folder of runs with one in it, a README, and the command's options that name them."""
+    folder, readme = tmp_path / "results" / "gpu", tmp_path / "README.md"
+    (folder / "made-up").mkdir(parents=True)
+    (folder / "made-up" / "summary.json").write_text(json.dumps(synthetic_gpu.summary()))
+    readme.write_text((ROOT / "README.md").read_text())
+    return folder, readme, ["--gpu", "--gpu-runs", folder, "--readme", readme]
+
+
+def test_gpu_pages_plots_and_the_readme(command, gpu):
+    folder, readme, options = gpu
+    run, original = folder / "made-up", readme.read_text()
+    done = command("benchmarks.report", *options)
+    assert done.returncode == 0, done.stderr
+    page = (run / "report.md").read_text()
+    assert page.startswith(f"# A training step on {synthetic_gpu.CARD}\n")
+    for name in ("steps.png", "launches-100.png", "launches-800.png"):
+        assert f"({name})" in page
+        assert (run / name).read_bytes().startswith(b"\x89PNG")
+    text = readme.read_text()
+    before, part = text.split(BEGIN)
+    part, after = part.split(END)
+    assert original.startswith(before)
+    assert original.endswith(after)
+    assert "No GPU has been measured" not in text
+    assert f"Measured on {synthetic_gpu.CARD}, torch 2.0, 2000-01-01, by `python -m " in part
+    assert "(results/gpu/made-up/report.md)" in part
+    rows = [line for line in part.splitlines() if line.startswith("| training step")]
+    assert rows == [
+        "| training step, batch 50 |  |  | 100,000 |",
+        "| training step, batch 100 | 30,303 | 181,818 | 90,909 (3.00x example, 0.50x tuned) |",
+        "| training step, batch 200 |  |  | 100,000 |",
+        "| training step, batch 800 |  | 181,818 | 90,909 (0.50x tuned) |",
+    ]
+    assert "Proof: within bounds at 100, 800." in part
+    assert "Tests: 40 passed, 1 failed, 2 skipped in 60 s." in part
+    # Without a run the README says so, and is as it was.
+    (run / "summary.json").rename(folder.parent / "elsewhere.json")
+    assert command("benchmarks.report", *options).returncode == 0
+    assert readme.read_text() == original
+
+
+def test_a_gpu_run_with_little_in_it_has_a_page(report, gpu):
+    folder, readme, options = gpu
+    path = folder / "made-up" / "summary.json"
+    run = synthetic_gpu.summary()
+    run["items"] = {
+        "machine": run["items"]["machine"],
+        "steps": {"8 alone: fastdcgan --amp": {"error": "MadeUp: no"}},
+    }
+    path.write_text(json.dumps(run))
+    done = report(*options)
+    assert done.returncode == 0, done.err
+    assert not list(path.parent.glob("*.png"))
+    assert "Proof: none." in readme.read_text()
+    run["items"]["steps"] = {
+        "8 alone: fastdcgan --amp": {
+            "batch": 8, "variant": "fastdcgan --amp", "in_turn": False, "median": 1e-3,
+            "throttled": True,
+        }
+    }  # fmt: skip
+    path.write_text(json.dumps(run))
+    assert report(*options).returncode == 0
+    assert "| training step, batch 8 |  |  | 8,000 (throttled) |" in readme.read_text()
+    assert [one.name for one in path.parent.glob("*.png")] == ["steps.png"]
+
+
+def test_the_readme_takes_no_rehearsal(report, gpu):
+    folder, readme, options = gpu
+    path, original = folder / "made-up" / "summary.json", readme.read_text()
+    path.write_text(json.dumps({**synthetic_gpu.summary(), "rehearsal": True}))
+    one_line(report(*options), "made-up is a rehearsal: no GPU was measured")
+    one_line(report(*options[:2], path.parent, *options[3:]), "is a rehearsal")
+    assert readme.read_text() == original
+    assert [one.name for one in path.parent.iterdir()] == ["summary.json"]
+    path.write_text("torn")
+    one_line(report(*options), "made-up holds no run")
+    readme.write_text("# Without a place\n")
+    path.unlink()
+    one_line(report(*options), "README.md has no place for the table")
+    one_line(report(*options[:-1], folder / "none.md"), "cannot read", "none.md")
+
+
+def test_the_readmes_part_is_that_of_the_runs_here():
+    """`python -m benchmarks.report --gpu` was run since the runs or its words changed."""
+    runs = gpu_runs(ROOT / "benchmarks" / "results" / "gpu")
+    text = (ROOT / "README.md").read_text()
+    assert with_gpu_part(text, readme_part(runs, ROOT), ROOT) == text
 
 
 @pytest.mark.parametrize("module", ["benchmarks.report", "benchmarks.scaling"])
