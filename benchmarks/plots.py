@@ -49,7 +49,7 @@ def draw_gpu(
     """Draws what a run of `python -m benchmarks.gpu` measured, into the folder `out`.
 
     Args:
-        predicted: label -> images/s of our step by batch.
+        predicted: label -> images/s of our step by batch; two of them.
 
     Returns:
         The names of the files.
@@ -212,9 +212,9 @@ def _gpu_steps(run: page.Summary, predicted: Mapping[str, Mapping[int, float]], 
             high.append(batch / first - rate)
         axes.plot(batches, rates, label=name, marker="o", **style)
         axes.errorbar(batches, rates, [low, high], fmt="none", capsize=3, ecolor=style["color"])
-    for (name, found), colour in zip(predicted.items(), ("#1f5fa8", "black"), strict=False):
-        batches = sorted(found)
-        axes.plot(batches, [found[b] for b in batches], ":", color=colour, label=name)
+    for (name, guessed), colour in zip(predicted.items(), (COLOURS[0], "black"), strict=True):
+        batches = sorted(guessed)
+        axes.plot(batches, [guessed[b] for b in batches], ":", color=colour, label=name)
     _by_batch(axes, sorted({batch for found in lines.values() for batch in found}))
     axes.set_title(f"whole training step, {page.card_of(run)}")
     return figure

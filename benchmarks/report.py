@@ -9,7 +9,9 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 from benchmarks.gpu import page as gpu
 from benchmarks.saved import Change, Entry, Run, compare, differences, duration, load, load_all
@@ -189,15 +191,18 @@ def _gpu(folder: Path, readme: Path) -> None:
     runs = gpu_runs(folder)
     text = with_gpu_part(_read(readme), readme_part(runs, readme.parent), readme)
 
-    for path, run in runs.items():
-        from benchmarks import plots
+    from benchmarks import plots
 
-        drawn = plots.draw_gpu(run, path, _predicted(run))
-        page = gpu.document(run, drawn)
-        atomic_write(path / "report.md", lambda file, page=page: file.write(page.encode()))
+    for path, run in runs.items():
+        page = gpu.document(run, plots.draw_gpu(run, path, _predicted(run))).encode()
+        atomic_write(path / "report.md", partial(_put, page))
         print(f"wrote {path / 'report.md'}")
-    atomic_write(readme, lambda file: file.write(text.encode()))
+    atomic_write(readme, partial(_put, text.encode()))
     print(f"wrote {readme}, of {len(runs)} GPU{'s' * (len(runs) != 1)}")
+
+
+def _put(content: bytes, file: BinaryIO) -> None:
+    file.write(content)
 
 
 def gpu_runs(folder: Path) -> dict[Path, gpu.Summary]:

@@ -194,7 +194,7 @@ def test_bytes_of_merged_products_through_the_l2_by_hand():
     tiles, steps = 4 * 2 * 16 * 16 // 128, 4 * 128 // 32
     loaded = tiles * (steps * (2 * 128 + 64) * 32 + 128 * 64)
     assert sum(product.loads for product in products) == loaded
-    # Both gradients of an image: windows, for one of which an aux is read, and features.
+    # Both gradients of an image: windows, with an aux beside them, and features.
     products, _ = _products("image_gradients", (1, 1, 4), given)
     assert sum(product.loads for product in products) == 4 * (2 * 128 * 64 + 128 * 64)
 
