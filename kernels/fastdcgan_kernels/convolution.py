@@ -6,6 +6,8 @@ All tensors are channels_last; sides and weights are named as in geometry.py.
 
 from __future__ import annotations
 
+import functools
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,9 +96,21 @@ def operand_arguments(name: str, operand: Operand) -> dict[str, Any]:
     }
 
 
-def fits_descriptors(*tensors: Tensor | None) -> bool:
+@functools.cache
+def triton_version() -> tuple[int, int]:
+    """Major and minor; (0, 0) for one that does not say."""
+    import triton
+
+    found = re.match(r"(\d+)\.(\d+)", triton.__version__)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def fits_descriptors(precision: str, *tensors: Tensor | None) -> bool:
     """Whether each starts at a multiple of 16 bytes, and so does each of its pixels: what a tensor
-    descriptor asks for."""
+    descriptor asks for. And whether their products are then as exact as by pointers: before 3.7
+    Triton rounds to TF32 only what goes through registers, and the hardware cuts off the rest."""
+    if precision == "tf32" and triton_version() < (3, 7):
+        return False
     return all(
         t is None or (t.data_ptr() % 16 == 0 and t.shape[1] * t.element_size() % 16 == 0)
         for t in tensors
@@ -160,7 +174,7 @@ def gather(
     row_tiles = cdiv(images * g.P * g.Q, tile.rows)
     kernel, loads = gather_pointers, {**operand_arguments("x", source), "w": weight}
     whole_taps = up or g.CL % tile.depth == 0
-    if tile.descriptors and whole_taps and fits_descriptors(x, source.aux, weight):
+    if tile.descriptors and whole_taps and fits_descriptors(precision, x, source.aux, weight):
         kernel, loads = (
             gather_descriptors,
             _described("x", source, g, not up, tile.rows, tile.depth),
@@ -246,7 +260,7 @@ def weight_gradient(
     loads = operand_arguments("small", small) | operand_arguments("large", large)
     whole_boxes = groups == 1 or g.N // groups % box_of(tile.depth, g)[0] == 0
     tensors = (small.value, small.aux, large.value, large.aux)
-    if tile.descriptors and whole_boxes and fits_descriptors(*tensors):
+    if tile.descriptors and whole_boxes and fits_descriptors(precision, *tensors):
         kernel = weight_gradient_descriptors
         loads = _described("small", small, g, False, tile.depth, tile.rows)
         loads |= _described("large", large, g, True, tile.depth, tile.columns)

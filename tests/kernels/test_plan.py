@@ -263,6 +263,43 @@ def test_the_shipped_targets_have_no_measured_choices():
     assert measured.stored_choice(BLOCK, "") is None
 
 
+VERSIONS = {"3.6.0": False, "3.7.1": True, "3.10.0+git1": True, "4.0": True, "unknown": False}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(("dtype", "setting"), [
+    (torch.float32, "tf32"), (torch.float32, "ieee"), (torch.bfloat16, "tf32"),
+])  # fmt: skip
+def test_tf32_is_loaded_by_descriptors_where_triton_rounds_it(dtype, setting, version, monkeypatch):
+    """Forward and both gradients; also where a measured tile asks for descriptors. What is not
+    rounded to TF32 is as it was."""
+    import triton
+
+    from fastdcgan_kernels import blocks, convolution
+    from fastdcgan_kernels.launch import recording
+
+    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setattr(convolution, "triton_version", convolution.triton_version.__wrapped__)
+    tile = Tile(64, 64, 32, 1, 8, 2, descriptors=True)
+    monkeypatch.setattr(plan, "tile_for", lambda task, target: tile)
+    torch.backends.cudnn.conv.fp32_precision = setting
+
+    def image(channels, side):
+        return torch.empty(8, channels, side, side, device="meta", dtype=dtype)
+
+    weight = torch.empty(128, 64, 4, 4, device="meta")
+    with plan.assume(plan.TARGETS["sm_90"]), recording() as launches:
+        given = image(64, 16), None, weight, None, False, 2, "none", 0.0, "none", 0.0
+        blocks.conv_act(*given)
+        blocks.conv_act_backward(
+            image(128, 8), image(128, 8), *given[:3], None, *given[4:], True, True, False
+        )
+    rounded = VERSIONS[version] or dtype != torch.float32 or setting == "ieee"
+    way = "descriptors" if rounded else "pointers"
+    kernels = [launch.kernel.fn.__name__ for launch in launches]
+    assert kernels == [f"gather_{way}", f"gather_{way}", f"weight_gradient_{way}"]
+
+
 @pytest.mark.parametrize(
     ("target", "setting", "dtype", "expected"),
     [
