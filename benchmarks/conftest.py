@@ -1,19 +1,24 @@
-"""How the benchmarks are run: a group's workloads are measured together, once, in turn; each test
-then hands its own rounds to pytest-benchmark, which makes the table and saves them.
+"""How the benchmarks are run: a group's workloads, as many as pytest selected, are measured
+together, once, in turn; each test then hands its own rounds to pytest-benchmark, which makes the
+table and saves them at the end. Until then they are kept in a file of their own, for a run that
+does not come to its end.
 
     pytest benchmarks/ --benchmark-only --benchmark-autosave
 """
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pytest_benchmark.utils import safe_dumps
 
 from benchmarks.nvml import Gpu
 from benchmarks.ours import DEVICE
 from benchmarks.timing import Measured, Unavailable, Workload, measure
+from fastdcgan.data.picture import atomic_write
 from fastdcgan.hardware import use_allowed_threads
 
 
@@ -50,6 +55,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "together" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.benchmark(timer=PLAYBACK))
+    # The variants of a group one after the other, so that all that was measured is soon recorded.
+    places: dict[object, int] = {}
+    items.sort(key=lambda item: places.setdefault(_group(item), len(places)))
+
+
+def _group(item: pytest.Item) -> tuple[object, ...]:
+    """What the variants of a group have in common: their function and their other parameters."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    others = (f"{name}={value}" for name, value in parameters.items() if name != "variant")
+    return (item.nodeid.split("[")[0], *others)
 
 
 @pytest.fixture(scope="session")
@@ -59,9 +74,15 @@ def groups() -> dict[str, dict[str, Measured]]:
 
 
 @pytest.fixture
-def together(benchmark: Any, groups: dict[str, dict[str, Measured]]) -> Callable[..., None]:
+def together(
+    benchmark: Any,
+    groups: dict[str, dict[str, Measured]],
+    keep: Callable[[], None],
+    request: pytest.FixtureRequest,
+) -> Callable[..., None]:
     """together(family, makers, variant, rounds=..., batch=..., ...): the rounds of `variant`, from
-    a group that is measured as one when the first of its variants is asked for."""
+    a group that is measured as one when the first of its variants is asked for. Of the makers only
+    those run whose variants pytest selected."""
 
     def record(
         family: str,
@@ -79,8 +100,11 @@ def together(benchmark: Any, groups: dict[str, dict[str, Measured]]) -> Callable
         if "batch" in facts:
             group += f", batch {facts['batch']}"
         if group not in groups:
+            own = _group(request.node)
+            wanted = [i.callspec.params["variant"] for i in request.session.items
+                      if _group(i) == own]  # fmt: skip
             groups[group] = measure(
-                makers,
+                {name: make for name, make in makers.items() if name in wanted},
                 DEVICE,
                 rounds=1 if benchmark.disabled else rounds,
                 warm_up=0 if benchmark.disabled else warm_up,
@@ -105,8 +129,46 @@ def together(benchmark: Any, groups: dict[str, dict[str, Measured]]) -> Callable
         if measured.images is not None and benchmark.enabled:
             rate = measured.images / benchmark.stats.stats.median
             benchmark.extra_info["images_per_second"] = round(rate, 1)
+        keep()
 
     return record
+
+
+def _partial(config: pytest.Config) -> Path | None:
+    """Where the run is kept until it is saved; None where it is not to be."""
+    session = config._benchmarksession  # type: ignore[attr-defined]
+    if not (session.save or session.autosave or session.json):
+        return None
+    return Path(session.storage.path) / "partial" / f"{os.getpid()}.json"
+
+
+@pytest.fixture(scope="session")
+def keep(pytestconfig: pytest.Config) -> Callable[[], None]:
+    """keep(): writes what was measured so far, as pytest-benchmark saves it in the end."""
+    path, hook = _partial(pytestconfig), pytestconfig.hook
+    session = pytestconfig._benchmarksession  # type: ignore[attr-defined]
+    about: dict[str, Any] = {}
+
+    def write() -> None:
+        if path is None:
+            return
+        if not about:
+            commit = hook.pytest_benchmark_generate_commit_info(config=pytestconfig)
+            about.update(machine_info=session.get_machine_info(), commit_info=commit)
+        run = hook.pytest_benchmark_generate_json(
+            config=pytestconfig, benchmarks=session.benchmarks, include_data=False, **about
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, lambda file: file.write(safe_dumps(run, indent=4).encode()))
+
+    return write
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Called after pytest-benchmark has saved the run, also one that was interrupted."""
+    path = _partial(session.config)
+    if path is not None:
+        path.unlink(missing_ok=True)
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: Any) -> None:

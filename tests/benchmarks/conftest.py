@@ -63,22 +63,32 @@ def test_block(together, block, variant):
 
 
 @pytest.fixture(scope="session")
-def mini(environment, tmp_path_factory):
-    """What pytest printed, and the folder of saved runs with one in it."""
-    folder = tmp_path_factory.mktemp("mini")
-    (folder / "conftest.py").write_text("from benchmarks.conftest import *\n")
-    (folder / "test_mini.py").write_text(MINI)
-    arguments = ["--benchmark-only", "--benchmark-autosave", "-p", "no:cacheprovider", "-ra"]
+def measured(environment):
+    """measured(folder, text, *arguments): runs the benchmarks in the text there, and saves them."""
     # Not as a part of this run: its workers and its coverage are told of in the environment.
     alone = {k: v for k, v in environment.items() if not k.startswith(("PYTEST_", "COV"))}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "test_mini.py", *arguments],
-        cwd=folder,
-        env=alone,
-        timeout=300,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+
+    def run(folder, text, *arguments):
+        (folder / "conftest.py").write_text("from benchmarks.conftest import *\n")
+        (folder / "test_mini.py").write_text(text)
+        always = ["--benchmark-only", "--benchmark-autosave", "-p", "no:cacheprovider", "-ra"]
+        return subprocess.run(
+            [sys.executable, "-m", "pytest", "test_mini.py", *always, *arguments],
+            cwd=folder,
+            env=alone,
+            timeout=300,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def mini(measured, tmp_path_factory):
+    """What pytest printed, and the folder of saved runs with one in it."""
+    folder = tmp_path_factory.mktemp("mini")
+    done = measured(folder, MINI)
     assert done.stdout, done.stderr
     return done.stdout, folder / ".benchmarks"
