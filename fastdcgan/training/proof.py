@@ -1,7 +1,7 @@
 """Tools to try a step out and compare it with another, leaving no trace: how the parts that need a
 GPU are checked on the user's own, before they are trusted."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -30,7 +30,10 @@ def undone(state: TrainState, tensors: list[Tensor]) -> Iterator[Callable[[], No
             for tensor, value in zip(tensors, saved, strict=True):
                 tensor.copy_(value)
         state.step = step
-        torch.cuda.set_rng_state(noise[0], state.device)
+        if state.device.type == "cuda":
+            torch.cuda.set_rng_state(noise[0], state.device)
+        else:
+            torch.set_rng_state(noise[0])
         if state.generator is not None:
             state.generator.set_state(noise[1])
 
@@ -41,8 +44,28 @@ def undone(state: TrainState, tensors: list[Tensor]) -> Iterator[Callable[[], No
 
 
 def random_states(state: TrainState) -> list[Tensor]:
+    cuda = state.device.type == "cuda"
     own = [] if state.generator is None else [state.generator.get_state()]
-    return [torch.cuda.get_rng_state(state.device), *own]
+    return [torch.cuda.get_rng_state(state.device) if cuda else torch.get_rng_state(), *own]
+
+
+@contextmanager
+def still(optimisers: Iterable[Adam]) -> Iterator[None]:
+    """Inside, updates move no weight."""
+    groups = [group for optimiser in optimisers for group in optimiser.param_groups]
+    rates = [group["lr"] for group in groups]
+    try:
+        for group in groups:
+            group["lr"] = 0.0
+        yield
+    finally:
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+
+
+def finite(tensors: list[Tensor]) -> bool:
+    """Whether they are, all of them. Waits for the device."""
+    return bool(torch.stack([t.isfinite().all() for t in tensors]).all())
 
 
 def furthest(before: list[Tensor], after: list[Tensor], replayed: list[Tensor]) -> float:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import importlib.util
+import json
 import types
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from fastdcgan_kernels import adam, blocks, convolution
 from fastdcgan_kernels import plan as kernels
 from fastdcgan_kernels.jit import adam as jit_adam
 from fastdcgan_kernels.launch import Launch
+from tests.kernels.conftest import bfloat16_in_the_interpreter  # noqa: F401 (a fixture)
 
 CPU = torch.device("cpu")
 SMALL = {"image_size": 32, "channels": 3, "nz": 12, "ngf": 8, "ndf": 8, "batch_size": 6}
@@ -100,15 +102,16 @@ def tape(monkeypatch):
         "stream": lambda s: contextlib.nullcontext(),
         "CUDAGraph": new,
         "graph": capture,
-        "get_rng_state": lambda device: torch.get_rng_state(),
-        "set_rng_state": lambda state, device: torch.set_rng_state(state),
     }
     for name, value in fake.items():
         monkeypatch.setattr(whole_step.torch.cuda, name, value)
     return made
 
 
-def build(graph="off", *, autocast=None, resident=True, said=None, images=15, scale=None, **more):
+def build(
+    graph="off", *, autocast=None, resident=True, said=None, images=15, scale=None, prove=None,
+    **more,
+):  # fmt: skip
     config = TrainConfig(**{**SMALL, **more})
     names = ("a", "b", "c") if config.classes else None
     state = TrainState(config, CPU, scaling=autocast == torch.float16, classes=names)
@@ -124,7 +127,7 @@ def build(graph="off", *, autocast=None, resident=True, said=None, images=15, sc
     readings = Readings(100, CPU)
     engine = Engine(CPU, autocast, cuda_graph=graph)
     say = pytest.fail if said is None else said.append
-    return WholeStep(state, feed, engine=engine, readings=readings, say=say)
+    return WholeStep(state, feed, engine=engine, prove=prove, readings=readings, say=say)
 
 
 def trained(whole, steps):
@@ -173,6 +176,7 @@ def test_a_graph_and_eager_agree_step_for_step(tape, autocast, resident):
     assert len(tape) == 1
     assert tape[0].generators == [whole.state.generator]
     assert graphed[1:] == eager[1:]
+    assert whole.figures["graph"]["error"] <= whole.figures["graph"]["allowed"]
     for name, value in eager[0].items():
         assert torch.equal(value, graphed[0][name]), name
 
@@ -302,6 +306,7 @@ def test_a_replay_that_differs_from_a_step_is_given_up_aloud(tape, monkeypatch):
     assert len(said) == 1
     assert "does not work as a graph here" in said[0]
     assert "of a step from" in said[0]
+    assert whole.figures["graph"]["error"] > whole.figures["graph"]["allowed"]
     for name, value in expected.items():
         assert torch.equal(value, got[name]), name
     with pytest.raises(RunError, match="of a step from"):
@@ -347,15 +352,105 @@ def kernels_to_prove(tape, monkeypatch):
     monkeypatch.setattr(whole_step, "wants_proof", lambda device: True)
 
 
-def test_kernels_that_are_right_are_kept(kernels_to_prove):
-    whole, plain = build(), build()
+def kept(whole, plain):
+    """The figures of a proof that leaves no trace, and of which all is right."""
     plain._proved = True
-    got, rows, _ = trained(whole, 1)
-    expected, rows_too, _ = trained(plain, 1)
-    assert whole._step.impl == "auto"
-    assert rows == rows_too
+    got, rows, scales = trained(whole, 1)
+    expected, rows_too, scales_too = trained(plain, 1)
+    assert whole.impl == "auto"
+    assert (rows, scales) == (rows_too, scales_too)
     for name, value in expected.items():
         assert torch.equal(value, got[name]), name
+    assert json.loads(json.dumps(whole.figures, allow_nan=False)) == whole.figures
+    assert whole.figures["blocks"]["largest"] < whole.figures["blocks"]["allowed"] / 4
+    assert whole.figures["gradients"]["error"] < whole.figures["gradients"]["allowed"] / 2
+    assert whole.figures["update"] == {"wrong": []}
+    return whole.figures
+
+
+TINY = {"ngf": 4, "ndf": 4, "batch_size": 2}
+
+
+def test_kernels_that_are_right_are_kept(kernels_to_prove):
+    figures = kept(build(), build())
+    assert "netD.main" in figures["blocks"]["where"] or "netG.main" in figures["blocks"]["where"]
+    assert figures["blocks"]["compared"] > 100
+    assert figures["blocks"]["unchecked"] == 0
+
+
+NETS = {
+    "spectral norm": {"loss": "hinge", "spectral_norm": True, "minibatch_std": True},
+    "classes": {"classes": True, "loss": "relativistic"},
+}
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_a_proof_on_the_cpu_is_asked_for(net, monkeypatch):
+    """Without anything of torch.cuda's."""
+    monkeypatch.setenv("FASTDCGAN_IMPL", "triton")
+    proved, plain = (build(autocast=torch.bfloat16, prove=prove, **TINY, **NETS[net])
+                     for prove in (True, None))  # fmt: skip
+    kept(proved, plain)
+    assert plain.figures == {}
+
+
+def test_a_proof_of_nets_without_fused_blocks(monkeypatch):
+    monkeypatch.setenv("FASTDCGAN_IMPL", "auto")
+    state = TrainState(preset("tf28", channels=1, batch_size=2), CPU)
+    images = np.zeros((4, 28, 28, 1), dtype=np.uint8)
+    feed = make_feed(
+        types.SimpleNamespace(images=images, n=4, window=28, size=28),
+        order=Order(4, 4, 2, 0), device=CPU, hflip=False, resident=True,
+    )  # fmt: skip
+    whole = WholeStep(state, feed, engine=Engine(CPU, None), prove=True, say=pytest.fail)
+    whole()
+    assert whole.figures["blocks"]["largest"] == whole.figures["blocks"]["compared"] == 0
+    assert whole.figures["gradients"]["error"] < 1e-6
+
+
+def test_an_overflow_of_float16_is_no_fault_of_the_kernels(monkeypatch):
+    """As in the first steps of any run; the proof is at a smaller scale, which stays its own."""
+    monkeypatch.setenv("FASTDCGAN_IMPL", "triton")
+    options = {"autocast": torch.float16, "scale": 2.0**24, **TINY}
+    whole = build(prove=True, **options)
+    kept(whole, build(**options))
+    assert whole.state.scalers[0].get_scale() == 2.0**23, "the step itself overflowed"
+
+
+def test_a_step_that_is_put_together_wrongly_is_seen(monkeypatch):
+    """Though each operator is right: two batches, and one batch's statistics."""
+    monkeypatch.setenv("FASTDCGAN_IMPL", "triton")
+    monkeypatch.setattr(one_step, "stat_groups", lambda groups: contextlib.nullcontext())
+    said = []
+    whole = build(prove=True, said=said, **TINY)
+    whole()
+    assert whole.impl == "reference"
+    assert "gradients are" in said[0]
+    assert whole.figures["gradients"]["error"] > 2 * whole.figures["gradients"]["allowed"]
+    assert "update" not in whole.figures
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_missing_tap_of_one_layer_is_seen(dtype, monkeypatch):
+    """Of one weight gradient's 16; and it is said of which, also where it is an error."""
+    monkeypatch.setenv("FASTDCGAN_IMPL", "triton")
+    right = convolution.weight_gradient
+
+    def without(small, large, geometry, **options):
+        out = right(small, large, geometry, **options)
+        if geometry.P == 4:
+            out[:, :, 1, 2] = 0
+        return out
+
+    monkeypatch.setattr(blocks, "_weight_gradient", without)
+    autocast = None if dtype == torch.float32 else dtype
+    scale = 64.0 if dtype == torch.float16 else None
+    whole = build(prove=True, autocast=autocast, scale=scale, impl="triton", **TINY)
+    with pytest.raises(RunError, match=r"of net[GD]\.main\.\d\.weight: gradient of the weight is"):
+        whole()
+    blocks_of = whole.figures["blocks"]
+    assert blocks_of["largest"] > 4 * blocks_of["allowed"]
+    assert set(whole.figures) == {"blocks"}
 
 
 @pytest.mark.parametrize("fault", ["wrong", "raises"])

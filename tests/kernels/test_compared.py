@@ -1,0 +1,206 @@
+"""Operators beside plain PyTorch, in a step of small nets: what rounding makes of right ones, and
+what a missing tap, an image that is off by a pixel and other mistakes make of wrong ones. The
+figures beside `compared.ALLOWED` are these, printed by `pytest -s`."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastdcgan import models
+from fastdcgan_kernels import blocks, convolution, fuse, image, normalisation, plan
+from fastdcgan_kernels.compared import _TWINS, ALLOWED, Compared
+from fastdcgan_kernels.modules import stat_groups
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+CHANNELS_LAST = torch.channels_last
+PRODUCTS = (
+    "y", "result", "gradient of x", "gradient of the weight", "gradient of the image",
+    "gradient of its weight",
+)  # fmt: skip
+"""Results that are sums over taps."""
+
+
+@pytest.fixture(autouse=True)
+def by_kernels(monkeypatch):
+    monkeypatch.setenv("FASTDCGAN_IMPL", "triton")
+
+
+def step(dtype, how="materialised", *, norm="batch"):
+    """(error, whose) of all operators in a step of both nets, the largest first."""
+    width, batch, size = 8 if how == "prologue" else 4, 2, 32  # 8: all that it can share is shared
+    torch.manual_seed(0)
+    nets = models.build("dcgan", size=size, nz=10, ngf=width, ndf=width, channels=3, norm_d=norm)
+    netG, netD = (fuse(net.to(memory_format=CHANNELS_LAST)) for net in nets)
+    smooth = F.interpolate(torch.rand(batch, 3, size // 4, size // 4) * 2 - 1, scale_factor=4.0)
+    weights = {p.data_ptr(): name for name, p in netD.named_parameters()}
+    scale = 1024.0 if dtype == torch.float16 else 1.0
+    with (
+        plan.override(how),
+        torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
+        Compared(weights) as compared,
+    ):
+        fake = netG(torch.randn(batch, 10, 1, 1))
+        with stat_groups(2):
+            real, faked = netD(torch.cat([smooth.to(fake.dtype), fake.detach()])).float().chunk(2)
+        ((F.softplus(-real) + F.softplus(faked)).mean() * scale).backward()
+        netD.requires_grad_(False)
+        (F.softplus(-netD(fake).float()).mean() * scale).backward()
+    assert compared.unchecked == 0
+    return compared.errors()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("how", ["materialised", "prologue", "vendor"])
+def test_right_operators_are_within_a_quarter_of_what_is_allowed(how, dtype):
+    errors = step(dtype, how)
+    print(f"{dtype} {how}: right {errors[0]}")
+    assert errors[0][0] < ALLOWED[dtype] / 4
+    seen = {f"fastdcgan::{whose.split()[0]}" for _, whose in errors}
+    ways = {
+        "prologue": {name for name in _TWINS if "::activate" not in name},
+        "materialised": {name for name in _TWINS if "image" not in name and "logit" not in name},
+    }
+    assert seen >= ways.get(how, set())
+    assert any("of main.0.weight" in whose for _, whose in errors)
+
+
+def test_without_norm_biases_are_compared_too():
+    errors = step(torch.float32, norm="none")
+    assert errors[0][0] < ALLOWED[torch.float32] / 4
+    assert any("gradient of the bias" in whose for _, whose in errors)
+
+
+def break_products(monkeypatch, weight, picture, gradient):
+    """Every sum over taps is of what these make of its weight and its picture; every gradient of a
+    weight is what the last makes of it."""
+
+    def convolution_by(run):
+        def broken(source, w, *given, **options):
+            return run(replace(source, value=picture(source.value)), weight(w), *given, **options)
+
+        return broken
+
+    def gradient_by(run):
+        return lambda *given, **options: gradient(run(*given, **options))
+
+    for module, name in ((blocks, "_gather"), (image, "image_up"), (image, "image_down")):
+        monkeypatch.setattr(module, name, convolution_by(getattr(module, name)))
+    for module, name in ((blocks, "_weight_gradient"), (image, "image_weight_gradient")):
+        monkeypatch.setattr(module, name, gradient_by(getattr(module, name)))
+
+
+def without_a_tap(w):
+    w = w.clone(memory_format=CHANNELS_LAST)
+    w[:, :, 1, 2] = 0
+    return w
+
+
+def off_by_a_pixel(x):
+    return x.roll(1, 3).contiguous(memory_format=CHANNELS_LAST)
+
+
+def same(x):
+    return x
+
+
+BROKEN = {
+    "a missing tap": (without_a_tap, same, without_a_tap),
+    "off by a pixel": (off_by_a_pixel, same, off_by_a_pixel),  # a filter moved is a picture moved
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("fault", BROKEN)
+def test_every_product_that_is_broken_is_far_beyond_what_is_allowed(fault, dtype, monkeypatch):
+    break_products(monkeypatch, *BROKEN[fault])
+    errors = [one for one in step(dtype) if one[1].split(": ")[1] in PRODUCTS]
+    errors = [one for one in errors if not one[1].startswith("activate")]
+    print(f"{dtype} {fault}: from {errors[-1]} to {errors[0]}")
+    assert len(errors) >= 30  # ten layers there, and two gradients of each
+    assert errors[-1][0] > 4 * ALLOWED[dtype]
+
+
+def scaled(result):
+    """5 % off: gradients in a tuple, or the value of a convolution."""
+    if isinstance(result, tuple):
+        return (result[0] * 1.05, *result[1:])
+    return result * 1.05
+
+
+MISTAKES = {  # where, in which way, what the error is said of
+    "statistics": (normalisation, "finalize_statistics", "materialised", "mean"),
+    "pointwise": (normalisation, "pointwise", "materialised", "activate of"),
+    "activation": (normalisation, "activation_gradient", "materialised", "gradient of y"),
+    "sums": (normalisation, "finalize_gradient", "materialised", "gradient of gamma"),
+    "biases": (normalisation, "column_sum", "materialised", "gradient of the bias"),
+    "logit": (blocks, "logit_gradients", "prologue", "logit_backward"),
+    "through": (image, "image_weight_gradient_through", "prologue", "gradient of its weight"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_of_one_twentieth_is_seen_where_it_is_made(mistake, monkeypatch):
+    module, name, how, whose = MISTAKES[mistake]
+    run = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *given, **more: scaled(run(*given, **more)))
+    errors = step(torch.float32, how, norm="none" if mistake == "biases" else "batch")
+    allowed = ALLOWED[torch.float32]
+    beyond = [named for error, named in errors if not error <= allowed]
+    assert beyond
+    assert any(whose in named for named in beyond), beyond
+
+
+def test_what_is_no_number_is_an_error_unless_it_is_right():
+    from fastdcgan_kernels.compared import _error
+
+    right, inf = torch.tensor([1.0, 2.0, 3.0]), float("inf")
+    assert _error(right.half(), right) == 0
+    assert _error(torch.tensor([1.0, 2.0, inf]).half(), torch.tensor([1.0, 2.0, 1e6])) == 0
+    assert _error(torch.tensor([1.0, 2.0, inf]).half(), right) == inf
+    assert _error(torch.tensor([1.0, 2.0, torch.nan]), right).isnan()
+    assert _error(torch.zeros(3), torch.zeros(3)) == 0
+    assert _error(torch.ones(3), torch.zeros(3)) == inf
+    assert _error(torch.tensor([2e-7]).half(), torch.tensor([1.5e-7])) == 0  # one spacing
+    compared = Compared()
+    compared._errors = [("a", torch.tensor(0.5)), ("b", torch.tensor(torch.nan))]
+    assert compared.errors() == [(inf, "b"), (0.5, "a")]
+    assert json.dumps(compared.errors()[1]) == '[0.5, "a"]'
+
+
+def test_results_and_state_are_untouched():
+    """The same bits as outside."""
+
+    def run():
+        torch.manual_seed(0)
+        block = torch.nn.Sequential(
+            torch.nn.Conv2d(5, 6, 4, 2, 1), torch.nn.BatchNorm2d(6), torch.nn.ReLU()
+        )
+        out = fuse(block)(torch.randn(2, 5, 8, 4))
+        out.square().sum().backward()
+        return [out, *(p.grad for p in block.parameters()), *block.buffers()]
+
+    plain = run()
+    with Compared():
+        compared = run()
+    assert all(map(torch.equal, plain, compared))
+
+
+def test_a_twin_that_does_not_fit_into_the_memory_is_left_out(monkeypatch):
+    def full(*given):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setitem(_TWINS, "fastdcgan::conv_act", full)
+    with Compared() as compared:
+        fuse(torch.nn.Sequential(torch.nn.Conv2d(5, 6, 4, 2, 1)))(torch.randn(2, 5, 8, 4))
+    assert (compared.unchecked, compared.errors()) == (1, [])
+
+
+def test_every_operator_has_a_twin():
+    own = {name for name in dir(torch.ops.fastdcgan) if not name.startswith("_")}
+    names = {f"fastdcgan::{name}" for name in own - {"name"}}
+    triton = {name for name in names if "cpu" not in name}
+    assert triton <= set(_TWINS)
+    assert convolution  # registered by its import
