@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(config, items):
         why = "run with -m gpu (this process has Triton's interpreter on)"
     if why:
         for item in items:
-            if "gpu" in item.keywords:
+            if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason=why))
 
 

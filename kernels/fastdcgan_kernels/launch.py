@@ -4,7 +4,7 @@ the same object. Not here: which launches a block needs (convolution.py, normali
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,8 @@ class Launch:
     def run(self, device: torch.device) -> None:
         """Launch on `device` (whichever is current), or record if somebody is recording; on the
         meta device there is nothing to do."""
+        for see in _watchers:
+            see(self)
         if _recorders:
             _recorders[-1].append(self)
         if _recorders or device.type == "meta":
@@ -38,8 +40,19 @@ class Launch:
                 **self.arguments, num_warps=self.warps, num_stages=self.stages, **OPTIONS
             )
 
+    def compile(self) -> Any:
+        """What Triton compiles for this launch and keeps in its cache; nothing runs."""
+        return self.kernel.warmup(
+            **self.arguments,
+            grid=self.grid,
+            num_warps=self.warps,
+            num_stages=self.stages,
+            **OPTIONS,
+        )
+
 
 _recorders: list[list[Launch]] = []
+_watchers: list[Callable[[Launch], object]] = []
 
 
 @contextlib.contextmanager
@@ -51,3 +64,14 @@ def recording() -> Iterator[list[Launch]]:
         yield launches
     finally:
         _recorders.pop()
+
+
+@contextlib.contextmanager
+def watching(see: Callable[[Launch], object]) -> Iterator[None]:
+    """`see` is called with each launch inside, before it runs. Autograd copies a gradient that
+    somebody else holds: what keeps the launches, and so their tensors, changes what a step does."""
+    _watchers.append(see)
+    try:
+        yield
+    finally:
+        _watchers.remove(see)

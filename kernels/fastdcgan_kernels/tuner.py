@@ -71,11 +71,11 @@ def contest(
             why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raised.append(candidate)
         if why:
-            say(f"{name}: dropped {_words(candidate)}: {why}")
+            say(f"{name}: dropped {words_of(candidate)}: {why}")
     if default in raised and seconds.pop("reference", None) is not None:
         say(f"{name}: dropped reference: the default raised, which does not prove it slower")
     if not seconds:
-        because = f" ({', '.join(map(_words, raised))} raised)" if raised else ""
+        because = f" ({', '.join(map(words_of, raised))} raised)" if raised else ""
         say(f"{name}: no kernel is right{because}; nothing stored")
         return None
     best = min(seconds, key=lambda one: seconds[one])
@@ -83,13 +83,14 @@ def contest(
         best = default
     for candidate, time in seconds.items():
         if candidate != best:
-            say(f"{name}: dropped {_words(candidate)}: {1e6 * time:.1f} us")
+            say(f"{name}: dropped {words_of(candidate)}: {1e6 * time:.1f} us")
     which = "the default, " if best == default else ""
-    say(f"{name}: kept {which}{_words(best)}: {1e6 * seconds[best]:.1f} us")
+    say(f"{name}: kept {which}{words_of(best)}: {1e6 * seconds[best]:.1f} us")
     return best
 
 
-def _words(candidate: Any) -> str:
+def words_of(candidate: Any) -> str:
+    """A candidate for people: one of plan.How, two of them, or a tile."""
     if isinstance(candidate, str):
         return candidate
     if isinstance(candidate, tuple):
@@ -100,11 +101,12 @@ def _words(candidate: Any) -> str:
     return f"{size}, split {tile['split']}, {tile['warps']} warps, {tile['stages']} stages{loads}"
 
 
-def _name(asked: Question | Pair) -> str:
+def name_of(asked: Question | Pair) -> str:
+    """A question for people."""
     from fastdcgan_kernels import plan
 
     if isinstance(asked, plan.Pair):
-        return f"{_name(asked.first)}, then {_name(asked.second)}"
+        return f"{name_of(asked.first)}, then {name_of(asked.second)}"
     g, given = asked.geometry, asdict(asked)
     what = given.get("op") or f"block {given['kind']}"
     small, large = f"{g.P}x{g.Q}x{g.CS}", f"{g.H}x{g.W}x{g.CL}"
@@ -214,16 +216,16 @@ def tune_questions(
     for one in asked:
         (known if measured.known(one, target.device) and not again else new).append(one)
     for one in known:
-        say(f"{_name(one)}: measured before")
+        say(f"{name_of(one)}: measured before")
     # A pair is new where one of its layers is: its answer is in theirs.
     both = [pair for pair in plan.pairs([*known, *new]) if {pair.first, pair.second} & {*new}]
     for experiment in [*new, *both]:
         try:
             trial = (trial_of or trials.trial_of)(experiment, device)
         except Exception as error:  # out of memory, say
-            say(f"{_name(experiment)}: not measured: {type(error).__name__}: {error}")
+            say(f"{name_of(experiment)}: not measured: {type(error).__name__}: {error}")
             continue
-        answer = contest(_name(experiment), candidates(experiment, target), trial, timer, say)
+        answer = contest(name_of(experiment), candidates(experiment, target), trial, timer, say)
         if answer is None:
             continue
         answers: dict[Question, Answer] = {}
@@ -239,7 +241,7 @@ def tune_questions(
         try:
             measured.store(answers, target.device)
         except (OSError, RuntimeError) as error:
-            say(f"{_name(experiment)}: in use, but not stored: {type(error).__name__}: {error}")
+            say(f"{name_of(experiment)}: in use, but not stored: {type(error).__name__}: {error}")
     return found
 
 
