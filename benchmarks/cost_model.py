@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from benchmarks.counting import Work
+    from fastdcgan_kernels.plan import Target
 
 COMMAND = "python -m benchmarks.cost_model"
 DTYPES = ("bf16", "fp16", "fp32")
@@ -212,10 +213,18 @@ def torch_dtype(dtype: str) -> torch.dtype:
 
 
 def our_step(
-    how: str, device: Device, batch: int, size: int, dtype: str, *, classes: Sequence[str] = ()
+    how: str,
+    device: Device,
+    batch: int,
+    size: int,
+    dtype: str,
+    *,
+    classes: Sequence[str] = (),
+    target: Target | None = None,
 ) -> list[Work]:
     """A whole step of ours: data, noise, both updates, average; with the plan's own choices where
-    `how` is "default"; by class where there are some."""
+    `how` is "default"; by class where there are some. `target`: what kernels are made for; None:
+    the device's."""
     from contextlib import ExitStack
 
     import torch
@@ -240,7 +249,7 @@ def our_step(
         readings=Readings(8, meta),
     )
     with ExitStack() as stack:
-        stack.enter_context(_on(device, how))
+        stack.enter_context(_on(device, how, target))
         step()  # what is made once is there
         work = stack.enter_context(counting())
         step()
@@ -248,13 +257,14 @@ def our_step(
 
 
 @contextmanager
-def _on(device: Device, how: str) -> Iterator[None]:
+def _on(device: Device, how: str, target: Target | None = None) -> Iterator[None]:
     """Inside, tensors on the meta device are taken to be on this one, and blocks run like that."""
     from contextlib import nullcontext
 
     from fastdcgan_kernels import plan
 
-    target = replace(plan.TARGETS[device.target], multiprocessors=device.multiprocessors)
+    if target is None:
+        target = replace(plan.TARGETS[device.target], multiprocessors=device.multiprocessors)
     choice: Any = nullcontext() if how == "default" else plan.override(how)  # type: ignore[arg-type]
     with plan.assume(target), choice:
         yield

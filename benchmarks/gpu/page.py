@@ -9,15 +9,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu import driver
 from fastdcgan.errors import InputError
 
 Summary = dict[str, Any]
 """As in summary.json: made_by, when, commit, rehearsal, phases, items; what is null is left out."""
 Facts = dict[str, Any]
 
-PHASES = (
-    "machine", "compile", "proof", "steps", "profile", "tests", "ways", "tiles", "counters",
-)  # fmt: skip
+PHASES = tuple(phase.name for phase in driver.PHASES)
 OURS, TUNED, EXAMPLE = "fastdcgan --amp", "pytorch tuned", "pytorch example"
 ROWS = 40
 """Launches in the table of where the time goes."""
@@ -242,7 +241,7 @@ def _head(summary: Summary) -> list[str]:
     title = f"# A training step on {card_of(summary)}"
     if summary.get("rehearsal"):
         title = "# A rehearsal on a CPU: no GPU was measured, and no number here is one of a GPU's"
-    facts = [f"{name} {value}" for name, value in versions.items() if value is not None]
+    facts = [f"{name} {value}" for name, value in versions.items() if name != "at"]
     for name, unit, words in (
         ("multiprocessors", 1, "multiprocessors"), ("memory_bytes", 2**30, "GiB"),
         ("l2_bytes", 2**20, "MiB of L2"), ("sm_mhz", 1, "MHz"), ("memory_mhz", 1, "MHz memory"),

@@ -1,0 +1,1 @@
+"""What each phase measures: a module with `measure(to, setting)`, whose first lines say what."""
