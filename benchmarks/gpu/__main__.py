@@ -49,15 +49,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if not 0 < given.minutes < 24 * 60:
         parser.error(f"--minutes {given.minutes:g} was given; give more than 0, less than a day")
-    made_by = " ".join(
-        ["python -m benchmarks.gpu", *(sys.argv[1:] if arguments is None else arguments)]
-    )
+    only = [name for name in given.only.split(",") if name]
+    options = [f"--minutes {given.minutes:g}", *[f"--only {given.only}"] * bool(only)]
+    made_by = " ".join(["python -m benchmarks.gpu", *options, *["--rehearse"] * given.rehearse])
     try:
         out = given.out or _default_folder(given.rehearse)
         summary = driver.run(
             out,
             minutes=given.minutes,
-            only=[name for name in given.only.split(",") if name],
+            only=only,
             rehearse=given.rehearse,
             made_by=made_by,
             say=_say,

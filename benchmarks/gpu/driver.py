@@ -138,7 +138,8 @@ def run(
     made_by: str = "python -m benchmarks.gpu",
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Runs the phases that `out` does not have yet, and writes its summary.
+    """Runs the phases that `out` does not have yet, and writes its summary. In what it writes,
+    files of the checkout are named from its root: results are passed on.
 
     Args:
         out: the run's folder; what it holds of an earlier call is kept, and goes on.
@@ -295,7 +296,7 @@ def _text(stream: Any) -> Iterable[str]:
 def _reader(lines: Iterable[str], take: Callable[[str], object]) -> threading.Thread:
     def read() -> None:
         for line in lines:
-            take(line.rstrip("\n"))
+            take(line.rstrip("\n").replace(f"{ROOT}{os.sep}", ""))
 
     thread = threading.Thread(target=read, daemon=True)
     thread.start()

@@ -108,6 +108,7 @@ def test_a_phase_that_raises_costs_itself_alone(phase, run):
     state = summary["phases"]["raises"]
     assert (state["state"], state["why"]) == ("failed", "RuntimeError: of the phase")
     assert "Traceback" in state["log"]
+    assert str(driver.ROOT) not in json.dumps(summary)
     assert list(summary["items"]["raises"]) == ["before", "an item that raises", "after"]
     assert summary["items"]["raises"]["an item that raises"]["error"] == "ValueError: of an item"
     assert summary["phases"]["sound"]["state"] == "done"

@@ -56,7 +56,9 @@ def test_each_phase_measures_what_it_says(rehearsed):
     assert {"D1", "D4", "G1", "G4", "step"} <= {row["layer"] for row in rows}
     assert all(row["seconds"] > 0 for row in rows)
     assert found["tests"]["pytest"]["skipped"] > 100
-    assert (rehearsed[0] / "gpu.xml").read_text().count("<skipped") > 100
+    xml = (rehearsed[0] / "gpu.xml").read_text()
+    assert xml.count("<skipped") > 100
+    assert "hostname" not in xml
     assert found["ways"]["2 vendor"]["median"] > 0
     (contest,) = found["tiles"].values()
     assert contest["candidates"][0]["seconds"] > 0
@@ -70,6 +72,14 @@ def test_the_page_and_the_screen_say_that_it_is_a_rehearsal(rehearsed):
     assert len(lines) <= 10
     assert "rehearsal" in lines[0].lower()
     assert lines[-1] == f"wrote {out / 'report.md'}"
+
+
+def test_no_place_of_this_machine_is_written(rehearsed):
+    """The files are meant to be passed on."""
+    for path in rehearsed[0].iterdir():
+        text = path.read_text()
+        assert str(driver.ROOT) not in text, path.name
+        assert str(rehearsed[0]) not in text, path.name
 
 
 def test_the_tuners_file_is_beside_it(rehearsed):
