@@ -26,6 +26,7 @@ product that is broken.
     float16      4.4e-4             0.17              0.76
     bfloat16     3.4e-3             0.16              0.76
 
+Of the standard nets (64 pixels, 64 feature maps) and 2 images in bfloat16: 2.2e-3, 0.20 and 0.66.
 A GPU multiplies float32 in TF32, which rounds operands to ten bits on both sides; that was not
 measured, so there is more room."""
 
