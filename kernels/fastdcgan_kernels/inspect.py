@@ -8,13 +8,14 @@ measure of speed.
 from __future__ import annotations
 
 import argparse
+import bisect
 import concurrent.futures
-import functools
 import importlib
 import itertools
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -124,12 +125,14 @@ def build(order: Order, arch: str) -> Any:
 
 
 def compile_order(order: Order, arch: str) -> dict[str, Any]:
-    """Compile, and describe what came out."""
+    """Compile, and describe what came out; an NVIDIA binary's `code` for its `machine` ("sm_90a")
+    is left to `describe_codes`."""
     from fastdcgan_kernels.plan import TARGETS
 
     target, built = TARGETS[arch], build(order, arch)
     if target.backend == "cuda":
-        found = describe_cubin(built.asm["cubin"], arch)
+        found = describe_cubin(built.asm["cubin"])
+        found["machine"] = re.findall(r"^\.target (sm_\w+)", built.asm["ptx"], re.MULTILINE)[0]
     else:
         found = describe_amdgcn(built.asm["amdgcn"])
     found["shared_bytes"] = built.metadata.shared
@@ -149,32 +152,64 @@ def resident(found: dict[str, Any], warps: int, target: Target) -> int:
     return int(min(blocks, slots // warps, 65_536 // (a_warp * warps), memory // (shared + 1024)))
 
 
-@functools.cache
-def _tool(name: str) -> str:
+def _run_tool(name: str, *arguments: str) -> str:
+    """What one of the CUDA tools that Triton brings prints."""
     import triton
 
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def describe_cubin(cubin: bytes, arch: str) -> dict[str, Any]:
-    """Registers, spills, instructions of an NVIDIA binary, by the disassembler Triton brings."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
-        usage = run([_tool("cuobjdump"), "--dump-resource-usage", str(path)]).stdout
-        sass = run([_tool("cuobjdump"), "-sass", str(path)]).stdout
+def describe_cubin(cubin: bytes) -> dict[str, Any]:
+    """Registers, spills and the code, still in binary, of an NVIDIA binary of one kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _run_tool("cuobjdump", "--dump-resource-usage", file.name)
     return {
         "registers": int(re.findall(r"REG:(\d+)", usage)[-1]),
         "spill_bytes": int(re.findall(r"STACK:(\d+)", usage)[-1]),
-        **describe_sass(sass, MATRIX.get(arch, "HMMA")),
+        "code": code_of(cubin),
     }
 
 
-def describe_sass(sass: str, matrix: str) -> dict[str, Any]:
-    """Matrix instructions, 128-bit accesses and the main loop of NVIDIA assembly with addresses."""
-    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.MULTILINE)
-    code = [(int(address, 16), text) for address, text in lines]
+def code_of(cubin: bytes) -> bytes:
+    """The kernel's instructions: the section .text.KERNEL of the ELF file, which is laid out as the
+    System V ABI says ("Object Files": header, section header table)."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)  # e_shoff
+    # e_shentsize, e_shnum, e_shstrndx
+    size, count, of_names = struct.unpack_from("<HHH", cubin, 0x3A)
+    # sh_name, sh_type, sh_flags, sh_addr, sh_offset, sh_size
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + size * at) for at in range(count)]
+    names = sections[of_names][4]
+    (code,) = (
+        cubin[offset : offset + length]
+        for name, _, _, _, offset, length in sections
+        if cubin.startswith(b".text.", names + name)
+    )
+    return code
+
+
+def describe_codes(machine: str, codes: list[bytes]) -> list[dict[str, Any]]:
+    """Describes each kernel's code (see `describe_sass`). The disassembler that Triton brings takes
+    a second to start, so it reads all of them in one go, as if they were one program."""
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(codes))
+        file.flush()
+        text = _run_tool("nvdisasm", "--binary", machine.replace("sm_", "SM"), file.name)
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", text, re.MULTILINE)
+    instructions = [(int(address, 16), words) for address, words in lines]
+    addresses = [address for address, _ in instructions]
+    starts = itertools.accumulate(map(len, codes), initial=0)
+    cuts = [bisect.bisect_left(addresses, start) for start in starts]
+    matrix = MATRIX.get(machine.rstrip("af"), "HMMA")
+    return [
+        describe_sass(instructions[start:end], matrix) for start, end in itertools.pairwise(cuts)
+    ]
+
+
+def describe_sass(code: list[tuple[int, str]], matrix: str) -> dict[str, Any]:
+    """Matrix instructions, 128-bit accesses and the main loop of (address, instruction) pairs."""
     jumps = {}
     for at, text in code:
         branch = re.search(r"\bBRA\S*\s+(?:\S+,\s*)?`?\(?(0x[0-9a-f]+)", text)
@@ -392,17 +427,28 @@ def report(
     jobs = jobs or os.cpu_count() or 1
     rows = []
     with concurrent.futures.ProcessPoolExecutor(jobs) as pool:
-        results = pool.map(compile_order, *zip(*wanted, strict=True), chunksize=4)
-        for done, ((order, arch), found) in enumerate(zip(wanted, results, strict=True), 1):
+        results = []
+        for found in pool.map(compile_order, *zip(*wanted, strict=True), chunksize=4):
+            results.append(found)
             if sys.stderr.isatty():
-                print(f"\r{done} of {len(wanted)} compiled", end="", file=sys.stderr)
-            for name in wanted[order, arch]:
-                row = {"kernel": order.kernel, "layer": name, "arch": arch, "dtype": dtype}
-                words = dict(order.constants)
-                used = any(words.get(name, "none") != "none" for name in PROLOGUES)
-                rows.append({**row, "tile": tiles[order], "prologue": used, **found})
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
+                print(f"\r{len(results)} of {len(wanted)} compiled", end="", file=sys.stderr)
+        if sys.stderr.isatty():
+            print(file=sys.stderr)
+        binaries: dict[str, list[dict[str, Any]]] = {}
+        for found in results:
+            if "code" in found:
+                binaries.setdefault(found.pop("machine"), []).append(found)
+        codes = [[found.pop("code") for found in own] for own in binaries.values()]
+        described = pool.map(describe_codes, binaries, codes)
+        for own, descriptions in zip(binaries.values(), described, strict=True):
+            for found, description in zip(own, descriptions, strict=True):
+                found.update(description)
+    for (order, arch), found in zip(wanted, results, strict=True):
+        for name in wanted[order, arch]:
+            row = {"kernel": order.kernel, "layer": name, "arch": arch, "dtype": dtype}
+            words = dict(order.constants)
+            used = any(words.get(name, "none") != "none" for name in PROLOGUES)
+            rows.append({**row, "tile": tiles[order], "prologue": used, **found})
     return rows
 
 

@@ -29,23 +29,21 @@ def by_kernels(monkeypatch):
 
 
 def dcgan(w, norm=True):
-    """Generator and discriminator for 32 pixels, with the DCGAN's initial weights."""
+    """Generator and discriminator for 16 pixels, with the DCGAN's initial weights."""
 
     def normed(layer, activation):
         return [layer, *([nn.BatchNorm2d(layer.out_channels)] if norm else []), activation]
 
     up, down, bias = nn.ConvTranspose2d, nn.Conv2d, not norm
     netG = nn.Sequential(
-        *normed(up(10, 4 * w, 4, 1, 0, bias=bias), nn.ReLU()),
-        *normed(up(4 * w, 2 * w, 4, 2, 1, bias=bias), nn.ReLU()),
+        *normed(up(10, 2 * w, 4, 1, 0, bias=bias), nn.ReLU()),
         *normed(up(2 * w, w, 4, 2, 1, bias=bias), nn.ReLU()),
         up(w, 3, 4, 2, 1, bias=bias), nn.Tanh(),
     )  # fmt: skip
     netD = nn.Sequential(
         down(3, w, 4, 2, 1, bias=bias), nn.LeakyReLU(0.2),
         *normed(down(w, 2 * w, 4, 2, 1, bias=bias), nn.LeakyReLU(0.2)),
-        *normed(down(2 * w, 4 * w, 4, 2, 1, bias=bias), nn.LeakyReLU(0.2)),
-        down(4 * w, 1, 4, 1, 0, bias=bias),
+        down(2 * w, 1, 4, 1, 0, bias=bias),
     )  # fmt: skip
     for module in (*netG, *netD):
         if isinstance(module, up | down):
@@ -58,7 +56,7 @@ def step(dtype, how="materialised", *, norm=True):
     width, batch = 8 if how == "prologue" else 4, 2  # 8: then all launches that may be are shared
     torch.manual_seed(0)
     netG, netD = (fuse(net.to(memory_format=CHANNELS_LAST)) for net in dcgan(width, norm))
-    smooth = F.interpolate(torch.rand(batch, 3, 8, 8) * 2 - 1, scale_factor=4.0)
+    smooth = F.interpolate(torch.rand(batch, 3, 4, 4) * 2 - 1, scale_factor=4.0)
     weights = {p.data_ptr(): name for name, p in netD.named_parameters()}
     scale = 1024.0 if dtype == torch.float16 else 1.0
     with (
@@ -143,7 +141,7 @@ def test_every_product_that_is_broken_is_far_beyond_what_is_allowed(fault, dtype
     errors = [one for one in step(dtype) if one[1].split(": ")[1] in PRODUCTS]
     errors = [one for one in errors if not one[1].startswith("activate")]
     print(f"{dtype} {fault}: from {errors[-1]} to {errors[0]}")
-    assert len(errors) >= 30  # ten layers there, and two gradients of each
+    assert len(errors) >= 22  # nine layers run there, and most have two gradients
     assert errors[-1][0] > 4 * ALLOWED[dtype]
 
 

@@ -372,7 +372,7 @@ TINY = {"ngf": 4, "ndf": 4, "batch_size": 2}
 
 
 def test_kernels_that_are_right_are_kept(kernels_to_prove):
-    figures = kept(build(), build())
+    figures = kept(build(**TINY), build(**TINY))
     assert "netD.main" in figures["blocks"]["where"] or "netG.main" in figures["blocks"]["where"]
     assert figures["blocks"]["compared"] > 100
     assert figures["blocks"]["unchecked"] == 0
