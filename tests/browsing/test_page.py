@@ -190,7 +190,7 @@ def inpaint(page, run, data):
     page.wait_for_timeout(1000)  # no sign tells when the canvas takes the brush
     paint(page, [(0.3, 0.5, 0.7, 0.5)])
     page.get_by_role("button", name="Fill").click()
-    page.get_by_text("filling").wait_for()
+    page.get_by_text("filling").first.wait_for()
     filled = small(pixels(page, "#filled"), 16)
     truth = select(str(data), size=32, channels=3, n=1, progress=False).images[0]
     different = (filled != truth).any(-1)
