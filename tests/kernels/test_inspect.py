@@ -155,6 +155,39 @@ def test_other_dtypes(command, dtype):
         assert {row["matrix_instruction"] for row in gemms(found)} == {"HGMMA"}
 
 
+COMPARE_DISASSEMBLIES = """
+import re, tempfile
+from fastdcgan_kernels import inspect
+orders = {inspect.order_of(launch) for layer, launch in inspect.launches("sm_90", "bf16")
+          if "G3 " in layer and "vendor" not in layer}
+machine, codes, expected = "", [], []
+for order in sorted(orders, key=str)[:4]:
+    built = inspect.build(order, "sm_90")
+    found = inspect.compile_order(order, "sm_90")
+    machine, codes = found["machine"], [*codes, found["code"]]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        sass = inspect._run_tool("cuobjdump", "-sass", file.name)
+    lines = re.findall(r"^\\s+/\\*([0-9a-f]{4,})\\*/\\s+(.*?);", sass, re.MULTILINE)
+    code = [(int(address, 16), text) for address, text in lines]
+    expected.append(inspect.describe_sass(code, "HGMMA"))
+assert len({str(one) for one in expected}) > 1, expected
+assert inspect.describe_codes(machine, codes) == expected
+print(len(expected))
+"""
+
+
+@pytest.mark.timeout(600)
+def test_kernels_disassembled_together_are_as_each_alone(environment):
+    """By the tool that reads a whole binary of one kernel."""
+    run = subprocess.run(
+        [sys.executable, "-c", COMPARE_DISASSEMBLIES], env=environment, capture_output=True,
+        text=True, check=False, timeout=600,
+    )  # fmt: skip
+    assert (run.returncode, run.stdout) == (0, "4\n"), run.stderr
+
+
 PRINT_TTIR = """
 import json
 from fastdcgan_kernels import inspect
