@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.forks import Forks
+
 ROOT = Path(__file__).parent.parent
 
 # The tests run side by side; PyTorch's own threads would only get in each other's way.
@@ -126,12 +128,21 @@ def environment():
 
 
 @pytest.fixture(scope="session")
-def command(environment):
-    """Runs `python -m MODULE ARGS...` as a user does: command("fastdcgan.train", "--help")."""
+def command(environment, tmp_path_factory):
+    """Runs `python -m MODULE ARGS...` as a user does: command("fastdcgan.train", "--help"). Where
+    neither the start is looked at (`--help` has to be there at once) nor what Python reads at its
+    own (`env`), it is a fork of a process that has imported PyTorch."""
+    outputs = tmp_path_factory.mktemp("outputs")
+    forks = None
 
     def run(module, *args, cwd=None, env=None, timeout=300):
+        nonlocal forks
+        args = [*map(str, args)]
+        if env is None and "--help" not in args:
+            forks = forks or Forks(environment)
+            return forks.run([module, *args], cwd or os.getcwd(), outputs, timeout)
         return subprocess.run(
-            [sys.executable, "-m", module, *map(str, args)],
+            [sys.executable, "-m", module, *args],
             cwd=cwd,
             env={**environment, **(env or {})},
             timeout=timeout,
@@ -140,7 +151,9 @@ def command(environment):
             check=False,
         )
 
-    return run
+    yield run
+    if forks:
+        forks.end()
 
 
 @pytest.fixture(scope="session")
