@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import gc
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,8 @@ gc.set_threshold(200_000, 20, 100)
 def pytest_configure(config):
     """Kernels run in Triton's interpreter on CPU tensors, which has to be said before Triton is
     imported; only `pytest -m gpu` compiles them and runs them on the device."""
+    # Jobs in the background ignore Ctrl-C, and so would commands of tests, which send it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "gpu: needs a GPU; run by `pytest -m gpu`, else skipped")
     if config.option.markexpr != "gpu":
         os.environ["TRITON_INTERPRET"] = "1"
