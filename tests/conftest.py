@@ -84,6 +84,25 @@ def quick_interpreter():
     interpreter.GridExecutor.__call__ = launch_afresh
 
 
+@pytest.fixture
+def drawn_plots():
+    """For tests that look at a run's plot.png."""
+
+
+@pytest.fixture(autouse=True)
+def blank_plots(request, monkeypatch):
+    """In all others it is blank: drawing it takes as long as a hundred steps of a tiny net."""
+    if "drawn_plots" in request.fixturenames:
+        return
+
+    def blank(out, brief=False):
+        from matplotlib.figure import Figure
+
+        return Figure(figsize=(1, 1))
+
+    monkeypatch.setattr("fastdcgan.training.journal.figure", blank)
+
+
 @contextlib.contextmanager
 def restored_settings():
     """Inside, PyTorch's global settings may be changed; afterwards they are as before."""

@@ -224,8 +224,11 @@ def figure(out: Path, *, brief: bool = False) -> Any:
     }
     if brief:
         panels = {"loss": panels["loss"]}
-    height = 2.5 * len(scores) + (2.5 if brief else 14)
-    drawn = Figure(figsize=(6 if brief else 9, height), layout="constrained")
+    width, height = 6 if brief else 9, 2.4 * (len(panels) + len(scores))
+    drawn = Figure(figsize=(width, height))
+    # In inches; a layout of matplotlib's own draws all of it once more to measure it.
+    left, right, below, above = 0.7 / width, 0.15 / width, 0.5 / height, 0.3 / height
+    drawn.subplots_adjust(left, below, 1 - right, 1 - above, hspace=0.2)
     alarms = [row for row in _rows(out / "watch.jsonl") if row.get("began", True)]
     axes = list(drawn.subplots(len(panels) + len(scores), 1, sharex=True, squeeze=False)[:, 0])
     for axis, (title, lines) in zip(axes, panels.items(), strict=False):
@@ -234,8 +237,7 @@ def figure(out: Path, *, brief: bool = False) -> Any:
             marker = "o" if len(found) == 1 else ""  # a line through one point cannot be seen
             steps, values = ([pair[i] for pair in found] for i in (0, 1))
             axis.plot(steps, values, label=label, marker=marker, markersize=4)
-        axis.set_ylabel(title)
-        axis.grid(alpha=0.3)
+        _head(axis, title)
         if title == "gradient norm":
             axis.set_yscale("log")
         else:
@@ -243,7 +245,6 @@ def figure(out: Path, *, brief: bool = False) -> Any:
         for row in alarms:
             colour = "tab:green" if row["kind"] == "rollback" else "tab:red"
             axis.axvline(row["step"], color=colour, linestyle="--", linewidth=1)
-        axis.legend(loc="upper right")
     for axis, name in zip(axes[len(panels) :], scores, strict=True):
         # Scores by other networks or of other numbers of images are no points of one line.
         kind = [evaluations[-1][k] for k in ("features", "n")]
@@ -253,11 +254,19 @@ def figure(out: Path, *, brief: bool = False) -> Any:
         axis.plot([row["step"] for row in alike], found, "o-", label="generator", markersize=4)
         floor = alike[-1][f"{name}_floor"]
         axis.axhline(floor, color="black", linestyle="--", linewidth=1, label="floor: real images")
-        axis.set_ylabel(f"{title}, n = {kind[1]:,}")
-        axis.grid(alpha=0.3)
-        axis.legend(loc="best")
+        _head(axis, f"{title}, n = {kind[1]:,}")
     axes[-1].set_xlabel("step")
     return drawn
+
+
+def _head(axis: Any, title: str) -> None:
+    """The panel's name and, beside it, what its lines are: above them, where they hide nothing."""
+    axis.set_title(title, loc="left", fontsize="medium")
+    axis.legend(
+        loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderaxespad=0.1,
+        fontsize="medium",
+    )  # fmt: skip
+    axis.grid(alpha=0.3)
 
 
 def _write(content: bytes, file: BinaryIO) -> None:

@@ -95,7 +95,9 @@ def agree(ours, theirs, start):
     """Moments and how far parameters have moved, steps of 0.1, but for what float32 rounds."""
     for mine, twin in zip(moments(ours), moments(theirs), strict=True):
         assert mine["step"] == twin["step"]
-        exact.close(mine["exp_avg"], twin["exp_avg"])
+        # Gradients that cancel leave a mean that is as exact as they are large.
+        gradients = (twin["exp_avg_sq"] / (1 - GROUP["betas"][1])).sqrt()
+        assert ((mine["exp_avg"] - twin["exp_avg"]).abs() <= 3e-7 * gradients).all()
         exact.close(mine["exp_avg_sq"], twin["exp_avg_sq"])
     of = zip(ours.param_groups[0]["params"], theirs.param_groups[0]["params"], start, strict=True)
     for mine, twin, before in of:
@@ -110,6 +112,7 @@ def agree(ours, theirs, start):
     st.sampled_from([0, 9, 1000, 300_000]), st.integers(0, 1000),
 )  # fmt: skip
 @example(3, 5, 1030, torch.bfloat16, True, True, 0, 0)
+@example(3, 1, 1000, None, False, False, 0, 579)  # the one mean of the one channel's is about 0
 def test_steps_are_pytorchs_in_float64(ci, co, size, dtype, narrow, average, before, seed):
     """`before`: updates that the state already knows of; `narrow`: the copied weight's gradient
     comes in the copy's dtype."""

@@ -119,7 +119,7 @@ def test_a_run_with_evaluations_equals_one_without_bit_for_bit(config, tmp_path,
     assert not (plain / "evaluations.jsonl").exists()
 
 
-def test_rows_are_what_evaluate_finds_and_are_shown(config, features, capsys):
+def test_rows_are_what_evaluate_finds_and_are_shown(config, features, capsys, drawn_plots):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     result = train(dataclasses.replace(config, tensorboard=True))
@@ -151,7 +151,7 @@ def test_rows_are_what_evaluate_finds_and_are_shown(config, features, capsys):
     assert events.Scalars("quality/fid_floor")[0].value == pytest.approx(rows[0]["fid_floor"])
     assert "quality/n" not in events.Tags()["scalars"]
     with Image.open(config.out / "plot.png") as plot:
-        assert plot.size == (990, 2090), "two panels more than the 990 x 1540 of a run without"
+        assert plot.size == (990, 2112), "two panels more than the 990 x 1584 of a run without"
 
 
 def test_the_best_is_kept_beside_the_last(config, tmp_path, scripted):
@@ -273,7 +273,7 @@ def test_the_best_stays_the_best_when_the_run_rolls_back(config, scripted, monke
     assert checkpoints.load(config.out / "checkpoints" / "best.pt")["watch"]["rollbacks"] == 0
 
 
-def test_scores_of_another_kind_are_not_compared(config, scripted):
+def test_scores_of_another_kind_are_not_compared(config, scripted, drawn_plots):
     scripted(kid=[1.0, 1.0, 1.0, 7.0])
     train(config)
     more = dataclasses.replace(config, resume="auto", steps=13, eval_n=9)

@@ -289,7 +289,7 @@ def weights(state):
     return {f"{net}.{k}": v for net in ("netG", "netD", "ema") for k, v in state[net].items()}
 
 
-def test_a_collapse_is_warned_of_once_recorded_and_plotted(tiny, tmp_path, capsys):
+def test_a_collapse_is_warned_of_once_recorded_and_plotted(tiny, tmp_path, capsys, drawn_plots):
     out = train(dataclasses.replace(tiny, keep=2)).out
     printed = capsys.readouterr().out
     assert printed.count("warning: step 16: samples are alike") == 1
