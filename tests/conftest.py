@@ -91,7 +91,7 @@ def drawn_plots():
 
 @pytest.fixture(autouse=True)
 def blank_plots(request, monkeypatch):
-    """In all others it is blank: drawing it takes as long as a hundred steps of a tiny net."""
+    """Without `drawn_plots` it is blank: drawing it takes most of the time of a tiny run."""
     if "drawn_plots" in request.fixturenames:
         return
 
