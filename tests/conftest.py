@@ -2,7 +2,6 @@
 settings as they were before each test, and a way to run commands."""
 
 import contextlib
-import dataclasses
 import gc
 import os
 import signal
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests import interpreter
 from tests.forks import Forks
 
 ROOT = Path(__file__).parent.parent
@@ -57,31 +57,8 @@ def private_cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="session")
 def quick_interpreter():
-    """Leaves out of Triton's interpreter what takes half of its time: it looks for overflows of
-    32-bit sums and products, as compiled kernels do not and tensors of a test's size cannot have
-    any; and each call of a function inside a kernel puts the interpreter's functions in place of
-    Triton's language, where they are as long as the launch lasts."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        return
-    from triton.runtime import interpreter
-
-    builder = interpreter.interpreter_builder
-    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
-    in_place, replace, launch = set(), interpreter._patch_lang, interpreter.GridExecutor.__call__
-
-    def replace_once(function):
-        module = id(function.__globals__)
-        if module in in_place:
-            return interpreter._LangPatchScope()  # nothing to put back
-        in_place.add(module)
-        return replace(function)
-
-    def launch_afresh(self, *given, **options):
-        in_place.clear()
-        return launch(self, *given, **options)
-
-    interpreter._patch_lang = replace_once
-    interpreter.GridExecutor.__call__ = launch_afresh
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        interpreter.quicken()
 
 
 @pytest.fixture
