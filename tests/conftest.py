@@ -127,19 +127,22 @@ def environment():
 
 
 @pytest.fixture(scope="session")
-def command(environment, tmp_path_factory):
+def forks(environment, tmp_path_factory):
+    made = Forks(environment, tmp_path_factory.mktemp("outputs"))
+    yield made
+    made.end()
+
+
+@pytest.fixture(scope="session")
+def command(environment, forks):
     """Runs `python -m MODULE ARGS...` as a user does: command("fastdcgan.train", "--help"). Where
     neither the start is looked at (`--help` has to be there at once) nor what Python reads at its
     own (`env`), it is a fork of a process that has imported PyTorch."""
-    outputs = tmp_path_factory.mktemp("outputs")
-    forks = None
 
     def run(module, *args, cwd=None, env=None, timeout=300):
-        nonlocal forks
         args = [*map(str, args)]
         if env is None and "--help" not in args:
-            forks = forks or Forks(environment)
-            return forks.run([module, *args], cwd or os.getcwd(), outputs, timeout)
+            return forks.run([module, *args], cwd or os.getcwd(), timeout)
         return subprocess.run(
             [sys.executable, "-m", module, *args],
             cwd=cwd,
@@ -150,9 +153,17 @@ def command(environment, tmp_path_factory):
             check=False,
         )
 
-    yield run
-    if forks:
-        forks.end()
+    return run
+
+
+@pytest.fixture(scope="session")
+def start(forks):
+    """The same, returning while the command runs, as `subprocess.Popen` does."""
+
+    def begin(module, *args, cwd):
+        return forks.start([module, *map(str, args)], cwd)
+
+    return begin
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,9 @@
 """A command of the tests that is forked is the command that Python starts."""
 
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -43,3 +45,21 @@ def test_one_that_takes_too_long_is_ended_and_the_next_one_runs(command, tmp_pat
         command("slow", cwd=tmp_path, timeout=2)
     assert ended.value.stdout == "begun\n"
     assert command("platform", cwd=tmp_path).returncode == 0
+
+
+def test_what_is_started_runs_beside_others_and_takes_signals(command, start, tmp_path):
+    (tmp_path / "slow.py").write_text("import time; print('begun', flush=True); time.sleep(600)")
+    first, second = (start("slow", cwd=tmp_path) for _ in range(2))
+    assert command("platform", cwd=tmp_path).returncode == 0, "and it has an end before they have"
+    assert first.poll() is second.poll() is None
+    with pytest.raises(subprocess.TimeoutExpired):
+        first.wait(0.1)
+    second.kill()
+    assert (second.wait(10), first.poll()) == (-9, None)
+    while not (first.files[0].exists() and first.files[0].read_text()):
+        time.sleep(0.01)
+    first.send_signal(signal.SIGINT)
+    printed, errors = first.communicate(10)
+    assert first.returncode == first.poll() == -signal.SIGINT
+    assert (printed, errors.splitlines()[-1]) == ("begun\n", "KeyboardInterrupt")
+    first.kill()  # which has ended: nothing is sent

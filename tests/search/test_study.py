@@ -7,8 +7,6 @@ import math
 import os
 import sqlite3
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -243,15 +241,11 @@ def test_an_interrupt_ends_the_search_and_the_same_call_goes_on(searched, tmp_pa
 
 
 @pytest.mark.parametrize(("sampler", "workers"), [("grid", 2), ("tpe", 1)])
-def test_a_killed_search_goes_on(searched, tmp_path, environment, sampler, workers):
+def test_a_killed_search_goes_on(searched, tmp_path, start, sampler, workers):
     """SIGKILL while two trials of a grid, or one of TPE, are under way."""
     out, space = tmp_path / "s", tmp_path / "space.toml"
     space.write_text(GRID if sampler == "grid" else SPACE)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.search.quick", out, space, sampler, str(workers)],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-    )
+    process = start("tests.search.quick", out, space, sampler, workers, cwd=tmp_path)
     running = [out / "trials" / f"{number:04d}" / "process" for number in (3, 4)][:workers]
     deadline = time.monotonic() + 120
     while not all(path.exists() and path.read_text() for path in running):

@@ -6,8 +6,6 @@ import dataclasses
 import importlib.util
 import itertools
 import json
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -361,23 +359,15 @@ def test_what_is_missing_is_said_before_anything_is_trained(config, tmp_path, mo
     assert not config.out.exists()
 
 
-def test_two_ranks_end_together(environment, config, tmp_path):
+def test_two_ranks_end_together(command, config, tmp_path):
     """One of them scores and sees that patience is over; the other neither waits nor goes on."""
     flags = (
         f"--data {config.data} --image-size 32 --nz 6 --ngf 4 --ndf 4 --batch-size 8 "
         f"--steps 100000 --no-tensorboard --out run --eval-every 3 --patience 1 "
         f"--eval-features {config.eval_features}"
     )
-    start = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    done = subprocess.run(
-        [sys.executable, *start, "-m", "fastdcgan.train", *flags.split()],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    done = command(*torchrun, "-m", "fastdcgan.train", *flags.split(), cwd=tmp_path, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("no better generator in 1 evaluations") == 1
     assert done.stdout.count("the best: KID[tiny]") == 1
