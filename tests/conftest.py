@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests import interpreter
-from tests.forks import Forks
+from tests.forks import Command, Forks
 
 ROOT = Path(__file__).parent.parent
 
@@ -161,7 +161,7 @@ def start(forks):
     """The same, returning while the command runs, as `subprocess.Popen` does."""
 
     def begin(module, *args, cwd):
-        return forks.start([module, *map(str, args)], cwd)
+        return Command(forks, [module, *map(str, args)], cwd)
 
     return begin
 

@@ -35,12 +35,9 @@ class Forks:
         other.close()
         return ours
 
-    def start(self, command, cwd):
-        return Command(self, command, cwd)
-
     def run(self, command, cwd, timeout):
         """As `subprocess.run` does with `capture_output` and `text`."""
-        process = self.start(command, cwd)
+        process = Command(self, command, cwd)
         try:
             printed = process.communicate(timeout)
         except BaseException as stopped:
@@ -91,7 +88,11 @@ class Command:
         self.send_signal(signal.SIGKILL)
 
     def _hear(self, words, timeout):
-        """Returns when this command has said so many; what others say meanwhile is theirs."""
+        """Returns when this command has said so much; what others say meanwhile is theirs.
+
+        Raises:
+            subprocess.TimeoutExpired: it has not, after `timeout` seconds.
+        """
         deadline = None if timeout is None else time.monotonic() + timeout
         while len(self.said) < words:
             left = None if timeout is None else max(0, deadline - time.monotonic())
