@@ -55,6 +55,7 @@ def test_what_is_started_runs_beside_others_and_takes_signals(command, start, tm
     with pytest.raises(subprocess.TimeoutExpired):
         first.wait(0.1)
     second.kill()
+    assert command("platform", cwd=tmp_path).returncode == 0, "its own end, not the killed one's"
     assert (second.wait(10), first.poll()) == (-9, None)
     while not (first.files[0].exists() and first.files[0].read_text()):
         time.sleep(0.01)
