@@ -5,7 +5,6 @@ told comes after the fork (arguments, folder, where to print), and it ends as an
 import contextlib
 import functools
 import gc
-import itertools
 import os
 import runpy
 import signal
@@ -13,7 +12,7 @@ import subprocess
 import sys
 import time
 from multiprocessing import Pipe
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 
 
 class Forks:
@@ -22,8 +21,7 @@ class Forks:
 
     def __init__(self, environment, outputs):
         self.environment, self.outputs = environment, outputs
-        self.numbers = itertools.count()
-        self.said = {}  # of each command, by its number: its process, then its exit status
+        self.commands = []  # all that were started; the process knows them by their place here
 
     @functools.cached_property
     def connection(self):
@@ -58,13 +56,13 @@ class Command:
     """A command that runs, as `subprocess.Popen` has it with `text` and pipes."""
 
     def __init__(self, forks, argv, cwd):
-        self.forks, self.args, self.returncode = forks, argv, None
-        self.number = next(forks.numbers)
-        self.files = [forks.outputs / f"{self.number}-{name}" for name in ("stdout", "stderr")]
-        forks.said[self.number] = self.said = []
-        forks.connection.send((self.number, argv, cwd, self.files))
-        self._hear(1, None)
-        self.pid = self.said[0]
+        self.forks, self.args = forks, argv
+        self.pid = self.returncode = None
+        number = len(forks.commands)
+        self.files = [forks.outputs / f"{number}-{name}" for name in ("stdout", "stderr")]
+        forks.commands.append(self)
+        forks.connection.send((number, argv, cwd, self.files))
+        self._hear("pid", None)
 
     def poll(self):
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -72,8 +70,7 @@ class Command:
         return self.returncode
 
     def wait(self, timeout=None):
-        self._hear(2, timeout)
-        self.returncode = self.said[1]
+        self._hear("returncode", timeout)
         return self.returncode
 
     def communicate(self, timeout=None):
@@ -87,43 +84,43 @@ class Command:
     def kill(self):
         self.send_signal(signal.SIGKILL)
 
-    def _hear(self, words, timeout):
-        """Returns when this command has said so much; what others say meanwhile is theirs.
+    def _hear(self, name, timeout):
+        """Returns when this attribute is known; what is said of other commands is kept for them.
 
         Raises:
-            subprocess.TimeoutExpired: it has not, after `timeout` seconds.
+            subprocess.TimeoutExpired: it is not, after `timeout` seconds (None: it will be).
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        while len(self.said) < words:
+        while getattr(self, name) is None:
             left = None if timeout is None else max(0, deadline - time.monotonic())
             if not self.forks.connection.poll(left):
                 raise subprocess.TimeoutExpired(self.args, timeout)
-            number, word = self.forks.connection.recv()
-            self.forks.said[number].append(word)
+            number, said, value = self.forks.connection.recv()
+            setattr(self.forks.commands[number], said, value)
 
 
 def request(connection):
     """What a fork of this process is to do; in this one None, when the tests have ended."""
     running = {}
     while True:
-        for ready in wait([connection, *running]):
-            if ready is not connection:
-                number, child = running.pop(ready)
-                os.close(ready)
-                connection.send((number, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
-                continue
+        if connection.poll(0.01 if running else None):
             try:
                 number, *asked = connection.recv()
             except EOFError:
-                for _, child in running.values():
+                for child in running:
                     os.kill(child, signal.SIGKILL)
                 return None
             child = os.fork()
             if child == 0:
                 connection.close()
                 return asked
-            running[os.pidfd_open(child)] = number, child
-            connection.send((number, child))
+            running[child] = number
+            connection.send((number, "pid", child))
+        for child in [*running]:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                status = os.waitstatus_to_exitcode(status)
+                connection.send((running.pop(child), "returncode", status))
 
 
 def main():

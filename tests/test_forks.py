@@ -39,6 +39,11 @@ def test_it_prints_and_ends_as_a_process_of_its_own(command, environment, tmp_pa
     assert forked.stderr.splitlines()[-1] == alone.stderr.splitlines()[-1]
 
 
+def test_it_finds_pytorch_imported(command, tmp_path):
+    (tmp_path / "seen.py").write_text("import sys; print('torch._dynamo' in sys.modules)")
+    assert command("seen", cwd=tmp_path).stdout == "True\n"
+
+
 def test_one_that_takes_too_long_is_ended_and_the_next_one_runs(command, tmp_path):
     (tmp_path / "slow.py").write_text("import time; print('begun', flush=True); time.sleep(600)")
     with pytest.raises(subprocess.TimeoutExpired) as ended:

@@ -1,9 +1,10 @@
-"""What the tests leave out of Triton's interpreter changes no bit of a result."""
+"""Triton's interpreter as the tests have it: the bits that it would give anyway, much sooner."""
 
 import subprocess
 import sys
 
 SCRIPT = """
+import time
 import torch, triton, triton.language as tl
 from torch import nn
 import fastdcgan_kernels as fk
@@ -37,12 +38,21 @@ def all_results():
     ranks_dtypes_and_pointers[(1,)](x, y, 250, 16)
     return [y, *blocks()]
 
+def seconds():
+    begun = time.process_time()
+    all_results()
+    return time.process_time() - begun
+
 before = all_results()
+slow = min(seconds() for _ in range(2))
 interpreter.quicken()
 for again in range(2):
     for old, new in zip(before, all_results(), strict=True):
         assert old.dtype == new.dtype and torch.equal(old, new)
 assert len({float(x.float().sum()) for x in before}) == len(before) == 17
+
+quick = min(seconds() for _ in range(2))
+assert quick < 0.4 * slow, (quick, slow)  # 0.28 as measured
 
 @triton.jit
 def three(y):
@@ -58,7 +68,7 @@ for again in range(2):
 """
 
 
-def test_it_computes_what_it_would_without(environment, tmp_path):
+def test_the_same_bits_in_less_time(environment, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)  # Triton reads the kernels' source
     done = subprocess.run(
         [sys.executable, "script.py"],
