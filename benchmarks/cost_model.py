@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from benchmarks.counting import Work
-    from fastdcgan_kernels.plan import Target
+    from fastdcgan_kernels.choice.types import Target
 
 COMMAND = "python -m benchmarks.cost_model"
 DTYPES = ("bf16", "fp16", "fp32")
@@ -261,12 +261,12 @@ def _on(device: Device, how: str, target: Target | None = None) -> Iterator[None
     """Inside, tensors on the meta device are taken to be on this one, and blocks run like that."""
     from contextlib import nullcontext
 
-    from fastdcgan_kernels import plan
+    from fastdcgan_kernels.choice import choose, targets
 
     if target is None:
-        target = replace(plan.TARGETS[device.target], multiprocessors=device.multiprocessors)
-    choice: Any = nullcontext() if how == "default" else plan.override(how)  # type: ignore[arg-type]
-    with plan.assume(target), choice:
+        target = replace(targets.TARGETS[device.target], multiprocessors=device.multiprocessors)
+    choice: Any = nullcontext() if how == "default" else choose.override(how)  # type: ignore[arg-type]
+    with targets.assume(target), choice:
         yield
 
 

@@ -2,7 +2,7 @@
 launches, bytes, FLOPs. Not here: which piece (cost_model.py), and any measure of time.
 
 Two kinds of work are seen. Triton launches are recorded with all their arguments
-(`fastdcgan_kernels.launch.recording`); PyTorch's operations are seen as they are dispatched.
+(`fastdcgan_kernels.gpu.launch.recording`); PyTorch's operations are seen as they are dispatched.
 
 Bytes: every tensor that a launch reads counts once, every one that it writes counts once; a gather
 counts what it takes. So these are the bytes that must move if nothing stays in a cache from one
@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from fastdcgan_kernels import ops
-from fastdcgan_kernels.launch import Launch, recording
+from fastdcgan_kernels.gpu.launch import Launch, recording
 
 # PyTorch's multi-tensor launches (ATen/native/cuda/MultiTensorApply.cuh): elements of a chunk,
 # chunks of a launch, and tensors of a launch by the number of lists.
@@ -274,8 +274,8 @@ class Product(NamedTuple):
 
 
 def work_of_launch(launch: Launch) -> Work:
-    """By what the kernel of that name does with its arguments (`fastdcgan_kernels/jit`)."""
-    name, given = launch.kernel.fn.__name__, launch.arguments
+    """By what the kernel of that name does with its arguments (`fastdcgan_kernels/gpu`)."""
+    name, given = launch.kernel.fn.__name__, launch.named
     reads, writes = traffic(name, given)
     products, useful = _products(name, launch.grid, given)
     taken = sum(_size(given[r]) for r in reads)
@@ -321,16 +321,16 @@ def _epilogue(given: dict[str, Any]) -> tuple[list[str], list[str]]:
     """What `store_tile` reads and writes."""
     reads, writes = [], ["out"]
     if given["HAS_BIAS"]:
-        reads.append("bias")
+        reads.append("end_bias")
     if given["EPILOGUE"] == "gradient":
-        reads += ["out_aux", "out_coef"]
-        writes.append("partials")
+        reads += ["end_aux", "end_coef"]
+        writes.append("end_partials")
     if given["EPILOGUE"] == "signed":
-        reads.append("out_aux")
+        reads.append("end_aux")
     if given["EPILOGUE"] == "signs":
-        writes.append("out_aux")
+        writes.append("end_aux")
     if given["EPILOGUE"] == "statistics":
-        writes += ["partials", "counts"]
+        writes += ["end_partials", "end_counts"]
     return reads, writes
 
 
@@ -340,10 +340,10 @@ def traffic(name: str, given: dict[str, Any]) -> tuple[list[str], list[str]]:
         reads, writes = _epilogue(given)
         return [*_operand("x", given, given["PROLOGUE"]), "w", *reads], writes
     if name == "image_gradients":
-        reads = [*_operand("x", given, given["PROLOGUE"]), "w", "out_aux", "out_coef"]
-        return reads, ["out", "partials", "gw"]
+        reads = [*_operand("x", given, given["PROLOGUE"]), "w", "end_aux", "end_coef"]
+        return reads, ["out", "end_partials", "gw"]
     if name == "logit_gradients":
-        return ["g", "w", "y", "coef"], ["out", "parts"]
+        return ["g", "w", "x", "x_coef"], ["out", "parts"]
     if name == "image_weight_gradient_through":
         return [*_operand("x", given, given["PROLOGUE"]), "w", "signs", "image"], ["gw"]
     if "weight_gradient" in name:
@@ -353,9 +353,7 @@ def traffic(name: str, given: dict[str, Any]) -> tuple[list[str], list[str]]:
         reads, writes = _epilogue(given)
         return ["parts", *reads], writes
     if name == "apply_prologue":
-        reads = [read.removeprefix("value_") for read in
-                 _operand("value", given, given["PROLOGUE"])]  # fmt: skip
-        return reads, ["partials" if given["SUM"] else "out"]
+        return _operand("x", given, given["PROLOGUE"]), ["out"]
     if name == "partial_statistics":
         return ["y"], ["partials", "counts"]
     if name == "merge_statistics":
@@ -367,7 +365,7 @@ def traffic(name: str, given: dict[str, Any]) -> tuple[list[str], list[str]]:
         reads += ["partials", "counts", *["momenta"] * given["MOMENTA"], *moved]
         return reads, ["coef", "stats", *moved]
     if name == "activation_gradient":
-        return ["g", "y", "coef"], ["out", "partials"]
+        return ["g", "end_aux", "end_coef"], ["out", "end_partials"]
     if name == "sum_partials":
         return ["partials"] if given["COLUMNS"] else ["partials", "coef"], ["out"]
     if name == "bce_rows":
@@ -419,7 +417,7 @@ def _products(name: str, grid: tuple[int, ...], given: dict[str, Any]) -> tuple[
         k = padded(64, depth)
     elif name == "image_up":
         k = 9 * padded(given["CS"], depth)
-    elif given["UP"]:
+    elif given["TRANSPOSED"]:
         k = (4 if given["STRIDE"] > 1 else 1) * padded(given["CS"], depth)
     else:
         k = 16 * padded(given["CL"], depth)

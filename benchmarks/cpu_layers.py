@@ -14,8 +14,8 @@ from collections.abc import Callable
 
 import torch
 
+from fastdcgan_kernels.choice.geometry import Geometry, empty
 from fastdcgan_kernels.cpu import convolution
-from fastdcgan_kernels.geometry import Geometry, empty
 
 ROUNDS = 11
 # Names of the layers that share a shape (conv of D, transposed conv of G): pixels, CS, CL.

@@ -55,6 +55,13 @@ def private_cache(tmp_path_factory):
     os.environ["FASTDCGAN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(scope="session")
+def bfloat16_in_the_interpreter():
+    """Patches the interpreter before any kernel runs in it."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        interpreter.patch_bfloat16()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def quick_interpreter():
     if os.environ.get("TRITON_INTERPRET") == "1":

@@ -1,7 +1,11 @@
-"""Triton's interpreter in less than a third of its time, with the same results: what it does again
-for every operation, though it never comes out otherwise, is done once."""
+"""Triton's interpreter for tests. `quicken` makes it take less than a third of its time, with the
+same results: what it does again for every operation, though it never comes out otherwise, is done
+once. `patch_bfloat16` mends bfloat16, which it stores as uint16: it multiplies the bit patterns
+instead of the values, and rounds towards zero (tests/kernels/test_interpreter.py)."""
 
 import dataclasses
+
+import numpy as np
 
 
 def quicken():
@@ -77,3 +81,33 @@ def _remember_numpy_types(interpreter):
         return known[type.name]
 
     interpreter._get_np_dtype = found
+
+
+def patch_bfloat16():
+    """Products of bfloat16 in float32, and PyTorch's rounding (to nearest, ties to even)."""
+    import torch
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    dot, cast = builder.create_dot, builder.cast_impl
+
+    def wide(operand):
+        if operand.dtype.scalar != tl.bfloat16:
+            return operand
+        bits = operand.data.astype(np.uint32) << 16
+        return handle(bits.view(np.float32), tl.float32)
+
+    def create_dot(self, a, b, d, *rest):
+        return dot(self, wide(a), wide(b), d, *rest)
+
+    def cast_impl(self, src, dst_type):
+        if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
+            values = torch.from_numpy(np.ascontiguousarray(src.data)).bfloat16()
+            return handle(values.view(torch.uint16).numpy(), tl.bfloat16)
+        return cast(self, src, dst_type)
+
+    builder.create_dot = create_dot
+    builder.cast_impl = cast_impl
+    for name in ("create_fp_ext", "create_fp_trunc"):
+        setattr(builder, name, lambda self, src, dst_type: cast_impl(self, src, dst_type))

@@ -16,9 +16,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from benchmarks.gpu.phase import line_of
-from fastdcgan_kernels.inspect import tile_of
-from fastdcgan_kernels.launch import Launch
-from fastdcgan_kernels.plan import Target
+from fastdcgan_kernels.choice.types import Target
+from fastdcgan_kernels.gpu.launch import Launch
+from fastdcgan_kernels.inspect.report import tile_of
 
 _launches: Sequence[Launch] = ()
 """What the processes compile: they inherit it, because a kernel cannot be sent to one."""

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from benchmarks.counting import Work, work_of_launch
 from fastdcgan.training.state import TrainState
-from fastdcgan_kernels import plan
-from fastdcgan_kernels.geometry import Geometry
-from fastdcgan_kernels.inspect import tile_of
-from fastdcgan_kernels.launch import Launch, watching
-from fastdcgan_kernels.modules import is_convolution
+from fastdcgan_kernels.choice import choose
+from fastdcgan_kernels.choice.geometry import Geometry
+from fastdcgan_kernels.choice.types import Task
+from fastdcgan_kernels.gpu.launch import Launch, watching
+from fastdcgan_kernels.inspect.report import tile_of
+from fastdcgan_kernels.modules.block import is_convolution
 
 FORWARD, DATA, WEIGHT = "forward", "data gradient", "weight gradient"
 OF_STEP = {"adam": "update", "crop": "data", "bce_rows": "loss"}
@@ -42,7 +43,7 @@ class Seen:
     """Of a product; D takes its real and its generated images in one."""
     grid: tuple[int, ...]
     work: Work
-    task: plan.Task | None
+    task: Task | None
 
 
 @contextmanager
@@ -51,12 +52,13 @@ def seeing(state: TrainState) -> Iterator[list[Seen]]:
     state was made before, so that its working copies of weights exist."""
     places = _Places(state)
     seen: list[Seen] = []
-    with plan.recording() as asked:
+    with choose.recording() as asked:
 
         def see(launch: Launch) -> None:
-            tasks = [one for one in asked if isinstance(one, plan.Task)]
+            tasks = [one for one in asked if isinstance(one, Task)]
             asked.clear()  # so that the next launch sees its own questions alone
-            given, images = launch.arguments, launch.arguments.get("images")
+            given = launch.named
+            images = given.get("images")
             name = launch.kernel.fn.__name__
             layer, of = places.of(name, given, seen)
             seen.append(
@@ -87,13 +89,13 @@ class _Places:
         for optimiser in (state.optD, state.optG):
             copies |= {} if optimiser.copies is None else optimiser.copies.of
         self._weights: dict[int, str] = {}
-        self._up: dict[str, bool] = {}
+        self._transposed: dict[str, bool] = {}
         self._sizes: dict[tuple[str, int, int], str] = {}
         for net, module in (("G", state.netG), ("D", state.netD)):
             for place, conv in enumerate(filter(is_convolution, module.modules()), 1):
                 weight: Any = conv.weight
                 layer = f"{net}{place}"
-                self._up[layer] = isinstance(conv, nn.ConvTranspose2d)
+                self._transposed[layer] = isinstance(conv, nn.ConvTranspose2d)
                 self._sizes[net, weight.shape[0], weight.shape[1]] = layer
                 for tensor in (weight, copies.get(weight)):  # the kernels read the copy
                     if tensor is not None:
@@ -118,22 +120,22 @@ class _Places:
         layer = self._weights.get(_memory(given["w"]), "")
         if name == "image_weight_gradient_through":  # of the layer below
             return layer[:1] + "1", WEIGHT
-        up = given.get("UP", name == "image_up")
-        forward = up == self._up.get(layer) and "gradient" not in name
+        transposed = given.get("TRANSPOSED")
+        forward = transposed == self._transposed.get(layer) and "gradient" not in name
         return layer, FORWARD if forward else DATA
 
 
-def task_facts(task: plan.Task) -> dict[str, Any]:
+def task_facts(task: Task) -> dict[str, Any]:
     """A task as JSON has it."""
     return asdict(task) | {"dtype": str(task.dtype).removeprefix("torch.")}
 
 
-def task_of(facts: dict[str, Any]) -> plan.Task:
+def task_of(facts: dict[str, Any]) -> Task:
     """The inverse."""
     given = facts | {
         "geometry": Geometry(**facts["geometry"]), "dtype": getattr(torch, facts["dtype"])
     }  # fmt: skip
-    return plan.Task(**given)
+    return Task(**given)
 
 
 def _memory(value: Any) -> int:

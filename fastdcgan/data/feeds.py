@@ -14,7 +14,6 @@ from torch import Tensor
 
 from fastdcgan.data.cache import Packed
 from fastdcgan_kernels.functional import runs_kernels
-from fastdcgan_kernels.step import crop
 
 PREFETCH = 3  # batches that a StreamFeed reads ahead
 
@@ -164,7 +163,9 @@ class Feed(ABC):
             flipped = self._draw(2, whole, mine, generator)
         if self._margin:
             corner = [self._draw(self._margin + 1, whole, mine, generator) for _ in range(2)]
-        return crop(images, rows, self._size, self._dtype, corner=corner, flipped=flipped)
+        from fastdcgan_kernels.gpu.crop import squares  # imports Triton
+
+        return squares(images, rows, self._size, self._dtype, corner=corner, flipped=flipped)
 
     def rows(self, step: int) -> tuple[Tensor, Tensor]:
         """Images (·, window, window, C) uint8 and which rows of them are this rank's batch (int64),

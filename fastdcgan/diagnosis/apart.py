@@ -152,7 +152,7 @@ def compiler() -> Apart:
         rows = json.loads(out)
         kernels = ", ".join(row["kernel"] for row in rows)
         matrix = sum(row["matrix_instructions"] for row in rows)
-        wrong = status != 0  # inspect.py: compiled, and a figure is not as it should be
+        wrong = status != 0  # compiled, and a figure is not as it should be
         return Row(
             "Triton compiler",
             "warning" if wrong else "ok",
@@ -204,7 +204,8 @@ def compiled(name: str) -> dict[str, Any]:
 
 def interpreted() -> dict[str, Any]:
     """Every kernel on small shapes: {"kernels", "runs", "wrong"}."""
-    from fastdcgan_kernels import launch, trials
+    from fastdcgan_kernels.gpu import launch
+    from fastdcgan_kernels.tuner import trials
 
     cpu, runs, wrong = torch.device("cpu"), 0, []
     kernels: set[str] = set()
@@ -225,25 +226,25 @@ def interpreted() -> dict[str, Any]:
 
 
 def _questions() -> Iterable[tuple[str, Any, Any]]:
-    """(name, question to the plan, candidate): small ones that launch every kernel there is."""
-    from fastdcgan_kernels.geometry import Geometry, Tile
-    from fastdcgan_kernels.plan import Block, Task
+    """(name, question, candidate): small ones that launch every kernel there is."""
+    from fastdcgan_kernels.choice.geometry import Geometry, Tile
+    from fastdcgan_kernels.choice.types import Block, Task
 
     every, plain = ("materialised", "prologue", "vendor"), ("materialised",)
-    for name, kind, geometry, norm, ways in (
-        ("project", "up", Geometry(2, 1, 1, 16, 4, 4, 8, 1, 0), True, plain),
-        ("up", "up", Geometry(2, 2, 2, 16, 4, 4, 8, 2, 1), True, every),
-        ("to an image", "up", Geometry(2, 4, 4, 8, 8, 8, 3, 2, 1), False, every[:2]),
-        ("from an image", "down", Geometry(2, 4, 4, 8, 8, 8, 3, 2, 1), False, plain),
-        ("down", "down", Geometry(2, 2, 2, 16, 4, 4, 8, 2, 1), True, every),
-        ("collapse", "down", Geometry(2, 1, 1, 1, 4, 4, 16, 1, 0), False, every[:2]),
+    for name, transposed, geometry, norm, ways in (
+        ("project", True, Geometry(2, 1, 1, 16, 4, 4, 8, 1, 0), True, plain),
+        ("transposed", True, Geometry(2, 2, 2, 16, 4, 4, 8, 2, 1), True, every),
+        ("to an image", True, Geometry(2, 4, 4, 8, 8, 8, 3, 2, 1), False, every[:2]),
+        ("from an image", False, Geometry(2, 4, 4, 8, 8, 8, 3, 2, 1), False, plain),
+        ("convolution", False, Geometry(2, 2, 2, 16, 4, 4, 8, 2, 1), True, every),
+        ("collapse", False, Geometry(2, 1, 1, 1, 4, 4, 16, 1, 0), False, every[:2]),
     ):
         for how in ways:
-            yield f"{name}, {how}", Block(kind, geometry, torch.float32, norm, 1), how
+            yield f"{name}, {how}", Block(transposed, geometry, torch.float32, norm, 1), how
     geometry, tile = Geometry(2, 4, 4, 16, 8, 8, 16, 2, 1), Tile(32, 16, 16, warps=1, stages=1)
     for op, epilogue, more in (
-        ("down", "statistics", {"split": 2}),
-        ("up", "store", {"descriptors": True}),
+        ("conv", "statistics", {"split": 2}),
+        ("conv_transposed", "store", {"descriptors": True}),
         ("weight_gradient", "store", {"descriptors": True}),
     ):
         task = Task(op, geometry, torch.float32, "none", epilogue, 1)

@@ -9,8 +9,8 @@ import torch
 from fastdcgan.diagnosis.layers import batch_for, layers, pairs
 from fastdcgan.diagnosis.machine import dtypes, short
 from fastdcgan.diagnosis.rows import Row, guarded
+from fastdcgan_kernels.choice.types import Block, Pair
 from fastdcgan_kernels.functional import runs_kernels
-from fastdcgan_kernels.plan import Block, Pair
 
 TITLE = "Blocks, forward and all gradients, against float64: relative RMS errors"
 CPU_BATCH = 4  # float64 takes its time

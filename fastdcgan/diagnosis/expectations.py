@@ -15,7 +15,9 @@ from fastdcgan.hardware import amp_dtype
 from fastdcgan.training.config import TrainConfig
 from fastdcgan.training.distributed import Ranks
 from fastdcgan.training.plan import choose_engine, describe
-from fastdcgan_kernels import measured, plan
+from fastdcgan_kernels.choice import choose, measured, targets
+from fastdcgan_kernels.choice.spec import BlockSpec, Buffers, Inputs
+from fastdcgan_kernels.choice.types import Block, How, Target, Task
 from fastdcgan_kernels.cpu import build
 
 
@@ -68,9 +70,9 @@ def plan_rows(device: torch.device) -> Iterable[Row]:
     for name, block in layers(batch_for(device), _dtype(device)).items():
         g = block.geometry
         sides = f"{g.P}x{g.Q}x{g.CS}", f"{g.H}x{g.W}x{g.CL}"
-        shape = " to ".join(sides if block.kind == "up" else sides[::-1])
-        how, target, tile, tuned = way_of(block, device), plan.target_of(device), "", False
-        if target is not None and how in get_args(plan.How):
+        shape = " to ".join(sides if block.transposed else sides[::-1])
+        how, target, tile, tuned = way_of(block, device), targets.target_of(device), "", False
+        if target is not None and how in get_args(How):
             tile, tuned = _plan(block, target)
             default |= not tuned
         words = [f"{shape}: {how}", tile, "measured" if tuned else ""]
@@ -94,34 +96,35 @@ def _dtype(device: torch.device) -> torch.dtype:
     return (amp_dtype(device) if device.type == "cuda" else None) or torch.float32
 
 
-def _plan(block: plan.Block, target: plan.Target) -> tuple[str, bool]:
+def _plan(block: Block, target: Target) -> tuple[str, bool]:
     """(the forward GEMM's tile, whether the tuner measured it and how the block runs)."""
-    from fastdcgan_kernels import blocks, launch
+    from fastdcgan_kernels.gpu import blocks, launch
 
-    choice, g = plan.choose(block, target), block.geometry
+    choice, g = choose.choose(block, target), block.geometry
     if choice.how in ("vendor", "reference"):
         return "", choice.measured
-    up = block.kind == "up"
-    ci, co = (g.CS, g.CL) if up else (g.CL, g.CS)
+    small, large = (g.N, g.CS, g.P, g.Q), (g.N, g.CL, g.H, g.W)
+    before, after = (small, large) if block.transposed else (large, small)
     with torch.device("meta"):
-        x = torch.empty(g.N, ci, *((g.P, g.Q) if up else (g.H, g.W)), dtype=block.dtype)
-        weight, channels = torch.empty(g.CS, g.CL, 4, 4), torch.empty(co)
-        coef = torch.empty(3, block.groups, ci) if choice.how == "prologue" else None
+        x = torch.empty(before, dtype=block.dtype)
+        weight, channels = torch.empty(g.CS, g.CL, 4, 4), torch.empty(after[1])
+        coef = torch.empty(3, block.groups, before[1]) if choice.how == "prologue" else None
+    spec = BlockSpec(
+        block.transposed, g.stride, g.pad, eps=1e-5, groups=block.groups, x_activation="relu"
+    )
+    inputs = Inputs(x, weight, coef, gamma=channels, beta=channels)
     with (
-        plan.assume(target),
-        plan.override(choice.how),
-        plan.recording() as asked,
+        targets.assume(target),
+        choose.override(choice.how),
+        choose.recording() as asked,
         launch.recording(),
     ):
         if block.norm:
-            blocks.conv_bn(
-                x, coef, weight, None, channels, channels, up, g.stride, block.groups, 1e-5,
-                "relu", 0.0, "",
-            )  # fmt: skip
+            blocks.conv_bn(inputs, Buffers(), spec)
         else:
-            blocks.conv_act(x, coef, weight, None, up, g.stride, "relu", 0.0, "none", 0.0)
-    task = next(one for one in asked if isinstance(one, plan.Task))
-    tile = plan.tile_for(task, target)
+            blocks.conv_act(inputs, spec)
+    task = next(one for one in asked if isinstance(one, Task))
+    tile = choose.tile_for(task, target)
     words = f"tile {tile.rows}x{tile.columns}x{tile.depth}, {tile.warps} warps"
     words += " by descriptors" if tile.descriptors else ""
-    return words, choice.measured and measured.known(task, target.device)
+    return words, choice.measured and bool(measured.stored(task, target.device))

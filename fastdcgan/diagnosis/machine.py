@@ -19,7 +19,7 @@ import torch
 
 from fastdcgan.diagnosis.rows import Row, first_line, guarded
 from fastdcgan.hardware import amp_dtype
-from fastdcgan_kernels import plan
+from fastdcgan_kernels.choice import targets
 
 GIB = 2**30
 INSTALL = "install a build of PyTorch for this GPU: https://pytorch.org/get-started/locally"
@@ -65,7 +65,7 @@ def _gpus(device: torch.device) -> Iterable[Row]:
     for index in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(index)
         arch = found.gcnArchName if torch.version.hip else f"sm_{found.major}{found.minor}"
-        target = plan.target_of(torch.device("cuda", index))
+        target = targets.target_of(torch.device("cuda", index))
         yield Row(
             f"cuda:{index}",
             "ok" if target else "warning",
@@ -75,7 +75,7 @@ def _gpus(device: torch.device) -> Iterable[Row]:
             ""
             if target
             else "blocks run as plain PyTorch; kernels need Triton and one of "
-            + ", ".join(plan.TARGETS),
+            + ", ".join(targets.TARGETS),
             {"name": found.name, "arch": arch, "memory_bytes": found.total_memory},
         )
     if device.type != "cuda":

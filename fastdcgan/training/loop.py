@@ -30,7 +30,7 @@ from fastdcgan.training.state import TrainState
 from fastdcgan.training.step import READINGS
 from fastdcgan.training.watch import ROLLBACKS, STOPS, TRY, News, Probe, Watch, new_seed
 from fastdcgan.training.whole_step import WholeStep
-from fastdcgan_kernels.plan import implementation
+from fastdcgan_kernels.choice.targets import implementation
 
 SAMPLES = COLUMNS**2
 CHECKPOINT_SECONDS = 120.0

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from fastdcgan.training.compiling import Compiler
 from fastdcgan.training.config import TrainConfig
-from fastdcgan_kernels.functional import runs_kernels
-from fastdcgan_kernels.step import bce
+from fastdcgan_kernels.functional import bce, runs_kernels
 
 Role = Literal["real", "fake", "wanted"]
 """What a batch of logits is of, and for whom: D's of real or of generated images; or those that G

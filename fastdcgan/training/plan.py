@@ -13,7 +13,7 @@ from fastdcgan.hardware import amp_dtype
 from fastdcgan.training.config import TrainConfig
 from fastdcgan.training.distributed import Ranks
 from fastdcgan.training.state import build_nets
-from fastdcgan_kernels import plan as kernels
+from fastdcgan_kernels.choice import targets
 from fastdcgan_kernels.cpu.build import library
 
 LISTED = 12  # names of classes in the plan; others are counted
@@ -50,10 +50,10 @@ def choose_engine(config: TrainConfig, ranks: Ranks, device: torch.device) -> En
     """
     notes = []
     try:
-        kernels.mode()
+        targets.mode()
     except ValueError as error:
         raise InputError(str(error)) from None
-    if config.impl == "triton" and kernels.target_of(device) is None:
+    if config.impl == "triton" and targets.target_of(device) is None:
         raise InputError(
             f"--impl triton was given; there are no Triton kernels for {device} here: leave it out"
         )
@@ -158,9 +158,9 @@ def _listed(classes: Sequence[str]) -> str:
 def _blocks(engine: Engine) -> str:
     if engine.impl == "reference":
         return "plain PyTorch"
-    with kernels.implementation(engine.impl):
-        mode = kernels.mode()
-    target, on_cpu = kernels.target_of(engine.device), engine.device.type == "cpu"
+    with targets.implementation(engine.impl):
+        mode = targets.mode()
+    target, on_cpu = targets.target_of(engine.device), engine.device.type == "cpu"
     if on_cpu and mode == "auto" and target is None and engine.autocast is None and library():
         return "C++ kernels where they are faster, plain PyTorch elsewhere"
     if mode == "reference" or target is None or (mode == "auto" and engine.device.type != "cuda"):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastdcgan.training.config import TrainConfig
-from fastdcgan_kernels.plan import implementation
+from fastdcgan_kernels.choice.targets import implementation
 
 
 def r1(gradients: Tensor, gamma: float) -> Tensor:

@@ -23,9 +23,10 @@ from fastdcgan.training.compiling import Compiler
 from fastdcgan.training.losses import Loss, Role
 from fastdcgan.training.regularisers import Penalty
 from fastdcgan.training.state import TrainState
+from fastdcgan_kernels.choice.targets import implementation
 from fastdcgan_kernels.functional import runs_cpu_kernels, runs_kernels
-from fastdcgan_kernels.modules import WorkingCopies, stat_groups
-from fastdcgan_kernels.plan import implementation
+from fastdcgan_kernels.modules.block import stat_groups
+from fastdcgan_kernels.modules.copies import WorkingCopies
 
 READINGS = ("loss_d", "loss_g", "d_real", "d_fake", "d_fake_g")
 """What a step measures: both losses, penalties left out, and the mean D(x), D(G(z)) before and

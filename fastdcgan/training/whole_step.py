@@ -28,9 +28,9 @@ from fastdcgan.training.proof import (
 from fastdcgan.training.readings import Readings
 from fastdcgan.training.state import TrainState
 from fastdcgan.training.step import Step
+from fastdcgan_kernels.choice.targets import implementation
 from fastdcgan_kernels.compared import ALLOWED, Compared
 from fastdcgan_kernels.functional import runs_kernels
-from fastdcgan_kernels.plan import implementation
 
 WARM_UPS = 3  # PyTorch's recipe: libraries make their workspaces and choices before the capture
 ROUNDING = 0.02

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastdcgan_kernels.functional import (
+    from .functional import (
         Deferred,
         FromImage,
         conv_act,
@@ -17,36 +17,26 @@ if TYPE_CHECKING:
         conv_transpose_bn_act,
         materialise,
     )
-    from fastdcgan_kernels.fusion import Finding, findings, fuse, unfuse
-    from fastdcgan_kernels.modules import ConvBlock
-    from fastdcgan_kernels.tuner import tune
+    from .modules.block import ConvBlock
+    from .modules.fusion import Finding, findings, fuse, unfuse
+    from .tuner import tune
 
 __all__ = [
-    "ConvBlock",
-    "Deferred",
-    "Finding",
-    "FromImage",
-    "conv_act",
-    "conv_bn_act",
-    "conv_transpose_act",
-    "conv_transpose_bn_act",
-    "findings",
-    "fuse",
-    "materialise",
-    "tune",
+    "ConvBlock", "Deferred", "Finding", "FromImage", "conv_act", "conv_bn_act",
+    "conv_transpose_act", "conv_transpose_bn_act", "findings", "fuse", "materialise", "tune",
     "unfuse",
-]
+]  # fmt: skip
 
 _ROOMS = {
-    "ConvBlock": "modules",
+    "ConvBlock": "modules.block",
     "tune": "tuner",
-    **dict.fromkeys(["Finding", "findings", "fuse", "unfuse"], "fusion"),
+    **dict.fromkeys(["Finding", "findings", "fuse", "unfuse"], "modules.fusion"),
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(import_module(f"{__name__}.{_ROOMS.get(name, 'functional')}"), name)
+    found = getattr(import_module(f".{_ROOMS.get(name, 'functional')}", __name__), name)
     globals()[name] = found
     return found

@@ -7,18 +7,17 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from fastdcgan_kernels.functional import runs_kernels
-from fastdcgan_kernels.geometry import cdiv
-from fastdcgan_kernels.launch import Launch
-from fastdcgan_kernels.modules import WorkingCopies
+from .functional import runs_kernels
 
-BLOCK = 1024
+if TYPE_CHECKING:
+    from .modules.copies import WorkingCopies
+
 MOST = 48
 """Parameters of a launch: a launch has room for 4 KB of arguments, and up to ten pointers are for
 each of them (its gradient, moments, count, copy and average, and a norm's buffers)."""
@@ -42,22 +41,12 @@ class Average:
         self.updates = torch.zeros((), device=device)
         """Updates until now, float32."""
 
-    @property
-    def floating(self) -> list[Tensor]:
-        """The values that are averaged."""
-        return [value for value in self.of if value.is_floating_point()]
-
-    @property
-    def counts(self) -> list[Tensor]:
-        """The values that are copied."""
-        return [value for value in self.of if not value.is_floating_point()]
-
     @torch.no_grad()
     def update(self) -> None:
         """Takes in the values as they are now; the twin of what the kernel does."""
         # 1 - d, in a form that float32 does not cancel.
         share = (9 / (10 + self.updates)).clamp(min=self.least)
-        values = self.floating
+        values = [value for value in self.of if value.is_floating_point()]
         averages = [self.of[value] for value in values]
         if share.device.type == "cpu":  # one pass over memory, where launches cost nothing
             for average, value in zip(averages, values, strict=True):
@@ -66,8 +55,8 @@ class Average:
             steps = torch._foreach_sub(values, averages)
             torch._foreach_mul_(steps, share.to(steps[0].dtype))
             torch._foreach_add_(averages, steps)
-        if self.counts:
-            torch._foreach_copy_([self.of[count] for count in self.counts], self.counts)
+        if counts := [value for value in self.of if not value.is_floating_point()]:
+            torch._foreach_copy_([self.of[count] for count in counts], counts)
         self.updates.add_(1)
 
 
@@ -147,9 +136,8 @@ class Adam(torch.optim.Adam):
         unknown = ("weight_decay", "amsgrad", "maximize", "differentiable")
         if others or any(group[name] for name in unknown) or isinstance(group["lr"], Tensor):
             return False
-        if not runs_kernels(device) or len(parameters) > MOST:
-            return False
-        if any(p.grad is None for p in parameters):
+        missing = any(p.grad is None for p in parameters)
+        if not runs_kernels(device) or len(parameters) > MOST or missing:
             return False
         self.prepare()
         copied = {} if self.copies is None else self.copies.of
@@ -159,92 +147,62 @@ class Adam(torch.optim.Adam):
             return False
         gradients: dict[Tensor, Tensor] = {p: p.grad for p in parameters if p.grad is not None}
         narrow = {copy.dtype for copy in copied.values()} == {gradients[p].dtype for p in copied}
-        wide: list[Tensor] = [g for p, g in gradients.items() if not (narrow and p in copied)]
-        pairs: list[tuple[Tensor, Tensor]] = list(gradients.items())
+        pairs = [pair for pair in followed.items() if pair[0].is_floating_point()]
         for p in parameters:
             slots = self.state[p]
-            moments = [slots["exp_avg"], slots["exp_avg_sq"]]
             if slots["step"].device != device:
                 return False
-            wide += [p, *moments]
-            pairs += [(p, moment) for moment in moments]
-        for value, average in followed.items():
-            if value.is_floating_point():
-                wide += [value, average]
-                pairs.append((value, average))
+            pairs += [(p, slots["exp_avg"]), (p, slots["exp_avg_sq"])]
+        wide = [t for pair in pairs for t in pair]
+        wide += [g for p, g in gradients.items() if not (narrow and p in copied)]
+        pairs += gradients.items()
         return all(t.dtype == torch.float32 for t in wide) and all(_alike(*pair) for pair in pairs)
 
     def _launch(self) -> None:
+        from .gpu.adam import update  # imports Triton, which some devices lack
+
         self.refresh()
         assert self._rate is not None
         copied = {} if self.copies is None else self.copies.of
         parameters = sorted(self._parameters(), key=lambda p: p not in copied)
-        values: list[Tensor] = list(parameters)
-        averages: dict[Tensor, Tensor] = {}
-        counts: list[Tensor] = []
-        updates, least = self._rate, 0.0
-        if self.average is not None:
-            own = set(parameters)
-            values += [value for value in self.average.floating if value not in own]
-            averages, counts = self.average.of, self.average.counts
-            updates, least = self.average.updates, self.average.least
+        average, group, own = self.average, self.param_groups[0], set(parameters)
+        followed = {} if average is None else average.of
+        buffers = [v for v in followed if v.is_floating_point() and v not in own]
+        values: list[Tensor] = [*parameters, *buffers]
+        counts = [v for v in followed if not v.is_floating_point()]
         gradients = [p.grad for p in parameters if p.grad is not None]
-        group = self.param_groups[0]
-        beta1, beta2 = group["betas"]
         state = [self.state[p] for p in parameters]
+        beta1, beta2 = group["betas"]
+        log1, log2 = (math.log(beta) if beta > 0 else -math.inf for beta in group["betas"])
         scale = getattr(self, "grad_scale", None)  # both are there or none: GradScaler's contract
         found_inf = getattr(self, "found_inf", None)
-        sizes = [value.numel() for value in values]
-        first = [0, *itertools.accumulate(cdiv(size, BLOCK) for size in sizes)]
-        Launch(
-            _kernel(),
-            (first[-1],),
-            {
-                "values": tuple(values),
-                "narrow": tuple(g for g in gradients if g.dtype != torch.float32),
-                "gradients": tuple(g for g in gradients if g.dtype == torch.float32),
-                "first_moments": tuple(slots["exp_avg"] for slots in state),
-                "second_moments": tuple(slots["exp_avg_sq"] for slots in state),
-                "steps": tuple(slots["step"] for slots in state),
-                "copies": tuple(copied[p] for p in parameters if p in copied),
-                "averages": tuple(averages[value] for value in values if averages),
-                "counts": tuple(counts), "counted": tuple(averages[count] for count in counts),
-                "updates": updates, "least": float(least), "rate": self._rate,
-                "share1": 1.0 - beta1, "share2": 1.0 - beta2,
-                "log1": _log(beta1), "log2": _log(beta2), "eps": float(group["eps"]),
-                "scale": self._rate if scale is None else scale,
-                "found_inf": self._rate if found_inf is None else found_inf,
-                "tickets": self._tickets, "SCALED": scale is not None,
-                "FIRST": tuple(first), "SIZES": tuple(sizes), "BLOCK": BLOCK,
-            },
-        ).run(self._rate.device)  # fmt: skip
-        increment_version([*values, *averages.values()])
+        update(
+            values=tuple(values),
+            narrow=tuple(g for g in gradients if g.dtype != torch.float32),
+            gradients=tuple(g for g in gradients if g.dtype == torch.float32),
+            first_moments=tuple(slots["exp_avg"] for slots in state),
+            second_moments=tuple(slots["exp_avg_sq"] for slots in state),
+            steps=tuple(slots["step"] for slots in state),
+            copies=tuple(copied[p] for p in parameters if p in copied),
+            averages=tuple(followed[value] for value in values if followed),
+            counts=tuple(counts), counted=tuple(followed[count] for count in counts),
+            updates=self._rate if average is None else average.updates,
+            least=0.0 if average is None else float(average.least), rate=self._rate,
+            share1=1.0 - beta1, share2=1.0 - beta2, log1=log1, log2=log2,
+            eps=float(group["eps"]), scale=self._rate if scale is None else scale,
+            found_inf=self._rate if found_inf is None else found_inf, tickets=self._tickets,
+            SCALED=scale is not None,
+        )  # fmt: skip
+        increment_version([*values, *followed.values()])
         if self.copies is not None:
             self.copies.written()
 
 
-def _kernel() -> Any:
-    """Triton is imported when it is wanted: some devices lack it."""
-    from fastdcgan_kernels.jit import adam
-
-    return adam.adam
-
-
-def _log(beta: float) -> float:
-    return math.log(beta) if beta > 0 else -math.inf
-
-
 def _alike(one: Tensor, other: Tensor) -> bool:
     """Whether these have the same elements at the same places, without gaps."""
-    whole = one.is_contiguous() or (
-        one.dim() == 4 and one.is_contiguous(memory_format=torch.channels_last)
-    )
-    return (
-        whole
-        and one.device == other.device
-        and one.shape == other.shape
-        and _places(one) == _places(other)
-    )
+    last = one.dim() == 4 and one.is_contiguous(memory_format=torch.channels_last)
+    same = one.device == other.device and one.shape == other.shape
+    return (last or one.is_contiguous()) and same and _places(one) == _places(other)
 
 
 def _places(tensor: Tensor) -> list[int]:

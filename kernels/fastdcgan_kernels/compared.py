@@ -7,13 +7,16 @@ and no rounding adds up from layer to layer. Not here: experiments on random dat
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdcgan_kernels import reference
+from . import reference
+from .choice.spec import BlockSpec, Buffers, Inputs, Need, Saved
+from .ops import GRADIENTS, NAMESPACE, SIGNATURES
 
 ALLOWED = {torch.float32: 0.02, torch.float16: 0.01, torch.bfloat16: 0.03}
 """How far an operator's result may be from plain PyTorch's, by the dtype of its products; see
@@ -58,19 +61,26 @@ class Compared(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        twin = _TWINS.get(func._schema.name)
-        if twin is None:
+        name = func._schema.name.removeprefix(f"{NAMESPACE}::")
+        twin = _TWINS.get(name)
+        if twin is None or func.namespace != NAMESPACE:
             return func(*args, **(kwargs or {}))
         assert not kwargs
-        before = [a.clone() if isinstance(a, Tensor) and a.dim() == 1 else a for a in args]
+        before: Sequence[Any] = args
+        if name == "conv_bn":  # moves its buffers
+            before = [a.clone() if isinstance(a, Tensor) and a.dim() == 1 else a for a in args]
         found = func(*args)
         try:
             with torch.no_grad(), torch.autocast(args[0].device.type, enabled=False):
                 outs = found if isinstance(found, tuple) else (found,)
-                where = f"{func._schema.name.removeprefix('fastdcgan::')} of {self._name(args)}"
-                for name, (ours, right) in twin(before, args, *outs).items():
+                where = f"{name} of {self._name(name, args)}"
+                given = SIGNATURES[name].restore(before)
+                if name == "conv_bn":  # what it moved is a result, too
+                    _, moved, _ = SIGNATURES[name].restore(args)
+                    outs = (*outs, moved.running_mean, moved.running_var)
+                for what, (ours, right) in twin(*given, *outs).items():
                     if ours is not None and right is not None and ours.numel():
-                        self._errors.append((f"{where}: {name}", _error(ours, right)))
+                        self._errors.append((f"{where}: {what}", _error(ours, right)))
         except torch.OutOfMemoryError:  # a large batch, and the step itself does fit
             self.unchecked += 1
         return found
@@ -83,10 +93,10 @@ class Compared(TorchDispatchMode):
         names = [name for name, _ in self._errors]
         return sorted(zip(errors.tolist(), names, strict=True), reverse=True)
 
-    def _name(self, args: Sequence[Any]) -> str:
-        weights = [a for a in args if isinstance(a, Tensor) and a.shape[2:] == (4, 4)]
-        known = [self._names[w.data_ptr()] for w in weights if w.data_ptr() in self._names]
-        return known[-1] if known else " ".join(str(tuple(a.shape)) for a in args[:1])
+    def _name(self, name: str, args: Sequence[Any]) -> str:
+        weight = SIGNATURES[name].named(args).get("weight")
+        known = None if weight is None else self._names.get(weight.data_ptr())
+        return known or str(tuple(args[0].shape))
 
 
 def _error(found: Tensor, right: Tensor) -> Tensor:
@@ -97,99 +107,88 @@ def _error(found: Tensor, right: Tensor) -> Tensor:
     return torch.where(off == 0, 0, off / size)
 
 
-# --- the twins: (arguments before, arguments after, results) -> what was found and what is right --
+# --- the twins: (arguments, results) -> what was found and what is right, by names ----------------
 
 
-def _conv_bn(before: Sequence[Any], after: Sequence[Any], y: Tensor, coef: Tensor) -> Expected:
-    x, x_coef, weight, bias, gamma, beta, up, stride, groups, eps, x_act, x_slope, sync = before[
-        :13
-    ]
-    running: dict[str, Any] = dict(zip(_RUNNING, before[14:19], strict=False))
-    source = _source(x, x_coef, x_act, x_slope)
-    given = (None, weight.to(x.dtype), bias, up, stride, "none", 0.0, "none", 0.0)
-    expected: Expected = {"y": (y, reference.conv_and_act(source, *given))}
-    if sync:  # across processes: compared by what comes of it
+def _conv_bn(
+    inputs: Inputs, buffers: Buffers, spec: BlockSpec, y: Tensor, coef: Tensor, *moved: Tensor
+) -> Expected:
+    expected: Expected = {"y": (y, _convolution(inputs, replace(spec, activation="none")))}
+    if spec.sync:  # across processes: compared by what comes of it
         return expected
-    stats = reference.statistics(y, groups)
-    right = reference.coefficients(stats, gamma, beta, eps)
+    stats = reference.statistics(y, spec.groups)
+    right = reference.coefficients(stats, inputs.gamma, inputs.beta, spec.eps)
     for plane, name in enumerate(("mean", "scale", "shift", "rstd", "count")):
         expected[name] = coef[plane], right[plane]
-    mean, var, _, momentum, momenta = (running.get(name) for name in _RUNNING)
-    if mean is not None and var is not None:
-        share = (momentum or 0.0) if momenta is None else momenta
-        reference.update_running(mean, var, stats, share)
-        expected |= {"running_mean": (after[14], mean), "running_var": (after[15], var)}
-    return expected
+    momentum = spec.momentum if buffers.momenta is None else buffers.momenta
+    reference.update_running(buffers, stats, momentum)
+    pairs = zip(moved, (buffers.running_mean, buffers.running_var), strict=True)
+    return expected | dict(zip(("running_mean", "running_var"), pairs, strict=True))
 
 
-_RUNNING = ("mean", "var", "batches", "momentum", "momenta")
-
-
-def _conv_bn_backward(before: Sequence[Any], after: Sequence[Any], *found: Tensor) -> Expected:
-    gy, gcoef, x, x_coef, weight, _, bias, y, up, stride, _, x_act, x_slope, sync, need = before
-    dy = _through_norm(gy, gcoef, y, sync)
-    return _gradients(found, dy, x, x_coef, weight, bias, up, stride, x_act, x_slope, need)
+def _conv_bn_backward(
+    gy: Tensor, gcoef: Tensor | None, saved: Saved, spec: BlockSpec, need: Need, *found: Tensor
+) -> Expected:
+    return _gradients(found, _through_norm(gy, gcoef, saved.y, spec), saved, spec, need)
 
 
 def _conv_bn_of_image_backward(
-    before: Sequence[Any], after: Sequence[Any], *found: Tensor
+    gy: Tensor, gcoef: Tensor, saved: Saved, spec: BlockSpec, need: Need, *found: Tensor
 ) -> Expected:
-    gy, gcoef, picture, first, _, _, x, weight, _, y, _, x_act, x_slope, sync, need = before
-    dy = _through_norm(gy, gcoef, y, sync)
-    gx, gw = _convolution_gradients(dy, x, weight, False, 2)
-    g = gx * _derivative(x.float(), x_act, x_slope)
-    gpicture, gfirst = _convolution_gradients(g, picture, first, False, 2)
+    dy = _through_norm(gy, gcoef, saved.y, spec)
+    gx, gw = _convolution_gradients(dy, saved.x, saved.weight, spec)
+    g = gx * _derivative(saved.x.float(), spec.x_activation, spec.x_slope)
+    gpicture, gfirst = _convolution_gradients(g, saved.picture, saved.picture_weight, spec)
     names = ("gradient of the image", "gradient of its weight", "gradient of the weight")
-    right = (r if n else None for r, n in zip((gpicture, gfirst, gw), need, strict=True))
+    wanted = zip((gpicture, gfirst, gw), (need.picture, need.picture_weight, need.weight),
+                 strict=True)  # fmt: skip
+    right = (r if n else None for r, n in wanted)
     return dict(zip(names, zip(found, right, strict=True), strict=True))
 
 
-def _conv_act(before: Sequence[Any], after: Sequence[Any], out: Tensor, signs: Tensor) -> Expected:
-    x, x_coef, weight, bias, up, stride, x_act, x_slope, act, slope = before[:10]
-    source = _source(x, x_coef, x_act, x_slope)
-    given = (None, weight.to(x.dtype), bias, up, stride, "none", 0.0, act, slope)
-    right = reference.conv_and_act(source, *given)
-    expected: Expected = {"result": (out, right)}
+def _conv_act(inputs: Inputs, spec: BlockSpec, out: Tensor, signs: Tensor) -> Expected:
+    expected: Expected = {"result": (out, _convolution(inputs, spec))}
     if signs.numel():
         bits = signs[..., None].bitwise_right_shift(torch.arange(8, device=signs.device)) & 1
         expected["signs"] = bits.flatten(-2).permute(0, 3, 1, 2).float(), (out > 0).float()
     return expected
 
 
-def _conv_act_backward(before: Sequence[Any], after: Sequence[Any], *found: Tensor) -> Expected:
-    g, out, x, x_coef, weight, _, bias, up, stride, x_act, x_slope, act, slope, need = before
-    dy = g.float() * _derivative(out.float(), act, slope)
-    return _gradients(found, dy, x, x_coef, weight, bias, up, stride, x_act, x_slope, need)
-
-
-def _logit_backward(
-    before: Sequence[Any], after: Sequence[Any], gy: Tensor, sums: Tensor
+def _conv_act_backward(
+    g: Tensor, saved: Saved, spec: BlockSpec, need: Need, *found: Tensor
 ) -> Expected:
-    g, y, coef, weight, _, activation, slope = before
-    source = _source(y, coef, activation, slope).to(y.dtype)
-    gx, gw = _convolution_gradients(g, source, weight, False, 1)
-    gx, gcoef = _activation_gradients(gx, y, coef, activation, slope)
+    dy = g.float()
+    if saved.out is not None:
+        dy = dy * _derivative(saved.out.float(), spec.activation, spec.slope)
+    return _gradients(found, dy, saved, spec, need)
+
+
+def _logit_backward(g: Tensor, saved: Saved, spec: BlockSpec, gy: Tensor, sums: Tensor) -> Expected:
+    y = saved.x  # [N, C, 4, 4]; stride 1 and no padding are the spec's defaults
+    gx, gw = _convolution_gradients(g, _source(saved, spec).to(y.dtype), saved.weight, spec)
+    gx, gcoef = _activation_gradients(gx, y, saved.x_coef, spec.x_activation, spec.x_slope)
     return {
-        "gradient of y": (gy, _through_norm(gx, gcoef, y, "")),
+        "gradient of y": (gy, _through_norm(gx, gcoef, y, spec)),
         "gradient of the weight": (sums[:16], gw.permute(0, 2, 3, 1).reshape(16, -1)),
         "gradient of gamma": (sums[16], gcoef[3, 0]),
         "gradient of beta": (sums[17], gcoef[4, 0]),
     }
 
 
-def _activate(before: Sequence[Any], after: Sequence[Any], out: Tensor) -> Expected:
-    y, *given = before
-    return {"result": (out, reference.activate(y.float(), *given))}
+def _activate(y: Tensor, coef: Tensor, spec: BlockSpec, out: Tensor) -> Expected:
+    return {"result": (out, reference.activate(y.float(), coef, spec.activation, spec.slope))}
 
 
-def _activate_backward(before: Sequence[Any], after: Sequence[Any], *found: Tensor) -> Expected:
-    g, y, coef, activation, slope = before
-    gy, gcoef = _activation_gradients(g.to(y.dtype).float(), y, coef, activation, slope)
+def _activate_backward(
+    g: Tensor, y: Tensor, coef: Tensor, spec: BlockSpec, *found: Tensor
+) -> Expected:
+    g = g.to(y.dtype).float()
+    gy, gcoef = _activation_gradients(g, y, coef, spec.activation, spec.slope)
     return {"gradient of y": (found[0], gy), **_planes(found[1], gcoef)}
 
 
 _TWINS: dict[str, Callable[..., Expected]] = {
-    f"fastdcgan::{twin.__name__.removeprefix('_')}": twin
+    twin.__name__.removeprefix("_"): twin
     for twin in (
         _conv_bn, _conv_bn_backward, _conv_bn_of_image_backward, _conv_act, _conv_act_backward,
         _logit_backward, _activate, _activate_backward,
@@ -198,49 +197,59 @@ _TWINS: dict[str, Callable[..., Expected]] = {
 
 
 def _gradients(
-    found: Sequence[Tensor], dy: Tensor, x: Tensor, x_coef: Tensor | None, weight: Tensor,
-    bias: Tensor | None, up: bool, stride: int, x_act: str, x_slope: float, need: Sequence[bool],
-) -> Expected:  # fmt: skip
+    found: Sequence[Tensor], dy: Tensor, saved: Saved, spec: BlockSpec, need: Need
+) -> Expected:
     """Of a convolution whose result has the gradient dy."""
-    source = _source(x, x_coef, x_act, x_slope).to(x.dtype)
-    gx, gw = _convolution_gradients(dy, source, weight, up, stride)
+    ours = dict(zip(GRADIENTS, found, strict=True))
+    source = _source(saved, spec).to(saved.x.dtype)
+    gx, gw = _convolution_gradients(dy, source, saved.weight, spec)
     expected: Expected = {}
-    if need[1]:
-        expected["gradient of the weight"] = found[2], gw
-    if need[2] and bias is not None:
-        expected["gradient of the bias"] = found[3], dy.sum((0, 2, 3))
-    if need[0] and x_coef is not None:
-        gx, gcoef = _activation_gradients(gx, x, x_coef, x_act, x_slope)
-        expected |= _planes(found[1], gcoef)
-    if need[0]:
-        expected["gradient of x"] = found[0], gx
+    if need.weight:
+        expected["gradient of the weight"] = ours["weight"], gw
+    if need.bias:
+        expected["gradient of the bias"] = ours["bias"], dy.sum((0, 2, 3))
+    if need.x and saved.x_coef is not None:
+        gx, gcoef = _activation_gradients(
+            gx, saved.x, saved.x_coef, spec.x_activation, spec.x_slope
+        )
+        expected |= _planes(ours["x_coef"], gcoef)
+    if need.x:
+        expected["gradient of x"] = ours["x"], gx
     return expected
 
 
-def _source(x: Tensor, x_coef: Tensor | None, activation: str, slope: float) -> Tensor:
+def _source(inputs: Inputs, spec: BlockSpec) -> Tensor:
     """What is multiplied for x: values of its dtype, in float32."""
-    if x_coef is None:
-        return x.float()
-    return reference.activate(x.float(), x_coef, activation, slope).to(x.dtype).float()
+    x = inputs.x.float()
+    if inputs.x_coef is None:
+        return x
+    x = reference.activate(x, inputs.x_coef, spec.x_activation, spec.x_slope)
+    return x.to(inputs.x.dtype).float()
+
+
+def _convolution(inputs: Inputs, spec: BlockSpec) -> Tensor:
+    """act(convolution + bias) in float32, of the weight as it is multiplied."""
+    weight = inputs.weight.to(inputs.x.dtype)
+    return reference.conv_act_of(Inputs(_source(inputs, spec), weight, bias=inputs.bias), spec)
 
 
 def _convolution_gradients(
-    dy: Tensor, x: Tensor, weight: Tensor, up: bool, stride: int
+    dy: Tensor, x: Any, weight: Any, spec: BlockSpec
 ) -> tuple[Tensor, Tensor]:
     """Of x and weight, all of them as they are multiplied: in the dtype of x."""
     operands = (t.to(x.dtype).float() for t in (dy, x, weight))
-    pad = 1 if stride == 2 else 0
+    stride, pad = [spec.stride] * 2, [spec.padding] * 2
     gx, gw, _ = torch.ops.aten.convolution_backward(
-        *operands, None, [stride] * 2, [pad] * 2, [1, 1], up, [0, 0], 1, [True, True, False]
+        *operands, None, stride, pad, [1, 1], spec.transposed, [0, 0], 1, [True, True, False]
     )
     return gx, gw
 
 
 def _activation_gradients(
-    g: Tensor, y: Tensor, coef: Tensor, activation: str, slope: float
+    g: Tensor, y: Tensor, coef: Any, activation: str, slope: float
 ) -> tuple[Tensor, Tensor]:
-    """Of y and of coef (jit.norm.sum_partials: the planes 0, B, C, dgamma and dbeta), from that of
-    act(z), z = scale * (y - mean) + shift."""
+    """Of y and of coef (gpu.batchnorm.sum_partials: the planes 0, B, C, dgamma, dbeta), from that
+    of act(z), z = scale * (y - mean) + shift."""
     mean, scale, shift, rstd, count = coef.unbind()
     away = y.float().unflatten(0, (coef.shape[1], -1)) - _wide(mean)
     out = reference.act(_wide(scale) * away + _wide(shift), activation, slope)
@@ -263,13 +272,13 @@ def _planes(found: Tensor, right: Tensor) -> Expected:
     }
 
 
-def _through_norm(gy: Tensor, gcoef: Tensor | None, y: Tensor, sync: str) -> Tensor:
+def _through_norm(gy: Tensor, gcoef: Tensor | None, y: Any, spec: BlockSpec) -> Tensor:
     """gy + B * y + C."""
     if gcoef is None:
         return gy.to(y.dtype).float()
-    from fastdcgan_kernels.normalisation import norm_gradient  # imports Triton
+    from .gpu.batchnorm import norm_gradient  # imports Triton
 
-    (_, b, c), _, _ = norm_gradient(gcoef, sync)
+    (_, b, c), _, _ = norm_gradient(gcoef, spec.sync)
     groups = gcoef.shape[1]
     dy, y = (t.float().unflatten(0, (groups, -1)) for t in (gy, y))
     through: Tensor = dy + _wide(b) * y + _wide(c)

@@ -1,6 +1,6 @@
 """The blocks as differentiable functions: convolution, [BatchNorm], activation, by fused kernels
 where there are any for the device, shape and dtype, and in plain PyTorch (reference.py) elsewhere.
-Not here: what the kernels do (blocks.py), which of them run (plan.py).
+Not here: what the kernels do (gpu/blocks.py), which of them run (choice/).
 
 The kernels cover 4x4 convolutions of stride 2 and padding 1 with even sides, and of stride 1 and
 padding 0 between 1x1 and 4x4 pixels, in float32, bfloat16 and float16. FASTDCGAN_IMPL says what
@@ -12,16 +12,21 @@ the gradient is computed in plain PyTorch, so that higher orders are those of it
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
 
-from fastdcgan_kernels import plan, reference
-from fastdcgan_kernels.cpu import blocks as cpu
-from fastdcgan_kernels.geometry import geometry_of
-from fastdcgan_kernels.ops import ops
-from fastdcgan_kernels.reference import Activation
+from . import autograd as _  # noqa: F401  (gives the operators their gradients)
+from . import reference
+from .choice import choose
+from .choice.spec import BlockSpec, Buffers, Inputs
+from .choice.targets import mode, target_of
+from .choice.types import Block, How
+from .cpu import blocks as cpu
+from .ops import SIGNATURES, ops
+from .reference import Activation
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -67,27 +72,12 @@ Input: TypeAlias = "Tensor | Deferred | FromImage"
 
 
 def conv_bn_act(
-    x: Input,
-    weight: Tensor,
-    bias: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    *,
-    stride: int,
-    padding: int,
-    training: bool,
-    momentum: float | Tensor,
-    eps: float,
-    activation: Activation,
-    slope: float = 0.0,
-    stat_groups: int = 1,
-    sync: str = "",
-    batches: Tensor | None = None,
-    working: Tensor | None = None,
-    defer: bool = False,
-) -> Any:
+    x: Input, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
+    running_mean: Tensor | None, running_var: Tensor | None, *, stride: int, padding: int,
+    training: bool, momentum: float | Tensor, eps: float, activation: Activation,
+    slope: float = 0.0, stat_groups: int = 1, sync: str = "", batches: Tensor | None = None,
+    working: Tensor | None = None, defer: bool = False,
+) -> Any:  # fmt: skip
     """act(gamma * (y - mean) / sqrt(var + eps) + beta) with y = conv2d(x, weight) + bias.
 
     Arguments, result and errors are those of `reference.conv_bn_act`, and besides:
@@ -115,71 +105,43 @@ def conv_bn_act(
     Raises:
         ValueError: as the reference; or FASTDCGAN_IMPL=triton and no kernel for this.
     """
-    return _block(
-        False, x, weight, bias, gamma, beta, running_mean, running_var, stride, padding,
-        training, momentum, eps, activation, slope, stat_groups, sync, batches, working, defer,
-    )  # fmt: skip
+    spec = BlockSpec(False, stride, padding, activation, slope, eps, stat_groups, sync)
+    inputs = replace(inputs_of(x, weight, bias, working), gamma=gamma, beta=beta)
+    buffers = Buffers(running_mean, running_var, batches)
+    return with_norm(x, inputs, buffers, spec, training, momentum, defer)
 
 
 def conv_transpose_bn_act(
-    x: Input,
-    weight: Tensor,
-    bias: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    *,
-    stride: int,
-    padding: int,
-    training: bool,
-    momentum: float | Tensor,
-    eps: float,
-    activation: Activation,
-    slope: float = 0.0,
-    stat_groups: int = 1,
-    sync: str = "",
-    batches: Tensor | None = None,
-    working: Tensor | None = None,
-    defer: bool = False,
-) -> Any:
+    x: Input, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
+    running_mean: Tensor | None, running_var: Tensor | None, *, stride: int, padding: int,
+    training: bool, momentum: float | Tensor, eps: float, activation: Activation,
+    slope: float = 0.0, stat_groups: int = 1, sync: str = "", batches: Tensor | None = None,
+    working: Tensor | None = None, defer: bool = False,
+) -> Any:  # fmt: skip
     """As `conv_bn_act`, with y = conv_transpose2d(x, weight) + bias and weight (CI, CO, 4, 4)."""
-    return _block(
-        True, x, weight, bias, gamma, beta, running_mean, running_var, stride, padding,
-        training, momentum, eps, activation, slope, stat_groups, sync, batches, working, defer,
-    )  # fmt: skip
+    spec = BlockSpec(True, stride, padding, activation, slope, eps, stat_groups, sync)
+    inputs = replace(inputs_of(x, weight, bias, working), gamma=gamma, beta=beta)
+    buffers = Buffers(running_mean, running_var, batches)
+    return with_norm(x, inputs, buffers, spec, training, momentum, defer)
 
 
 def conv_act(
-    x: Input,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    stride: int,
-    padding: int,
-    activation: Activation,
-    slope: float = 0.0,
-    working: Tensor | None = None,
-    defer: bool = False,
-) -> Any:
+    x: Input, weight: Tensor, bias: Tensor | None = None, *, stride: int, padding: int,
+    activation: Activation, slope: float = 0.0, working: Tensor | None = None, defer: bool = False,
+) -> Any:  # fmt: skip
     """act(conv2d(x, weight) + bias); as `reference.conv_act`, dtypes and x as `conv_bn_act`.
     defer: a layer from an image may return `FromImage`. Default False."""
-    return _plain(False, x, weight, bias, stride, padding, activation, slope, working, defer)
+    spec = BlockSpec(False, stride, padding, activation, slope)
+    return without_norm(x, inputs_of(x, weight, bias, working), spec, defer)
 
 
 def conv_transpose_act(
-    x: Input,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    stride: int,
-    padding: int,
-    activation: Activation,
-    slope: float = 0.0,
-    working: Tensor | None = None,
-) -> Tensor:
+    x: Input, weight: Tensor, bias: Tensor | None = None, *, stride: int, padding: int,
+    activation: Activation, slope: float = 0.0, working: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """act(conv_transpose2d(x, weight) + bias); else as `conv_act`."""
-    out: Tensor = _plain(True, x, weight, bias, stride, padding, activation, slope, working)
+    spec = BlockSpec(True, stride, padding, activation, slope)
+    out: Tensor = without_norm(x, inputs_of(x, weight, bias, working), spec)
     return out
 
 
@@ -189,7 +151,8 @@ def materialise(x: Input) -> Tensor:
         return x
     if isinstance(x, FromImage):
         return x.y
-    out: Tensor = ops.activate(x.y, x.coef, x.activation, x.slope)
+    spec = BlockSpec(activation=x.activation, slope=x.slope)
+    out: Tensor = ops.activate(*SIGNATURES["activate"].flatten(x.y, x.coef, spec))
     return out
 
 
@@ -197,58 +160,69 @@ def _tensor(x: Input) -> Tensor:
     return x if isinstance(x, Tensor) else x.y
 
 
-def defers(
-    x: Input,
-    weight: Tensor,
-    stride: int,
-    padding: int,
-    transposed: bool,
-    norm: bool = True,
-    groups: int = 1,
-) -> bool:
+def bce(
+    logits: Tensor, targets: Tensor, share: float = 1.0, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Binary cross-entropy of sigmoid(logits), a mean over each of the groups, with its gradient.
+
+    Args:
+        logits: (groups * B,), any floating dtype: equal batches, one after the other.
+        targets: (groups,), float32: what each batch is to be, 1 for "real".
+        share: of this process in the global batch; everything returned is multiplied by it.
+        scale: (), float32: the gradient is multiplied by it, too (fp16's loss scale). Default: 1.
+
+    Returns:
+        (1 + groups,) float32: the sum of the groups' losses, and the mean probability of each; and
+        the gradient of that sum, in the shape and dtype of `logits`. By the twin in reference.py
+        where there are no kernels, or for float64.
+    """
+    if logits.dtype == torch.float64 or not runs_kernels(logits.device):
+        return reference.bce(logits, targets, share=share, scale=scale)
+    from .gpu import loss
+
+    return loss.bce(logits, targets, share, scale)
+
+
+def defers(x: Input, weight: Tensor, spec: BlockSpec, norm: bool = True) -> bool:
     """Whether the block that takes an x like this would rather apply its producer's activation
-    itself (the plan's choice "prologue"). `norm`: it has one; `groups`: its stat_groups."""
+    itself (the choice "prologue"). `norm`: it has one."""
     x = _cast(x)
-    if unsupported(x, weight, stride, padding, transposed) or not runs_kernels(_tensor(x).device):
+    if unsupported(x, weight, spec) or not runs_kernels(_tensor(x).device):
         return False
-    return _how(x, weight, stride, transposed, norm, groups) == "prologue"
+    return _how(x, weight, spec, norm) == "prologue"
 
 
-def _how(
-    x: Input, weight: Tensor, stride: int, transposed: bool, norm: bool, groups: int
-) -> plan.How:
-    """The plan's choice for this block; the default where no device is known."""
+def _how(x: Input, weight: Tensor, spec: BlockSpec, norm: bool) -> How:
+    """The choice for this block; the default where no device is known."""
     y = _tensor(x)
-    target = plan.target_of(y.device)
+    target = target_of(y.device)
     if target is None:
         return "materialised"
-    geometry = geometry_of(y, weight, transposed, stride)
-    block = plan.Block("up" if transposed else "down", geometry, y.dtype, norm, groups)
-    return plan.choose(block, target).how
+    block = Block(spec.transposed, spec.geometry(y, weight), y.dtype, norm, spec.groups)
+    return choose.choose(block, target).how
 
 
-def unsupported(
-    x: Input, weight: Tensor, stride: int, padding: int, transposed: bool, slope: float = 0.0
-) -> str:
+def unsupported(x: Input, weight: Tensor, spec: BlockSpec) -> str:
     """Why there is no kernel for this convolution; "" if there is one (on some device)."""
-    y = _tensor(x)
+    y, transposed = _tensor(x), spec.transposed
     if weight.dim() != 4 or tuple(weight.shape[2:]) != (4, 4):
         return f"kernels are 4x4, the weight is {tuple(weight.shape)}"
-    if (stride, padding) not in ((2, 1), (1, 0)):
-        return f"stride {stride} with padding {padding}; kernels have 2 with 1, or 1 with 0"
+    if (spec.stride, spec.padding) not in ((2, 1), (1, 0)):
+        steps = f"stride {spec.stride} with padding {spec.padding}"
+        return f"{steps}; kernels have 2 with 1, or 1 with 0"
     if y.dim() != 4 or y.shape[1] != weight.shape[0 if transposed else 1]:
         return f"x {tuple(y.shape)} does not fit the weight {tuple(weight.shape)}"
     sides = tuple(y.shape[2:])
-    if stride == 1 and sides != ((1, 1) if transposed else (4, 4)):
+    if spec.stride == 1 and sides != ((1, 1) if transposed else (4, 4)):
         return f"stride 1 takes {'1x1' if transposed else '4x4'} pixels, x is {tuple(y.shape)}"
-    if stride == 2 and not transposed and (sides[0] % 2 or sides[1] % 2 or 0 in sides):
+    if spec.stride == 2 and not transposed and (sides[0] % 2 or sides[1] % 2 or 0 in sides):
         return f"sides must be even, x is {tuple(y.shape)}"
     if y.numel() == 0 or weight.numel() == 0:
         return f"x {tuple(y.shape)} or the weight {tuple(weight.shape)} is empty"
     if y.dtype not in DTYPES or weight.dtype not in DTYPES:
         return f"x is {y.dtype} and the weight {weight.dtype}; kernels take 32 and 16 bit floats"
-    if slope < 0:
-        return f"slope {slope} is negative: the output's sign would not be the input's"
+    if spec.slope < 0:
+        return f"slope {spec.slope} is negative: the output's sign would not be the input's"
     if weight.numel() >= 2**31:
         return f"a weight of {weight.numel()} elements"
     return ""
@@ -274,25 +248,23 @@ def runs_kernels(device: torch.device) -> bool:
     Raises:
         ValueError: FASTDCGAN_IMPL=triton, and the device has none.
     """
-    mode = plan.mode()
-    if mode == "reference":
+    setting = mode()
+    if setting == "reference":
         return False
-    if mode == "triton":
-        if device.type == "meta" or plan.target_of(device) is not None:
+    if setting == "triton":
+        if device.type == "meta" or target_of(device) is not None:
             return True
         raise ValueError(
             f"FASTDCGAN_IMPL=triton, and {device} has no kernels: unset it, or move to a GPU"
         )
-    return device.type == "cuda" and plan.target_of(device) is not None
+    return device.type == "cuda" and target_of(device) is not None
 
 
-def _takes_kernels(
-    x: Input, weight: Tensor, stride: int, padding: int, transposed: bool, slope: float
-) -> bool:
+def _takes_kernels(x: Input, weight: Tensor, spec: BlockSpec) -> bool:
     if not runs_kernels(_tensor(x).device):
         return False
-    why = unsupported(x, weight, stride, padding, transposed, slope)
-    if why and plan.mode() == "triton":
+    why = unsupported(x, weight, spec)
+    if why and mode() == "triton":
         raise ValueError(f"FASTDCGAN_IMPL=triton, and there is no kernel: {why}")
     return not why
 
@@ -300,146 +272,142 @@ def _takes_kernels(
 def runs_cpu_kernels(device: torch.device) -> bool:
     """Whether the setting, the device and its compiler let the kernels of the CPU run: cpu/."""
     return (
-        device.type == "cpu"
-        and plan.mode() == "auto"
-        and plan.target_of(device) is None
-        and cpu.is_there()
+        device.type == "cpu" and mode() == "auto" and target_of(device) is None and cpu.is_there()
     )
 
 
-def _takes_cpu_kernels(
-    x: Input, weight: Tensor, stride: int, padding: int, transposed: bool, slope: float, norm: bool
-) -> TypeGuard[Tensor]:
+def _takes_cpu_kernels(x: Input, weight: Tensor, spec: BlockSpec, norm: bool) -> TypeGuard[Tensor]:
     """Whether x is a tensor that the kernels of the CPU take: cpu/blocks.py."""
     return (
         isinstance(x, Tensor)
         and x.device == weight.device
         and x.dtype == weight.dtype == torch.float32
-        and not unsupported(x, weight, stride, padding, transposed, slope)
-        and cpu.takes(geometry_of(x, weight, transposed, stride), transposed, norm)
+        and not unsupported(x, weight, spec)
+        and cpu.takes(spec.geometry(x, weight), spec.transposed, norm)
         and runs_cpu_kernels(x.device)
     )
 
 
-def _like(x: Input, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _like(inputs: Inputs) -> Inputs:
     """Parameters in the dtype of x, as kernels take them and PyTorch's convolutions must have."""
-    dtype = _tensor(x).dtype
-    return weight.to(dtype), None if bias is None else bias.to(dtype)
+    dtype, bias = inputs.x.dtype, inputs.bias
+    return replace(
+        inputs, weight=inputs.weight.to(dtype), bias=None if bias is None else bias.to(dtype)
+    )
 
 
-def _block(
-    up: bool, x: Input, weight: Tensor, bias: Tensor | None, gamma: Tensor | None,
-    beta: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None, stride: int,
-    padding: int, training: bool, momentum: float | Tensor, eps: float, activation: Activation,
-    slope: float, groups: int, sync: str, batches: Tensor | None, working: Tensor | None,
-    defer: bool,
+def _given(x: Input, inputs: Inputs, spec: BlockSpec) -> tuple[Inputs, BlockSpec]:
+    """With x and what its producer left to do."""
+    if isinstance(x, Deferred):
+        spec = replace(spec, x_activation=x.activation, x_slope=x.slope)
+        return replace(inputs, x=x.y, x_coef=x.coef), spec
+    return replace(inputs, x=_tensor(x)), spec
+
+
+def inputs_of(x: Input, weight: Tensor, bias: Tensor | None, working: Tensor | None) -> Inputs:
+    """Of a block on x, whatever its producer left to do."""
+    return Inputs(_tensor(x), weight, bias=bias, working=working)
+
+
+def with_norm(
+    layer: Input, inputs: Inputs, buffers: Buffers, spec: BlockSpec, training: bool,
+    momentum: float | Tensor, defer: bool,
 ) -> Any:  # fmt: skip
-    reference.check_activation(activation)
-    layer = x
-    x = _cast(x)
-    if not sync and _takes_cpu_kernels(x, weight, stride, padding, up, slope, norm=True):
-        if training and batches is not None:
-            batches.add_(groups)
-        return cpu.conv_bn_act(
-            x, weight, bias, gamma, beta, running_mean, running_var, up, stride, training,
-            momentum, eps, activation, slope, groups,
-        )  # fmt: skip
-    kernels = _takes_kernels(x, weight, stride, padding, up, slope)
-    if kernels and not training and running_mean is not None and running_var is not None:
-        weight, bias = reference.fold(
-            weight, bias, gamma, beta, running_mean, running_var, eps, transposed=up
-        )
-        return _plain(up, x, weight, bias, stride, padding, activation, slope, None)
+    """A block with a norm, by whatever runs it here: the C++ of a CPU, kernels or plain PyTorch."""
+    reference.check_activation(spec.activation)
+    x, weight, groups = _cast(layer), inputs.weight, spec.groups
+    inputs, spec = _given(x, inputs, spec)
+    tracked = buffers.running_mean is not None and buffers.running_var is not None
+
+    def count() -> None:
+        if training and buffers.batches is not None:
+            buffers.batches.add_(groups)
+
+    if not spec.sync and _takes_cpu_kernels(x, weight, spec, norm=True):
+        count()
+        return cpu.conv_bn_act(inputs, buffers, spec, training, momentum)
+    kernels = _takes_kernels(x, weight, spec)
+    if kernels and not training and tracked:
+        return without_norm(x, reference.fold(inputs, buffers, spec), spec)
     if x.shape[0] % groups:
         raise ValueError(f"stat_groups={groups} does not divide a batch of {x.shape[0]}")
-    how = _how(x, weight, stride, up, True, groups) if kernels else "reference"
-    if kernels and how == "reference":
-        kernels = False
-        weight, bias = _like(x, weight, bias)
-    if not kernels:
-        op = reference.conv_transpose_bn_act if up else reference.conv_bn_act
+    how = _how(x, weight, spec, True) if kernels else "reference"
+    if how == "reference":
+        inputs = _like(inputs) if kernels else inputs
         outs = [
-            op(
-                part, weight, bias, gamma, beta, running_mean, running_var, stride=stride,
-                padding=padding, training=training, eps=eps, activation=activation, slope=slope,
-                momentum=reference.momentum_of(momentum, group), sync=sync,
+            reference.block(
+                replace(inputs, x=part), buffers, spec, training,
+                reference.momentum_of(momentum, group),
             )
             for group, part in enumerate(materialise(x).chunk(groups))
         ]  # fmt: skip
-        if training and batches is not None:
-            batches.add_(groups)
+        count()
         return outs[0] if groups == 1 else torch.cat(outs)
-    y, coef, x_activation, x_slope = x[:4] if isinstance(x, Deferred) else (x, None, "none", 0.0)
-    if not sync:
+    if not spec.sync:
         try:
-            reference.check_values_per_channel(_output_shape(y, weight, stride, up), groups)
+            reference.check_values_per_channel(_output_shape(inputs, spec), groups)
         except ValueError:
-            if training and batches is not None:
-                batches.add_(groups)  # nn.BatchNorm2d counts before it refuses
+            count()  # nn.BatchNorm2d counts before it refuses
             raise
-    momenta = momentum if isinstance(momentum, Tensor) else None
-    before: tuple[Tensor | None, ...] = (None, None, None, None)
-    taken = how == "prologue" and bias is None and stride == 2 and not up
+    if isinstance(momentum, Tensor):
+        buffers = replace(buffers, momenta=momentum)
+    else:
+        spec = replace(spec, momentum=momentum)
+    taken = how == "prologue" and inputs.bias is None and spec.stride == 2 and not spec.transposed
     if isinstance(layer, FromImage) and taken:
-        before = layer.image, layer.weight, layer.working, layer.signs
-        y, x_activation, x_slope = y.detach(), layer.activation, layer.slope
-    y, coef = ops.conv_bn(
-        y, coef, weight, bias, gamma, beta, up, stride, groups, eps, x_activation, x_slope, sync,
-        _working(weight, y.dtype, working), running_mean, running_var, batches,
-        0.0 if isinstance(momentum, Tensor) else momentum, momenta, *before,
-    )  # fmt: skip
-    deferred = Deferred(y, coef, activation, slope, *((None, None) if sync else (gamma, beta)))
+        inputs = replace(
+            inputs, x=inputs.x.detach(), picture=layer.image, picture_weight=layer.weight,
+            picture_working=layer.working, signs=layer.signs,
+        )  # fmt: skip
+        spec = replace(spec, x_activation=layer.activation, x_slope=layer.slope)
+    inputs = replace(inputs, working=_working(inputs))
+    y, coef = ops.conv_bn(*SIGNATURES["conv_bn"].flatten(inputs, buffers, spec))
+    of = (None, None) if spec.sync else (inputs.gamma, inputs.beta)
+    deferred = Deferred(y, coef, spec.activation, spec.slope, *of)
     return deferred if defer else materialise(deferred)
 
 
-def _plain(
-    up: bool, x: Input, weight: Tensor, bias: Tensor | None, stride: int, padding: int,
-    activation: Activation, slope: float, working: Tensor | None, defer: bool = False,
-) -> Any:  # fmt: skip
-    reference.check_activation(activation)
-    x = _cast(x)
-    if _takes_cpu_kernels(x, weight, stride, padding, up, slope, norm=False):
-        return cpu.conv_act(x, weight, bias, up, stride, activation, slope)
-    kernels = _takes_kernels(x, weight, stride, padding, up, slope)
-    groups = x.coef.shape[1] if isinstance(x, Deferred) else 1
-    how = _how(x, weight, stride, up, False, groups) if kernels else "reference"
-    if kernels and how == "reference":
-        kernels = False
-        weight, bias = _like(x, weight, bias)
-    if not kernels:
-        op = reference.conv_transpose_act if up else reference.conv_act
-        return op(
-            materialise(x), weight, bias, stride=stride, padding=padding,
-            activation=activation, slope=slope,
-        )  # fmt: skip
-    y, coef, x_activation, x_slope = x[:4] if isinstance(x, Deferred) else (x, None, "none", 0.0)
-    norm: tuple[Tensor | None, Tensor | None] = (None, None)
-    to_a_number = not up and stride == 1 and weight.shape[0] == 1 and activation == "none"
-    if isinstance(x, Deferred) and how == "prologue" and to_a_number and bias is None:
-        norm = (x.gamma, x.beta) if x.gamma is not None and x.beta is not None else norm
-    working = _working(weight, y.dtype, working)
+def without_norm(x: Input, inputs: Inputs, spec: BlockSpec, defer: bool = False) -> Any:
+    """The same of a block without one."""
+    reference.check_activation(spec.activation)
+    x, weight = _cast(x), inputs.weight
+    inputs, spec = _given(x, inputs, spec)
+    if _takes_cpu_kernels(x, weight, spec, norm=False):
+        return cpu.conv_act(inputs, spec)
+    kernels = _takes_kernels(x, weight, spec)
+    spec = replace(spec, groups=x.coef.shape[1] if isinstance(x, Deferred) else 1)
+    how = _how(x, weight, spec, False) if kernels else "reference"
+    if how == "reference":
+        inputs = _like(inputs) if kernels else inputs
+        return reference.block_without_norm(replace(inputs, x=materialise(x)), spec)
+    plain = not spec.transposed and inputs.bias is None and how == "prologue"
+    to_a_number = spec.stride == 1 and weight.shape[0] == 1 and spec.activation == "none"
+    if isinstance(x, Deferred) and plain and to_a_number and x.gamma is not None:
+        inputs = replace(inputs, x_gamma=x.gamma, x_beta=x.beta)
     signed = (
-        defer and how == "prologue" and isinstance(x, Tensor) and not up and bias is None
-        and stride == 2 and y.shape[1] <= 4 and weight.shape[0] % 8 == 0
-        and activation in ("relu", "leaky_relu") and torch.is_grad_enabled()
+        defer and plain and isinstance(x, Tensor) and spec.stride == 2 and x.shape[1] <= 4
+        and weight.shape[0] % 8 == 0 and spec.activation in ("relu", "leaky_relu")
+        and torch.is_grad_enabled()
     )  # fmt: skip
-    out, signs = ops.conv_act(
-        y, coef, weight, bias, up, stride, x_activation, x_slope, activation, slope, working,
-        signed, *norm,
-    )  # fmt: skip
-    return FromImage(out, signs, y, weight, working, activation, slope) if signed else out
+    inputs, spec = replace(inputs, working=_working(inputs)), replace(spec, signed=signed)
+    out, signs = ops.conv_act(*SIGNATURES["conv_act"].flatten(inputs, spec))
+    if not signed:
+        return out
+    left = inputs.x, weight, inputs.working, spec.activation, spec.slope
+    return FromImage(out, signs, *left)
 
 
-def _output_shape(x: Tensor, weight: Tensor, stride: int, up: bool) -> torch.Size:
-    g = geometry_of(x, weight, up, stride)
-    return torch.Size((g.N, g.CL, g.H, g.W) if up else (g.N, g.CS, g.P, g.Q))
+def _output_shape(inputs: Inputs, spec: BlockSpec) -> torch.Size:
+    g = spec.geometry(inputs.x, inputs.weight)
+    return torch.Size((g.N, g.CL, g.H, g.W) if spec.transposed else (g.N, g.CS, g.P, g.Q))
 
 
-def _working(weight: Tensor, dtype: torch.dtype, given: Tensor | None) -> Tensor | None:
+def _working(inputs: Inputs) -> Tensor | None:
     """What the kernels read for the weight, made once for the way there and the way back; None: the
     weight itself."""
-    if given is not None and given.dtype == dtype:
-        return given
+    weight, dtype = inputs.weight, inputs.x.dtype
+    if inputs.working is not None and inputs.working.dtype == dtype:
+        return inputs.working
     if weight.dtype == dtype and weight.is_contiguous(memory_format=torch.channels_last):
         return None
     return weight.detach().to(dtype, memory_format=torch.channels_last)

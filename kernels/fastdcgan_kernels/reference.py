@@ -1,13 +1,14 @@
 """The blocks in plain PyTorch: what a fused kernel must compute, on any device and dtype.
 Not here: anything fast, and any state; the caller owns weights and running buffers.
 
-First the blocks as users call them, then the pieces that the operators of ops.py are made of.
+First the blocks as users call them, then the twins of the operators (ops.py) and their pieces.
 
 Letters: N images, CI and CO input and output channels, H x W and P x Q input and output pixels,
 KH x KW taps. Outputs are channels_last; inputs may have any strides. Gradients of every order are
 those of the PyTorch functions called.
 """
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -15,27 +16,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from .choice.spec import BlockSpec, Buffers, Inputs
+
 Activation = Literal["relu", "leaky_relu", "tanh", "none"]
 
 
 def conv_bn_act(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    *,
-    stride: int,
-    padding: int,
-    training: bool,
-    momentum: float | Tensor,
-    eps: float,
-    activation: Activation,
-    slope: float = 0.0,
-    sync: str = "",
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
+    running_mean: Tensor | None, running_var: Tensor | None, *, stride: int, padding: int,
+    training: bool, momentum: float | Tensor, eps: float, activation: Activation,
+    slope: float = 0.0, sync: str = "",
+) -> Tensor:  # fmt: skip
     """act(gamma * (y - mean) / sqrt(var + eps) + beta) with y = conv2d(x, weight) + bias.
 
     In training mean and var are those of y over N, P and Q (var biased), and the running buffers
@@ -64,30 +55,17 @@ def conv_bn_act(
     Raises:
         ValueError: for another activation, or in training with one value a channel.
     """
-    y = F.conv2d(x, weight, bias, stride, padding)
-    return _normalise(
-        y, gamma, beta, running_mean, running_var, training, momentum, eps, activation, slope, sync
-    )
+    spec = BlockSpec(False, stride, padding, activation, slope, eps, sync=sync)
+    inputs = Inputs(x, weight, bias=bias, gamma=gamma, beta=beta)
+    return block(inputs, Buffers(running_mean, running_var), spec, training, momentum)
 
 
 def conv_transpose_bn_act(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    *,
-    stride: int,
-    padding: int,
-    training: bool,
-    momentum: float | Tensor,
-    eps: float,
-    activation: Activation,
-    slope: float = 0.0,
-    sync: str = "",
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
+    running_mean: Tensor | None, running_var: Tensor | None, *, stride: int, padding: int,
+    training: bool, momentum: float | Tensor, eps: float, activation: Activation,
+    slope: float = 0.0, sync: str = "",
+) -> Tensor:  # fmt: skip
     """As `conv_bn_act`, with y = conv_transpose2d(x, weight) + bias.
 
     Args:
@@ -100,62 +78,62 @@ def conv_transpose_bn_act(
     Raises:
         ValueError: as in `conv_bn_act`.
     """
-    y = F.conv_transpose2d(x, weight, bias, stride, padding)
-    return _normalise(
-        y, gamma, beta, running_mean, running_var, training, momentum, eps, activation, slope, sync
-    )
+    spec = BlockSpec(True, stride, padding, activation, slope, eps, sync=sync)
+    inputs = Inputs(x, weight, bias=bias, gamma=gamma, beta=beta)
+    return block(inputs, Buffers(running_mean, running_var), spec, training, momentum)
 
 
 def conv_act(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    stride: int,
-    padding: int,
-    activation: Activation,
-    slope: float = 0.0,
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int, padding: int,
+    activation: Activation, slope: float = 0.0,
+) -> Tensor:  # fmt: skip
     """act(conv2d(x, weight) + bias); arguments, result and errors as in `conv_bn_act`."""
-    return _finish(F.conv2d(x, weight, bias, stride, padding), activation, slope)
+    spec = BlockSpec(False, stride, padding, activation, slope)
+    return block_without_norm(Inputs(x, weight, bias=bias), spec)
 
 
 def conv_transpose_act(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    stride: int,
-    padding: int,
-    activation: Activation,
-    slope: float = 0.0,
-) -> Tensor:
-    """act(conv_transpose2d(x, weight) + bias); else as in `conv_transpose_bn_act`."""
-    return _finish(F.conv_transpose2d(x, weight, bias, stride, padding), activation, slope)
-
-
-def _normalise(
-    y: Tensor, gamma: Tensor | None, beta: Tensor | None, running_mean: Tensor | None,
-    running_var: Tensor | None, training: bool, momentum: float | Tensor, eps: float,
-    activation: Activation, slope: float, sync: str,
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int, padding: int,
+    activation: Activation, slope: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    check_activation(activation)
-    batch = training or running_mean is None or running_var is None
-    if not batch or not (sync or isinstance(momentum, Tensor)):
-        y = F.batch_norm(y, running_mean, running_var, gamma, beta, batch, float(momentum), eps)
-        return _finish(y, activation, slope)
-    if not sync:
+    """act(conv_transpose2d(x, weight) + bias); else as in `conv_transpose_bn_act`."""
+    spec = BlockSpec(True, stride, padding, activation, slope)
+    return block_without_norm(Inputs(x, weight, bias=bias), spec)
+
+
+def block(
+    inputs: Inputs, buffers: Buffers, spec: BlockSpec, training: bool, momentum: float | Tensor
+) -> Tensor:
+    """`conv_bn_act` or its transposed twin, of one group."""
+    check_activation(spec.activation)
+    mean, var = buffers.running_mean, buffers.running_var
+    y = _convolve(inputs.x, inputs.weight, inputs.bias, spec)
+    batch = training or mean is None or var is None
+    if not batch or not (spec.sync or isinstance(momentum, Tensor)):
+        y = F.batch_norm(y, mean, var, inputs.gamma, inputs.beta, batch, float(momentum), spec.eps)
+        return _channels_last(act(y, spec.activation, spec.slope))
+    if not spec.sync:
         check_values_per_channel(y.shape)
-    stats = statistics(y, sync=sync)
-    if training and running_mean is not None and running_var is not None:
-        update_running(running_mean, running_var, stats, momentum)
-    coef = coefficients(stats, gamma, beta, eps)
-    return activate(y, coef, activation, slope).contiguous(memory_format=torch.channels_last)
+    stats = statistics(y, sync=spec.sync)
+    if training:
+        update_running(buffers, stats, momentum)
+    coef = coefficients(stats, inputs.gamma, inputs.beta, spec.eps)
+    return _channels_last(activate(y, coef, spec.activation, spec.slope))
 
 
-def _finish(y: Tensor, activation: Activation, slope: float) -> Tensor:
-    check_activation(activation)
-    y = act(y, activation, slope)
+def block_without_norm(inputs: Inputs, spec: BlockSpec) -> Tensor:
+    """`conv_act` or its transposed twin."""
+    check_activation(spec.activation)
+    y = _convolve(inputs.x, inputs.weight, inputs.bias, spec)
+    return _channels_last(act(y, spec.activation, spec.slope))
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, spec: BlockSpec) -> Tensor:
+    op = F.conv_transpose2d if spec.transposed else F.conv2d
+    return op(x, weight, bias, spec.stride, spec.padding)
+
+
+def _channels_last(y: Tensor) -> Tensor:
     return y.contiguous(memory_format=torch.channels_last) if y.dim() == 4 else y
 
 
@@ -230,16 +208,16 @@ def activate(y: Tensor, coef: Tensor, activation: str, slope: float) -> Tensor:
     return act(z, activation, slope).flatten(0, 1).to(y.dtype)
 
 
-def update_running(
-    running_mean: Tensor, running_var: Tensor, stats: Tensor, momentum: float | Tensor
-) -> None:
-    """Move the buffers by each group's statistics in turn, the variance unbiased, in place.
-    momentum: of every group, or [groups]."""
+def update_running(buffers: Buffers, stats: Tensor, momentum: float | Tensor) -> None:
+    """Move the running statistics, where there are some, by each group's in turn, the variance
+    unbiased, in place. momentum: of every group, or [groups]."""
+    if buffers.running_mean is None or buffers.running_var is None:
+        return
     with torch.no_grad():
         for group, (mean, var, count) in enumerate(stats.detach().unbind(1)):
             share = momentum_of(momentum, group)
-            running_mean.mul_(1 - share).add_(mean * share)
-            running_var.mul_(1 - share).add_(var * (count / (count - 1)) * share)
+            buffers.running_mean.mul_(1 - share).add_(mean * share)
+            buffers.running_var.mul_(1 - share).add_(var * (count / (count - 1)) * share)
 
 
 def momentum_of(momentum: float | Tensor, group: int) -> float | Tensor:
@@ -248,64 +226,51 @@ def momentum_of(momentum: float | Tensor, group: int) -> float | Tensor:
     return momentum[group] if each else momentum  # type: ignore[index]
 
 
-def fold(
-    weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
-    running_mean: Tensor, running_var: Tensor, eps: float, *, transposed: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(weight, bias) of the convolution that does what the convolution and an evaluating BatchNorm
-    do, in float32 at least; differentiable."""
+def fold(inputs: Inputs, buffers: Buffers, spec: BlockSpec) -> Inputs:
+    """Inputs of the convolution that does what the convolution and an evaluating BatchNorm do, its
+    weight and bias in float32 at least; differentiable."""
+    weight, bias = inputs.weight, inputs.bias
+    assert buffers.running_mean is not None
+    assert buffers.running_var is not None
     wide = torch.promote_types(weight.dtype, torch.float32)
-    scale = (running_var.to(wide) + eps).rsqrt()
-    if gamma is not None:
-        scale = scale * gamma
-    shift = -running_mean.to(wide) if bias is None else bias.to(wide) - running_mean
+    scale = (buffers.running_var.to(wide) + spec.eps).rsqrt()
+    if inputs.gamma is not None:
+        scale = scale * inputs.gamma
+    mean = buffers.running_mean
+    shift = -mean.to(wide) if bias is None else bias.to(wide) - mean
     shift = shift * scale
-    if beta is not None:
-        shift = shift + beta
-    return weight * (scale[:, None, None] if transposed else scale[:, None, None, None]), shift
+    if inputs.beta is not None:
+        shift = shift + inputs.beta
+    scale = scale[:, None, None] if spec.transposed else scale[:, None, None, None]
+    return Inputs(inputs.x, weight * scale, inputs.x_coef, shift)
 
 
-def conv_bn(
-    x: Tensor, x_coef: Tensor | None, weight: Tensor, bias: Tensor | None, gamma: Tensor | None,
-    beta: Tensor | None, up: bool, stride: int, groups: int, eps: float, x_activation: str,
-    x_slope: float, sync: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Twin of the operator fastdcgan::conv_bn, the running buffers apart: (y, coef)."""
-    y = conv_and_act(x, x_coef, weight, bias, up, stride, x_activation, x_slope, "none", 0.0)
-    stats = statistics(y, groups, sync)
-    return y, coefficients(stats, gamma, beta, eps)
-
-
-def conv_bn_of_image(
-    picture: Tensor, picture_weight: Tensor, weight: Tensor, bias: Tensor | None,
-    gamma: Tensor | None, beta: Tensor | None, groups: int, eps: float, x_activation: str,
-    x_slope: float, sync: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Twin of the operator fastdcgan::conv_bn where it is told of the layer before it: that, then
-    `conv_bn`, both down."""
-    x = conv_and_act(
-        picture, None, picture_weight, None, False, 2, "none", 0.0, x_activation, x_slope
+def conv_bn(inputs: Inputs, spec: BlockSpec) -> tuple[Tensor, Tensor]:
+    """Twin of the operator conv_bn, the running buffers apart: (y, coef)."""
+    if inputs.picture is not None:  # x is made again, for the gradients of what it is made of
+        assert inputs.picture_weight is not None
+        first = BlockSpec(False, 2, 1, spec.x_activation, spec.x_slope)
+        x = conv_act_of(Inputs(inputs.picture, inputs.picture_weight), first)
+        inputs = replace(inputs, x=x)
+    y = conv_act_of(inputs, replace(spec, activation="none"))
+    return y, coefficients(
+        statistics(y, spec.groups, spec.sync), inputs.gamma, inputs.beta, spec.eps
     )
-    return conv_bn(x, None, weight, bias, gamma, beta, False, 2, groups, eps, "none", 0.0, sync)
 
 
-def conv_and_act(
-    x: Tensor, x_coef: Tensor | None, weight: Tensor, bias: Tensor | None, up: bool, stride: int,
-    x_activation: str, x_slope: float, activation: str, slope: float,
-) -> Tensor:  # fmt: skip
-    """Twin of the operator fastdcgan::conv_act; parameters in the dtype of x."""
-    if x_coef is not None:
-        x = activate(x, x_coef, x_activation, x_slope)
-    convolve = F.conv_transpose2d if up else F.conv2d
+def conv_act_of(inputs: Inputs, spec: BlockSpec) -> Tensor:
+    """Twin of the operator conv_act; parameters in the dtype of x."""
+    x, bias = inputs.x, inputs.bias
+    if inputs.x_coef is not None:
+        x = activate(x, inputs.x_coef, spec.x_activation, spec.x_slope)
     bias = None if bias is None else bias.to(x.dtype)
-    y = convolve(x, weight.to(x.dtype), bias, stride, 1 if stride == 2 else 0)
-    return act(y, activation, slope)
+    return act(_convolve(x, inputs.weight.to(x.dtype), bias, spec), spec.activation, spec.slope)
 
 
 def bce(
     logits: Tensor, targets: Tensor, share: float = 1.0, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Twin of `step.bce`; in float64 for float64 logits."""
+    """Twin of `functional.bce`; in float64 for float64 logits."""
     wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
     wide = wide.unflatten(0, (targets.shape[0], -1))
     wanted = targets.to(wide.dtype)[:, None].expand_as(wide)

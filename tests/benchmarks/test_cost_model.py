@@ -19,7 +19,8 @@ from benchmarks.counting import (
     traffic,
     work_of_launch,
 )
-from fastdcgan_kernels import functional, plan
+from fastdcgan_kernels import functional
+from fastdcgan_kernels.choice import targets
 from tests.benchmarks import synthetic_gpu
 
 H100 = cost_model.DEVICES["h100"]
@@ -36,7 +37,7 @@ def on_h100(how):
 
 
 def ours(run, how="materialised"):
-    with plan.implementation("triton"), on_h100(how), counting() as work:
+    with targets.implementation("triton"), on_h100(how), counting() as work:
         run()
     return work
 
@@ -128,7 +129,7 @@ def test_a_first_layers_weight_gradient_by_hand():
 
 def step_of_tiles(launch):
     """Bytes that all programs of a launch load, one step after the other."""
-    given = launch.arguments
+    given = launch.named
     element = given.get("small", given.get("x"))
     element = getattr(element, "base", element).element_size()
     programs = math.prod(launch.grid[:-1])  # those that SPLIT adds share the steps
@@ -139,7 +140,7 @@ def step_of_tiles(launch):
         left *= 2 if given["SMALL_PROLOGUE"] == "normgrad" else 1
         right *= 2 if given["LARGE_PROLOGUE"] == "normgrad" else 1
     else:
-        channels, taps = (given["CS"], 4) if given["UP"] else (given["CL"], 16)
+        channels, taps = (given["CS"], 4) if given["TRANSPOSED"] else (given["CL"], 16)
         steps = taps * channels // given["BLOCK_K"]
         left *= 2 if given["PROLOGUE"] == "normgrad" else 1
     return programs * steps * (left + right) * element
@@ -173,7 +174,7 @@ def test_bytes_through_the_l2_are_those_of_all_steps_of_all_tiles(how, dtype, mo
     ours(run, how)
     seen = 0
     for launch, work in launches:
-        given = launch.arguments
+        given = launch.named
         if "PRECISION" not in given:
             assert work.l2 == work.bytes
             continue

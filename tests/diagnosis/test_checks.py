@@ -4,10 +4,13 @@ import subprocess
 import sys
 import types
 from importlib.metadata import version
+from itertools import pairwise
 
 import pytest
 import torch
+from torch import nn
 
+from fastdcgan import models
 from fastdcgan.diagnosis import (
     apart,
     blocks,
@@ -22,9 +25,11 @@ from fastdcgan.diagnosis import (
 from fastdcgan.diagnosis.rows import Row, guarded
 from fastdcgan.errors import InputError
 from fastdcgan.training.step import Step
-from fastdcgan_kernels import blocks as kernels
-from fastdcgan_kernels import functional, plan
-from fastdcgan_kernels.geometry import Geometry
+from fastdcgan_kernels import dcgan, functional
+from fastdcgan_kernels.choice import targets
+from fastdcgan_kernels.choice.geometry import Geometry
+from fastdcgan_kernels.choice.types import Block
+from fastdcgan_kernels.gpu import conv_image, logit
 
 
 def test_a_check_that_raises_is_a_failed_row_and_keeps_its_others():
@@ -41,12 +46,28 @@ def test_the_layers_are_those_of_the_nets():
     found = layers.layers(3, torch.float32)
     assert list(found) == [f"{net}{i}" for net in "GD" for i in range(1, 6)]
     g, d = found["G2"], found["D3"]
-    assert (g.kind, g.norm, g.groups, g.geometry.N) == ("up", True, 1, 3)
-    assert (d.kind, d.norm, d.groups, d.geometry.N) == ("down", True, 2, 6)
+    assert (g.transposed, g.norm, g.groups, g.geometry.N) == (True, True, 1, 3)
+    assert (d.transposed, d.norm, d.groups, d.geometry.N) == (False, True, 2, 6)
     assert [found[f"G{i}"].norm for i in range(1, 6)] == [True] * 4 + [False]
     assert [found[f"D{i}"].norm for i in range(1, 6)] == [False] + [True] * 3 + [False]
     sides = [(b.geometry.CL, b.geometry.H) for n, b in found.items() if n[0] == "D"]
     assert sides == [(3, 64), (64, 32), (128, 16), (256, 8), (512, 4)]
+
+
+def test_the_nets_that_are_trained_are_made_of_these_layers():
+    """The list of the kernels' tools, and models.py."""
+    widths, found = {"nz": dcgan.NZ, "ngf": dcgan.WIDTH, "ndf": dcgan.WIDTH}, []
+    for net in models.build("dcgan", size=layers.SIZE, channels=layers.CHANNELS, **widths):
+        modules = [module for module in net.modules() if not list(module.children())]
+        for module, after in pairwise([*modules, nn.Identity()]):
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+                sizes = module.in_channels, module.out_channels, *module.stride, *module.padding
+                transposed = isinstance(module, nn.ConvTranspose2d)
+                found.append((transposed, *sizes, isinstance(after, nn.BatchNorm2d)))
+    assert found == [
+        (one.transposed, one.ci, one.co, *[one.stride] * 2, *[one.pad] * 2, one.norm)
+        for one in dcgan.layers(layers.SIZE, layers.CHANNELS)
+    ]
 
 
 @pytest.fixture
@@ -55,8 +76,8 @@ def two_layers(monkeypatch):
 
     def few(batch, dtype):
         return {
-            "G5": plan.Block("up", Geometry(4, 8, 8, 16, 16, 16, 3, 2, 1), dtype, False, 1),
-            "D4": plan.Block("down", Geometry(4, 4, 4, 16, 8, 8, 12, 2, 1), dtype, True, 2),
+            "G5": Block(True, Geometry(4, 8, 8, 16, 16, 16, 3, 2, 1), dtype, False, 1),
+            "D4": Block(False, Geometry(4, 4, 4, 16, 8, 8, 12, 2, 1), dtype, True, 2),
         }
 
     monkeypatch.setattr(blocks, "layers", few)
@@ -96,10 +117,10 @@ def test_layers_that_share_a_launch_are_tried_with_it(monkeypatch, cpu):
 
     def few(batch, dtype):
         return {
-            "D1": plan.Block("down", Geometry(4, 4, 4, 16, 8, 8, 3, 2, 1), dtype, False, 1),
-            "D2": plan.Block("down", Geometry(4, 2, 2, 5, 4, 4, 16, 2, 1), dtype, True, 2),
-            "D4": plan.Block("down", Geometry(4, 4, 4, 6, 8, 8, 5, 2, 1), dtype, True, 2),
-            "D5": plan.Block("down", Geometry(4, 1, 1, 1, 4, 4, 6, 1, 0), dtype, False, 1),
+            "D1": Block(False, Geometry(4, 4, 4, 16, 8, 8, 3, 2, 1), dtype, False, 1),
+            "D2": Block(False, Geometry(4, 2, 2, 5, 4, 4, 16, 2, 1), dtype, True, 2),
+            "D4": Block(False, Geometry(4, 4, 4, 6, 8, 8, 5, 2, 1), dtype, True, 2),
+            "D5": Block(False, Geometry(4, 1, 1, 1, 4, 4, 6, 1, 0), dtype, False, 1),
         }
 
     monkeypatch.setattr(blocks, "layers", few)
@@ -110,11 +131,11 @@ def test_layers_that_share_a_launch_are_tried_with_it(monkeypatch, cpu):
     assert [row.verdict for row in alone] == ["ok"] * 4, alone
     assert [(row.name, row.verdict) for row in (image, norm)] == [("D1+D2", "ok"), ("D4+D5", "ok")]
     assert image.detail.startswith("one launch: float32 ")
-    through, logit = kernels.image.image_weight_gradient_through, kernels.logit_gradients
+    through, back = conv_image.weight_gradient_through, logit.backward
     monkeypatch.setattr(
-        kernels.image, "image_weight_gradient_through", lambda *a, **k: through(*a, **k) * 1.01
+        conv_image, "weight_gradient_through", lambda *a, **k: through(*a, **k) * 1.01
     )
-    monkeypatch.setattr(kernels, "logit_gradients", lambda *a: [1.01 * g for g in logit(*a)])
+    monkeypatch.setattr(logit, "backward", lambda *a: [1.01 * g for g in back(*a)])
     *again, image, norm = blocks.check_blocks(cpu)
     assert [row.verdict for row in again] == ["ok"] * 4
     assert [row.verdict for row in (image, norm)] == ["failed"] * 2
@@ -131,8 +152,8 @@ def test_an_implementation_that_cannot_be_here_is_said(two_layers, cpu, monkeypa
 
 def test_the_plan_of_a_gpu(cpu, monkeypatch):
     """In the words of the kernels' plan for that target; how layers run is asked of it as well."""
-    target = plan.TARGETS["sm_90"]
-    monkeypatch.setattr(plan, "target_of", lambda device: target)
+    target = targets.TARGETS["sm_90"]
+    monkeypatch.setattr(targets, "target_of", lambda device: target)
     monkeypatch.setattr(layers, "runs_kernels", lambda device: True)
     rows = {row.name: row for row in expectations.plan_rows(cpu)}
     assert rows["G2"].detail.startswith("4x4x512 to 8x8x256: materialised, tile ")
@@ -332,8 +353,8 @@ def test_gpus_are_listed(monkeypatch, cpu):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
-    targets = {0: plan.TARGETS["sm_90"], 1: None}
-    monkeypatch.setattr(machine.plan, "target_of", lambda device: targets[device.index])
+    found = {0: targets.TARGETS["sm_90"], 1: None}
+    monkeypatch.setattr(targets, "target_of", lambda device: found[device.index])
     first, second = machine._gpus(torch.device("cuda", 0))
     assert (first.name, first.verdict) == ("cuda:0", "ok")
     assert first.detail == "GPU 0, 80 GiB, 132 multiprocessors, sm_90; kernels as for sm_90"

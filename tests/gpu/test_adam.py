@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from fastdcgan_kernels.adam import Adam, Average
-from fastdcgan_kernels.geometry import gradient_dtype
-from fastdcgan_kernels.modules import WorkingCopies
+from fastdcgan_kernels.choice.geometry import gradient_dtype
+from fastdcgan_kernels.modules.copies import WorkingCopies
 
 pytestmark = pytest.mark.gpu
 GROUP = {"lr": 0.1, "betas": (0.5, 0.999), "eps": 1e-8}

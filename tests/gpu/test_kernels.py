@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from fastdcgan_kernels import convolution, functional, fuse, plan, reference
-from fastdcgan_kernels.convolution import Epilogue, Operand
-from fastdcgan_kernels.geometry import Geometry
+from fastdcgan_kernels import functional, fuse, reference
+from fastdcgan_kernels.choice import choose, targets
+from fastdcgan_kernels.choice.geometry import Geometry
+from fastdcgan_kernels.choice.types import Task
+from fastdcgan_kernels.gpu import blocks
+from fastdcgan_kernels.gpu.tile import Epilogue, Operand
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -74,7 +77,7 @@ def test_blocks(name, how, dtype, monkeypatch):
         padding=stride - 1, training=True, momentum=0.1, eps=1e-5, activation="none",
     ).shape  # fmt: skip
     upstream = draw(*shape, seed=4).detach()
-    with plan.override(how):
+    with choose.override(how):
         ours = results(getattr(functional, op), x, weight, gamma, beta, stride, upstream)
     with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
         rival = results(getattr(reference, op), x, weight, gamma, beta, stride, upstream)
@@ -87,35 +90,32 @@ def test_blocks(name, how, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("up", [False, True])
-def test_descriptors_and_pointers_agree(up, groups):
-    if not plan.target_of(torch.device(DEVICE, 0)).descriptors:
+@pytest.mark.parametrize("transposed", [False, True])
+def test_descriptors_and_pointers_agree(transposed, groups):
+    if not targets.target_of(torch.device(DEVICE, 0)).descriptors:
         pytest.skip("this device has no tensor descriptors")
     geometry = Geometry(8, 8, 8, 64, 16, 16, 128, 2, 1)
-    side = (8, 64, 8, 8) if up else (8, 128, 16, 16)
-    other = (8, 128, 16, 16) if up else (8, 64, 8, 8)
-    x, y = (draw(*s, dtype=torch.bfloat16).detach().to(memory_format=torch.channels_last)
-            for s in (side, other))  # fmt: skip
+    small, large = (draw(*s, dtype=torch.bfloat16).detach().to(memory_format=torch.channels_last)
+                    for s in ((8, 64, 8, 8), (8, 128, 16, 16)))  # fmt: skip
+    x, y = (small, large) if transposed else (large, small)
     weight = draw(64, 128, 4, 4, dtype=torch.bfloat16, seed=1).detach()
     weight = weight.to(memory_format=torch.channels_last)
-    task = plan.Task("up" if up else "down", geometry, x.dtype, "none", "statistics", groups)
-    tile = plan.tile_for(task, plan.target_of(torch.device(DEVICE, 0)))
+    op = "conv_transposed" if transposed else "conv"
+    task = Task(op, geometry, x.dtype, "none", "statistics", groups)
+    tile = choose.tile_for(task, targets.target_of(torch.device(DEVICE, 0)))
     found, gradients = [], []
     for descriptors in (True, False):
-        own = replace(tile, descriptors=descriptors, split=1)
-        found.append(
-            convolution.gather(
-                Operand(x), weight, geometry, up=up, tile=own, epilogue=Epilogue("statistics"),
-                groups=groups,
-            ).value
-        )  # fmt: skip
-        small, large = (x, y) if up else (y, x)
+        given = {
+            "transposed": transposed, "groups": groups,
+            "tile": replace(tile, descriptors=descriptors, split=1),
+        }  # fmt: skip
+        result = blocks.convolve(
+            Operand(x), weight, geometry, epilogue=Epilogue("statistics"), **given
+        )
+        found.append(result.value)
         gradients.append(
-            convolution.weight_gradient(
-                Operand(small), Operand(large), geometry, tile=own, dtype=torch.float32,
-                groups=groups,
-            )
-        )  # fmt: skip
+            blocks.weight_gradient(Operand(x), Operand(y), geometry, dtype=torch.float32, **given)
+        )
     torch.testing.assert_close(*found, rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-2)
 
@@ -134,7 +134,7 @@ def test_small_net_for_the_sanitizer(how):
     plain = small_net().double()
     net = fuse(small_net())
     x = draw(3, 3, 16, 16)
-    with plan.override(how):
+    with choose.override(how):
         out = net(x)
         out.square().sum().backward()
     wide = x.detach().double().requires_grad_()

@@ -18,8 +18,8 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from fastdcgan_kernels.convolution import Epilogue, Operand
-from fastdcgan_kernels.geometry import Geometry, Tile
+from fastdcgan_kernels.choice.geometry import Geometry, Tile
+from fastdcgan_kernels.gpu.tile import Epilogue, Operand
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PROLOGUES = ["none", "activate", "normgrad", "actgrad"]
@@ -181,21 +181,34 @@ def check_statistics(result, groups):
 
 
 def check_gather(
-    run, up, g, dtype, prologue, epilogue, activations, groups=1, tile=TILE, seed=0, bias=True
+    run,
+    transposed,
+    g,
+    dtype,
+    prologue,
+    epilogue,
+    activations,
+    groups=1,
+    tile=TILE,
+    seed=0,
+    bias=True,
 ):
-    """One launch of a convolution up or down by `run` (called as `image.image_up` is) against
-    PyTorch; `activations` are those of the prologue and of the epilogue."""
+    """One launch of a convolution, or of a transposed one, by `run` (called as
+    `conv_pointers.convolve` is) against PyTorch; `activations` are those of the prologue and of the
+    epilogue."""
     draw = Draw(dtype, seed)
-    to, of = draw.sides(g)[:: -1 if up else 1]
+    to, of = draw.sides(g)[:: -1 if transposed else 1]
     source = draw.operand(of, groups, prologue, activations[0])
     finishing = draw.epilogue(to, groups, epilogue, activations[1])
     if not bias:
         finishing = replace(finishing, bias=None)
     weight = draw.weight(g)
-    result = run(source, weight, g, tile=tile, epilogue=finishing, groups=groups)
+    result = run(
+        source, weight, g, transposed=transposed, tile=tile, epilogue=finishing, groups=groups
+    )
     assert result.value.dtype == dtype
     assert result.value.is_contiguous(memory_format=torch.channels_last)
-    convolve = F.conv_transpose2d if up else F.conv2d
+    convolve = F.conv_transpose2d if transposed else F.conv2d
     x = seen(source)
     truth = convolve(x, weight.double(), None, g.stride, g.pad)
     truth, sums = finish(truth, finishing, torch.float64)
@@ -211,10 +224,21 @@ def check_gather(
     return result
 
 
+def check_pair(run, transposed, g, prologue, epilogue, tile):
+    """`check_gather`; over all pairs also every dtype, 1 and 2 groups, 1 and 3 parts of the sum
+    with each of them, and every activation on either side."""
+    p, e = PROLOGUES.index(prologue), EPILOGUES.index(epilogue)
+    activations = ACTIVATIONS[(p + e) % 4], ACTIVATIONS[(p + e // 2) % 4]
+    check_gather(
+        run, transposed, g, DTYPES[(p + e) % 3], prologue, epilogue, activations,
+        1 + (p // 2 + e) % 2, replace(tile, split=1 + 2 * ((p + e // 2) % 2)),
+    )  # fmt: skip
+
+
 def check_weight_gradient(
     run, g, dtype, prologues, activations, groups=1, tile=TILE, out_dtype=torch.float32, seed=0
 ):
-    """One weight gradient by `run` (called as `image.image_weight_gradient` is) against PyTorch;
+    """One weight gradient by `run` (called as `conv_weight.weight_gradient` is) against PyTorch;
     prologues and activations are those of the small side and of the large side."""
     draw = Draw(dtype, seed)
     small, large = (

@@ -10,9 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastdcgan_kernels import blocks, convolution, fuse, image, normalisation, plan
+from fastdcgan_kernels import fuse
+from fastdcgan_kernels.choice import choose
 from fastdcgan_kernels.compared import _TWINS, ALLOWED, Compared
-from fastdcgan_kernels.modules import stat_groups
+from fastdcgan_kernels.gpu import (
+    batchnorm,
+    conv_image,
+    conv_pointers,
+    conv_weight,
+    logit,
+)
+from fastdcgan_kernels.modules.block import stat_groups
+from fastdcgan_kernels.ops import ops
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CHANNELS_LAST = torch.channels_last
@@ -60,7 +69,7 @@ def step(dtype, how="materialised", *, norm=True):
     weights = {p.data_ptr(): name for name, p in netD.named_parameters()}
     scale = 1024.0 if dtype == torch.float16 else 1.0
     with (
-        plan.override(how),
+        choose.override(how),
         torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
         Compared(weights) as compared,
     ):
@@ -80,9 +89,9 @@ def test_right_operators_are_within_a_quarter_of_what_is_allowed(how, dtype):
     errors = step(dtype, how)
     print(f"{dtype} {how}: right {errors[0]}")
     assert errors[0][0] < ALLOWED[dtype] / 4
-    seen = {f"fastdcgan::{whose.split()[0]}" for _, whose in errors}
+    seen = {whose.split()[0] for _, whose in errors}
     ways = {
-        "prologue": {name for name in _TWINS if "::activate" not in name},
+        "prologue": {name for name in _TWINS if not name.startswith("activate")},
         "materialised": {name for name in _TWINS if "image" not in name and "logit" not in name},
     }
     assert seen >= ways.get(how, set())
@@ -108,10 +117,10 @@ def break_products(monkeypatch, weight, picture, gradient):
     def gradient_by(run):
         return lambda *given, **options: gradient(run(*given, **options))
 
-    for module, name in ((blocks, "_gather"), (image, "image_up"), (image, "image_down")):
-        monkeypatch.setattr(module, name, convolution_by(getattr(module, name)))
-    for module, name in ((blocks, "_weight_gradient"), (image, "image_weight_gradient")):
-        monkeypatch.setattr(module, name, gradient_by(getattr(module, name)))
+    for module in (conv_pointers, conv_image):
+        monkeypatch.setattr(module, "convolve", convolution_by(module.convolve))
+    for module in (conv_weight, conv_image):
+        monkeypatch.setattr(module, "weight_gradient", gradient_by(module.weight_gradient))
 
 
 def without_a_tap(w):
@@ -153,13 +162,13 @@ def scaled(result):
 
 
 MISTAKES = {  # where, in which way, what the error is said of
-    "statistics": (normalisation, "finalize_statistics", "materialised", "mean"),
-    "pointwise": (normalisation, "pointwise", "materialised", "activate of"),
-    "activation": (normalisation, "activation_gradient", "materialised", "gradient of y"),
-    "sums": (normalisation, "finalize_gradient", "materialised", "gradient of gamma"),
-    "biases": (normalisation, "column_sum", "materialised", "gradient of the bias"),
-    "logit": (blocks, "logit_gradients", "prologue", "logit_backward"),
-    "through": (image, "image_weight_gradient_through", "prologue", "gradient of its weight"),
+    "statistics": (batchnorm, "finalize_statistics", "materialised", "mean"),
+    "pointwise": (batchnorm, "pointwise", "materialised", "activate of"),
+    "activation": (batchnorm, "activation_backward", "materialised", "gradient of y"),
+    "sums": (batchnorm, "finalize_gradient", "materialised", "gradient of gamma"),
+    "biases": (batchnorm, "column_sum", "materialised", "gradient of the bias"),
+    "logit": (logit, "backward", "prologue", "logit_backward"),
+    "through": (conv_image, "weight_gradient_through", "prologue", "gradient of its weight"),
 }
 
 
@@ -214,15 +223,12 @@ def test_a_twin_that_does_not_fit_into_the_memory_is_left_out(monkeypatch):
     def full(*given):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setitem(_TWINS, "fastdcgan::conv_act", full)
+    monkeypatch.setitem(_TWINS, "conv_act", full)
     with Compared() as compared:
         fuse(torch.nn.Sequential(torch.nn.Conv2d(5, 6, 4, 2, 1)))(torch.randn(2, 5, 8, 4))
     assert (compared.unchecked, compared.errors()) == (1, [])
 
 
 def test_every_operator_has_a_twin():
-    own = {name for name in dir(torch.ops.fastdcgan) if not name.startswith("_")}
-    names = {f"fastdcgan::{name}" for name in own - {"name"}}
-    triton = {name for name in names if "cpu" not in name}
-    assert triton <= set(_TWINS)
-    assert convolution  # registered by its import
+    names = {name for name in dir(ops) if not name.startswith(("_", "cpu"))} - {"name"}
+    assert names == set(_TWINS)

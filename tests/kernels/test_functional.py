@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastdcgan_kernels as fk
-from fastdcgan_kernels import functional, plan, reference
-from fastdcgan_kernels.launch import Launch
+from fastdcgan_kernels import functional, reference
+from fastdcgan_kernels.choice import choose
+from fastdcgan_kernels.choice.spec import BlockSpec, Inputs
+from fastdcgan_kernels.gpu.launch import Launch
 
 CL = torch.channels_last
 # (transposed, stride, x's shape, weight's shape): the four kinds, and the two three-channel ends.
@@ -32,7 +34,7 @@ def kernels(monkeypatch):
 
 @pytest.fixture(params=["materialised", "prologue", "vendor"])
 def how(request):
-    with plan.override(request.param):
+    with choose.override(request.param):
         yield request.param
 
 
@@ -186,7 +188,7 @@ def test_a_layer_from_an_image_leaves_its_gradients_to_the_next(needs, groups, l
         tensor.requires_grad_(bool(need))
     twins = [t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
     activation = "relu" if needs[0] else "leaky_relu"
-    with plan.override("prologue"):
+    with choose.override("prologue"):
         out = from_image(*tensors, groups=groups, activation=activation)
         launched.clear()
         upstream = torch.randn(out.shape)
@@ -234,7 +236,7 @@ def test_both_gradients_of_the_last_layers_are_one_launch(end, need, groups, lau
         block, plain = (getattr(op, f"{prefix}_{name}") for name in ("bn_act", "act"))
         options = {"stride": stride, "padding": stride - 1, "activation": activation}
         if op is functional:
-            with plan.override("prologue"):
+            with choose.override("prologue"):
                 h = run_bn(block, (x, first, None, gamma, beta), (None, None), 2, defer=True,
                            stat_groups=groups)  # fmt: skip
                 found.append(plain(h, last, **options))
@@ -260,13 +262,13 @@ def test_a_layer_from_an_image_whose_output_others_take():
     """Materialised, it is the tensor with its own gradients."""
     x, first = leaves(*FIRST_TWO[:2])
     twins = wide((x, first))
-    with plan.override("prologue"):
+    with choose.override("prologue"):
         h = fk.conv_act(x, first, stride=2, padding=1, activation="relu", defer=True)
         fk.materialise(h).square().sum().backward()
     F.conv2d(twins[0], twins[1], None, 2, 1).relu().square().sum().backward()
     close(x.grad, twins[0].grad, 4e-6, 4e-5)
     close(first.grad, twins[1].grad, 4e-6, 4e-5)
-    with torch.no_grad(), plan.override("prologue"):
+    with torch.no_grad(), choose.override("prologue"):
         h = fk.conv_act(x, first, stride=2, padding=1, activation="relu", defer=True)
         assert isinstance(h, torch.Tensor)  # nobody will ask for gradients
 
@@ -284,7 +286,7 @@ def test_blocks_that_take_no_gradients_over(name, stride, weight, bias, launched
     for own, op in ((tensors, functional), (twins, reference)):
         x, first, *rest = own
         more = {"defer": True} if op is functional else {}
-        with plan.override("prologue"):
+        with choose.override("prologue"):
             h = op.conv_act(x, first, stride=2, padding=1, activation="relu", **more)
             out = run_bn(getattr(op, name), (h, *rest), (None, None), stride)
             out.square().sum().backward()
@@ -304,9 +306,9 @@ def test_a_layer_from_an_image_under_autocast(dtype):
     rivals = [t.detach().clone().requires_grad_() for t in tensors]
     twins = wide(tensors)
     with torch.autocast("cpu", dtype=dtype):
-        with plan.override("prologue"):
+        with choose.override("prologue"):
             ours = from_image(*tensors)
-        with plan.override("materialised"):
+        with choose.override("materialised"):
             theirs = run_bn(
                 fk.conv_bn_act,
                 (fk.conv_act(rivals[0], rivals[1], stride=2, padding=1, activation="leaky_relu",
@@ -377,10 +379,10 @@ def test_one_value_a_channel_is_refused_in_training():
 @pytest.mark.parametrize("needs", [(True, False), (False, True)])
 def test_only_what_is_needed_is_computed(needs, monkeypatch):
     """No weight gradient of a frozen net, no input gradient of a first layer."""
-    from fastdcgan_kernels import blocks
+    from fastdcgan_kernels.gpu import blocks
 
     calls = []
-    for name in ("_convolve", "_weight_gradient_of"):
+    for name in ("convolve", "weight_gradient"):
         whole = getattr(blocks, name)
         monkeypatch.setattr(
             blocks, name, lambda *a, _n=name, _w=whole, **k: calls.append(_n) or _w(*a, **k)
@@ -391,7 +393,7 @@ def test_only_what_is_needed_is_computed(needs, monkeypatch):
     out = run_bn(fk.conv_bn_act, (x, weight, None, gamma, beta), (None, None), 2)
     calls.clear()
     out.sum().backward()
-    assert calls == (["_convolve"] if needs[0] else ["_weight_gradient_of"])
+    assert calls == (["convolve"] if needs[0] else ["weight_gradient"])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -441,7 +443,7 @@ def test_a_penalty_through_a_layer_that_leaves_its_gradients_to_the_next():
     found = []
     tensors = leaves(*FIRST_TWO)
     for own, op in ((tensors, functional), (wide(tensors), reference)):
-        with plan.override("prologue"):
+        with choose.override("prologue"):
             h = from_image(*own, op=op)
             (gx,) = torch.autograd.grad(h.sigmoid().sum(), own[0], create_graph=True)
             gx.square().sum().backward()
@@ -458,7 +460,7 @@ def test_three_layers_from_an_image_to_a_number(penalty):
     for own, op in ((tensors, functional), (wide(tensors), reference)):
         x, first, second, last, gamma, beta = own
         more = {"defer": True} if op is functional else {}
-        with plan.override("prologue"):
+        with choose.override("prologue"):
             h = op.conv_act(x, first, stride=2, padding=1, activation="relu", **more)
             h = run_bn(op.conv_bn_act, (h, second, None, gamma, beta), (None, None), 2, **more)
             out = op.conv_act(h, last, stride=1, padding=0, activation="none")
@@ -478,7 +480,7 @@ def test_a_number_and_another_block_take_the_same_output():
     for own, op in ((tensors, functional), (wide(tensors), reference)):
         x, first, last, gamma, beta = own
         more = {"defer": True} if op is functional else {}
-        with plan.override("prologue"):
+        with choose.override("prologue"):
             h = run_bn(op.conv_bn_act, (x, first, None, gamma, beta), (None, None), 2, **more)
             out = op.conv_act(h, last, stride=1, padding=0, activation="none")
             both = functional.materialise(h) if op is functional else h
@@ -495,9 +497,8 @@ def test_second_gradients_of_the_reference_pieces():
     )
 
     def pieces(x, coef, weight, gamma, beta):
-        y, c = reference.conv_bn(
-            x, coef, weight, None, gamma, beta, False, 2, 1, 1e-3, "tanh", 0.0, ""
-        )
+        spec = BlockSpec(stride=2, padding=1, eps=1e-3, x_activation="tanh")
+        y, c = reference.conv_bn(Inputs(x, weight, coef, gamma=gamma, beta=beta), spec)
         return reference.activate(y, c, "tanh", 0.0)
 
     assert torch.autograd.gradcheck(pieces, (x, coef, weight, gamma, beta))
@@ -530,7 +531,7 @@ def test_compile_takes_the_blocks_whole(backend):
 def test_compile_takes_a_layer_that_leaves_its_gradients_to_the_next():
     tensors = leaves(*FIRST_TWO)
     twins = wide(tensors)
-    with plan.override("prologue"):
+    with choose.override("prologue"):
         out = torch.compile(from_image, backend="aot_eager", fullgraph=True)(*tensors)
         out.square().sum().backward()
     expected = from_image(*twins, op=reference)

@@ -9,15 +9,16 @@ import pytest
 import torch
 
 import fastdcgan_kernels
-from fastdcgan_kernels.ops import ops
+from fastdcgan_kernels.choice.spec import BlockSpec, Buffers, Inputs
+from fastdcgan_kernels.ops import NAMESPACE, SIGNATURES, ops
 
 for _module in pkgutil.walk_packages(fastdcgan_kernels.__path__, "fastdcgan_kernels."):
     import_module(_module.name)
 
 SCHEMAS = {
-    schema.name.removeprefix("fastdcgan::"): schema
+    schema.name.removeprefix(f"{NAMESPACE}::"): schema
     for schema in torch._C._jit_get_all_schemas()
-    if schema.name.startswith("fastdcgan::")
+    if schema.name.startswith(f"{NAMESPACE}::")
 }
 
 
@@ -38,9 +39,11 @@ def signs(*shape):
 
 
 # What each case of each operator is given; optional arguments that are not named are None.
-LAYER = {"up": False, "stride": 2, "x_activation": "none", "x_slope": 0.0}
-DEFERRED = {"up": False, "stride": 2, "x_activation": "leaky_relu", "x_slope": 0.2}
-CPU_LAYER = {"up": False, "stride": 2, "groups": 2, "eps": 1e-5, "slope": 0.2}
+DOWN = {"transposed": False, "stride": 2, "padding": 1}
+LAYER = {**DOWN, "x_activation": "none", "x_slope": 0.0}
+DEFERRED = {**DOWN, "x_activation": "leaky_relu", "x_slope": 0.2}
+CPU_LAYER = {**DOWN, "groups": 2, "eps": 1e-5, "slope": 0.2}
+NEEDED = ("need_picture", "need_picture_weight", "need_weight")
 CASES = {
     "conv_bn": {
         "alone": lambda: {
@@ -69,18 +72,19 @@ CASES = {
         "alone": lambda: {
             **LAYER, "gy": normal(2, 5, 4, 2), "x": normal(2, 3, 8, 4),
             "weight": normal(5, 3, 4, 4), "y": normal(2, 5, 4, 2), "groups": 1, "sync": "",
-            "need": [True, True, False],
+            "need_x": True, "need_weight": True, "need_bias": False,
         },
         "with all": lambda: {
             **DEFERRED, "gy": normal(4, 6, 2, 2), "gcoef": normal(5, 2, 6), "x": normal(4, 5, 4, 4),
             "x_coef": normal(5, 2, 5), "weight": normal(6, 5, 4, 4), "working": normal(6, 5, 4, 4),
             "bias": normal(6), "y": normal(4, 6, 2, 2), "groups": 2, "sync": "",
-            "need": [True, True, True],
+            "need_x": True, "need_weight": True, "need_bias": True,
         },
         "with nothing asked for": lambda: {
             **DEFERRED, "gy": normal(4, 6, 2, 2), "gcoef": normal(5, 2, 6), "x": normal(4, 5, 4, 4),
             "x_coef": normal(5, 2, 5), "weight": normal(6, 5, 4, 4), "bias": normal(6),
-            "y": normal(4, 6, 2, 2), "groups": 2, "sync": "", "need": [False, False, False],
+            "y": normal(4, 6, 2, 2), "groups": 2, "sync": "",
+            "need_x": False, "need_weight": False, "need_bias": False,
         },
     },
     "conv_bn_of_image_backward": {
@@ -88,7 +92,8 @@ CASES = {
             "gy": normal(2, 6, 2, 2), "gcoef": normal(5, 2, 6), "picture": normal(2, 3, 8, 8),
             "picture_weight": normal(8, 3, 4, 4), "signs": signs(2, 4, 4, 1),
             "x": normal(2, 8, 4, 4), "weight": normal(6, 8, 4, 4), "y": normal(2, 6, 2, 2),
-            "groups": 2, "x_activation": "relu", "x_slope": 0.0, "sync": "", "need": need,
+            **DOWN, "groups": 2, "x_activation": "relu", "x_slope": 0.0, "sync": "",
+            **dict(zip(NEEDED, need, strict=True)),
             **({"picture_working": normal(8, 3, 4, 4), "working": normal(6, 8, 4, 4)} if given
                else {}),
         }
@@ -96,7 +101,8 @@ CASES = {
     },
     "conv_act": {
         "alone": lambda: {
-            "x": leaf(2, 5, 4, 4), "weight": leaf(5, 3, 4, 4), "up": True, "stride": 2,
+            "x": leaf(2, 5, 4, 4), "weight": leaf(5, 3, 4, 4), "transposed": True,
+            "stride": 2, "padding": 1,
             "x_activation": "none", "x_slope": 0.0, "activation": "tanh", "slope": 0.0,
             "signed": False,
         },
@@ -110,26 +116,30 @@ CASES = {
             "slope": 0.0, "signed": True,
         },
         "to a number": lambda: {
-            "x": leaf(4, 5, 4, 4), "x_coef": leaf(5, 2, 5), "weight": leaf(1, 5, 4, 4), "up": False,
-            "stride": 1, "x_activation": "relu", "x_slope": 0.0, "activation": "none", "slope": 0.0,
+            "x": leaf(4, 5, 4, 4), "x_coef": leaf(5, 2, 5), "weight": leaf(1, 5, 4, 4),
+            "transposed": False,
+            "stride": 1, "padding": 0, "x_activation": "relu", "x_slope": 0.0,
+            "activation": "none", "slope": 0.0,
             "signed": False, "x_gamma": leaf(5), "x_beta": leaf(5),
         },
     },
     "conv_act_backward": {
         "alone": lambda: {
-            **LAYER, "g": normal(2, 5, 4, 2), "out": normal(2, 5, 4, 2), "x": normal(2, 3, 8, 4),
+            **LAYER, "g": normal(2, 5, 4, 2), "x": normal(2, 3, 8, 4),
             "weight": normal(5, 3, 4, 4), "activation": "none", "slope": 0.0,
-            "need": [True, True, False],
+            "need_x": True, "need_weight": True, "need_bias": False,
         },
         "with all": lambda: {
             **DEFERRED, "g": normal(4, 6, 2, 2), "out": normal(4, 6, 2, 2), "x": normal(4, 5, 4, 4),
             "x_coef": normal(5, 2, 5), "weight": normal(6, 5, 4, 4), "working": normal(6, 5, 4, 4),
-            "bias": normal(6), "activation": "tanh", "slope": 0.0, "need": [True, True, True],
+            "bias": normal(6), "activation": "tanh", "slope": 0.0,
+            "need_x": True, "need_weight": True, "need_bias": True,
         },
         "with nothing asked for": lambda: {
             **DEFERRED, "g": normal(4, 6, 2, 2), "out": normal(4, 6, 2, 2), "x": normal(4, 5, 4, 4),
             "x_coef": normal(5, 2, 5), "weight": normal(6, 5, 4, 4), "bias": normal(6),
-            "activation": "tanh", "slope": 0.0, "need": [False, False, False],
+            "activation": "tanh", "slope": 0.0,
+            "need_x": False, "need_weight": False, "need_bias": False,
         },
     },
     "logit_backward": {
@@ -165,35 +175,39 @@ CASES = {
         "alone": lambda: {
             **CPU_LAYER, "g": normal(16, 32, 4, 4), "x": normal(16, 32, 8, 8),
             "weight": normal(32, 32, 4, 4), "y": normal(16, 32, 4, 4),
-            "stats": torch.rand(3, 2, 32), "activation": "leaky_relu", "need": [True, True, False],
+            "stats": torch.rand(3, 2, 32), "activation": "leaky_relu",
+            "need_x": True, "need_weight": True, "need_bias": False,
         },
         "with all": lambda: {
             **CPU_LAYER, "g": normal(16, 32, 4, 4), "x": normal(16, 32, 8, 8),
             "weight": normal(32, 32, 4, 4), "bias": normal(32), "gamma": normal(32),
             "beta": normal(32), "out": torch.rand(16, 32, 4, 4), "y": normal(16, 32, 4, 4),
-            "stats": torch.rand(3, 2, 32), "activation": "tanh", "need": [True, True, True],
+            "stats": torch.rand(3, 2, 32), "activation": "tanh",
+            "need_x": True, "need_weight": True, "need_bias": True,
         },
     },
     "cpu_conv_act": {
         "alone": lambda: {
-            "x": leaf(16, 32, 8, 8), "weight": leaf(32, 32, 4, 4), "up": False, "stride": 2,
+            "x": leaf(16, 32, 8, 8), "weight": leaf(32, 32, 4, 4), **DOWN,
             "activation": "tanh", "slope": 0.0,
         },
         "with bias": lambda: {
-            "x": leaf(16, 32, 8, 8), "weight": leaf(32, 32, 4, 4), "bias": leaf(32), "up": True,
-            "stride": 2, "activation": "leaky_relu", "slope": 0.2,
+            "x": leaf(16, 32, 8, 8), "weight": leaf(32, 32, 4, 4), "bias": leaf(32),
+            "transposed": True,
+            "stride": 2, "padding": 1, "activation": "leaky_relu", "slope": 0.2,
         },
     },
     "cpu_conv_act_backward": {
         "alone": lambda: {
             "g": normal(16, 32, 4, 4), "x": normal(16, 32, 8, 8), "weight": normal(32, 32, 4, 4),
-            "up": False, "stride": 2, "activation": "none", "slope": 0.0,
-            "need": [True, True, False],
+            **DOWN, "activation": "none", "slope": 0.0,
+            "need_x": True, "need_weight": True, "need_bias": False,
         },
         "with all": lambda: {
             "g": normal(16, 32, 4, 4), "out": torch.rand(16, 32, 4, 4), "x": normal(16, 32, 8, 8),
-            "weight": normal(32, 32, 4, 4), "bias": normal(32), "up": False, "stride": 2,
-            "activation": "leaky_relu", "slope": 0.2, "need": [True, True, True],
+            "weight": normal(32, 32, 4, 4), "bias": normal(32), **DOWN,
+            "activation": "leaky_relu", "slope": 0.2,
+            "need_x": True, "need_weight": True, "need_bias": True,
         },
     },
 }  # fmt: skip
@@ -209,12 +223,19 @@ def test_no_argument_has_a_default(name):
 def test_conv_bn_without_running_buffers_and_without_a_momentum():
     """The call that PyTorch 2.11 made an IndexError of."""
     x, weight = normal(2, 3, 8, 8), normal(5, 3, 4, 4)
-    y, coef = ops.conv_bn(
-        x, None, weight, None, None, None, False, 2, 1, 1e-5, "none", 0.0, "", None, None, None,
-        None, 0.0, None, None, None, None, None,
-    )  # fmt: skip
+    spec = BlockSpec(False, stride=2, padding=1, eps=1e-5)
+    y, coef = ops.conv_bn(*SIGNATURES["conv_bn"].flatten(Inputs(x, weight), Buffers(), spec))
     torch.testing.assert_close(y, torch.nn.functional.conv2d(x, weight, None, 2, 1))
     torch.testing.assert_close(coef[0, 0], y.mean((0, 2, 3)))
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_flat_arguments_are_those_of_the_schema_and_are_restored(name):
+    signature = SIGNATURES[name]
+    assert [argument.name for argument in SCHEMAS[name].arguments] == list(signature.kinds)
+    flat = list(range(len(signature.kinds)))
+    assert signature.flatten(*signature.restore(flat)) == flat
+    assert signature.named(flat) == dict(zip(signature.kinds, flat, strict=True))
 
 
 @pytest.mark.parametrize("name", SCHEMAS)

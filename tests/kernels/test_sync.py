@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 import fastdcgan_kernels as fk
-from fastdcgan_kernels import plan
+from fastdcgan_kernels.choice import choose
 from tests.kernels.exact import SLOPE, Draw, close
 
 SHARES = (3, 5)  # images of each process, in each of the batches
@@ -106,7 +106,7 @@ def worker(rank, folder):
     found = {}
     for case, run in RUNS:
         up, groups, how = CASES[case]
-        with plan.override(how):
+        with choose.override(how):
             found[case, run] = BY[run](up, groups, rank)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()

@@ -7,7 +7,7 @@ import torch
 from fastdcgan.training import TrainConfig
 from fastdcgan.training.state import TrainState
 from fastdcgan.training.step import Step
-from fastdcgan_kernels import plan
+from fastdcgan_kernels.choice import choose
 
 CPU = torch.device("cpu")
 BATCH, STEPS = 2, 2
@@ -73,7 +73,7 @@ def test_steps_in_kernels_are_the_plain_steps(autocast):
 
 def test_steps_with_all_in_loads_and_stores_are_the_plain_steps():
     """The first layer of a D of 8 features leaves its gradients to the second."""
-    with plan.override("prologue"):
+    with choose.override("prologue"):
         ours, state = made("triton", None, ndf=8)
     plain, twin = made("reference", None, ndf=8)
     check(ours, plain, state, twin)

@@ -12,7 +12,7 @@ from fastdcgan.errors import InputError
 from fastdcgan.models.conditional import EMBEDDING, by_class
 from fastdcgan.training.checkpoints import save_weights
 from fastdcgan_kernels import findings, fuse
-from fastdcgan_kernels.modules import stat_groups
+from fastdcgan_kernels.modules.block import stat_groups
 
 NAMES = ("bag", "boot", "coat")
 LABELS = torch.tensor([2, 0, 1, 2])

@@ -8,7 +8,8 @@ from torch import nn
 from fastdcgan import models
 from fastdcgan.models.regularised import MinibatchStd, power_iteration, spectrally_normalise
 from fastdcgan_kernels import findings, fuse
-from fastdcgan_kernels.modules import WorkingCopies, stat_groups
+from fastdcgan_kernels.modules.block import stat_groups
+from fastdcgan_kernels.modules.copies import WorkingCopies
 
 
 @pytest.mark.parametrize("layer", [nn.Conv2d(3, 8, 4, bias=False), nn.Linear(12, 5)])

@@ -23,10 +23,11 @@ from fastdcgan.training.journal import read_evaluations
 from fastdcgan.training.state import TrainState
 from fastdcgan.training.step import Step
 from fastdcgan.training.watch import Probe
+from tests.training.runs import Tiny, final_state, same
+from tests.training.steps import NAMES
+from tests.training.steps import SMALL_WITH_CLASSES as SMALL
 
-from .test_classes_step import CPU, NAMES, SMALL
-from .test_loop import final_state, same
-from .test_quality import Tiny
+CPU = torch.device("cpu")
 
 
 @pytest.fixture

@@ -12,17 +12,13 @@ from torch import nn
 from fastdcgan.training import TrainConfig
 from fastdcgan.training.state import TrainState
 from fastdcgan.training.step import READINGS, Step
-from fastdcgan_kernels.launch import recording
-from fastdcgan_kernels.plan import TARGETS, assume
-
-from .test_losses import EVERYTHING, TEXTBOOK
-from .test_step import NoSync
+from fastdcgan_kernels.choice.targets import TARGETS, assume
+from fastdcgan_kernels.gpu.launch import recording
+from tests.training.steps import NAMES, NoSync
+from tests.training.steps import SMALL_WITH_CLASSES as SMALL
+from tests.training.textbook import EVERYTHING, TEXTBOOK
 
 CPU = torch.device("cpu")
-NAMES = ("bag", "boot", "coat")
-SMALL = {
-    "image_size": 32, "channels": 1, "nz": 6, "ngf": 4, "ndf": 4, "batch_size": 4, "classes": True,
-}  # fmt: skip
 
 
 def batches(config, steps, *, dtype=torch.float32, device="cpu"):

@@ -17,6 +17,7 @@ from fastdcgan import models
 from fastdcgan.errors import InputError, RunError
 from fastdcgan.training import TrainConfig, TrainResult, checkpoints, folders, preset, train, watch
 from fastdcgan.training.journal import read_metrics
+from tests.training.runs import final_state, same
 
 
 @pytest.fixture
@@ -34,23 +35,6 @@ def tiny(tiny_data, tmp_path, monkeypatch):
         log_every=4,
         tensorboard=False,
     )
-
-
-def same(a, b):
-    """Equal to the last bit, whatever is nested in what."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b or (a != a and b != b)
-
-
-def final_state(out):
-    state = checkpoints.Checkpoints(out / "checkpoints").newest()[1]
-    # The watch knows which checkpoints there are, which no two of these runs agree about.
-    return {k: v for k, v in state.items() if k not in ("config", "watch")}
 
 
 def test_a_run_writes_everything_it_promises(tiny, tmp_path, drawn_plots):

@@ -18,39 +18,15 @@ from fastdcgan.training.losses import Loss
 from fastdcgan.training.regularisers import Penalty, between, image_gradients, r1, slope_penalty
 from fastdcgan.training.state import TrainState
 from fastdcgan.training.step import READINGS, Step
-from fastdcgan_kernels.plan import TARGETS, assume, implementation, recording
-from tests.training.test_step import NoSync, batches, largest_difference
+from fastdcgan_kernels.choice.choose import recording
+from fastdcgan_kernels.choice.targets import TARGETS, assume, implementation
+from tests.training.steps import NoSync, batches, largest_difference
+from tests.training.textbook import EVERYTHING, TEXTBOOK, log_sigmoid
 
 CPU = torch.device("cpu")
 SMALL = {"image_size": 32, "channels": 3, "nz": 12, "ngf": 8, "ndf": 8, "batch_size": 6}
 LOSSES = ["bce", "hinge", "lsgan", "wgan-gp", "relativistic"]
 NO_SCALE = torch.amp.GradScaler("cpu", enabled=False)
-
-
-def log_sigmoid(d):
-    return -torch.log(1 + torch.exp(-d))
-
-
-# D's and G's losses as the papers write them, on logits of real (r) and generated images (f).
-TEXTBOOK = {
-    "bce": (
-        lambda r, f: -log_sigmoid(r).mean() - torch.log(1 - 1 / (1 + torch.exp(-f))).mean(),
-        lambda r, f: -log_sigmoid(f).mean(),
-    ),
-    "hinge": (
-        lambda r, f: -(torch.minimum(r - 1, 0 * r).mean() + torch.minimum(-f - 1, 0 * f).mean()),
-        lambda r, f: -f.mean(),
-    ),
-    "lsgan": (
-        lambda r, f: 0.5 * F.mse_loss(r, torch.ones_like(r)) + 0.5 * (f**2).mean(),
-        lambda r, f: 0.5 * ((f - 1) ** 2).mean(),
-    ),
-    "wgan-gp": (lambda r, f: f.mean() - r.mean(), lambda r, f: -f.mean()),
-    "relativistic": (
-        lambda r, f: -log_sigmoid(r - f).mean(),
-        lambda r, f: -log_sigmoid(f - r).mean(),
-    ),
-}
 
 
 def loss_of(**fields):
@@ -395,13 +371,6 @@ def test_one_update_of_g_for_so_many_of_d():
     counts = [int(next(iter(o.state.values()))["step"]) for o in (state.optD, state.optG)]
     assert counts == [5, 2]
     assert state.step == 2
-
-
-EVERYTHING = {
-    "loss": "hinge", "r1": 1.0, "spectral_norm": True, "minibatch_std": True,
-    "diffaugment": "color,translation,cutout", "instance_noise": 0.1, "instance_noise_steps": 50,
-    "n_critic": 2,
-}  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -29,20 +29,7 @@ from fastdcgan.training import (
     watch,
 )
 from fastdcgan.training.journal import read_evaluations, read_metrics
-
-from .test_loop import final_state, same
-
-
-class Tiny(nn.Module):
-    """uint8 (N, 3, H, W) -> (N, 8)."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 8, 8, stride=4)
-
-    def forward(self, images):
-        nothing = 0 * torch.rand(1)  # draws as dropout would
-        return self.conv(images.float() / 255).relu().mean((2, 3)) + nothing
+from tests.training.runs import Tiny, final_state, same
 
 
 @pytest.fixture(scope="module")

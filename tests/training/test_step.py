@@ -13,19 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastdcgan.training.config import TrainConfig, preset
 from fastdcgan.training.state import TrainState
 from fastdcgan.training.step import READINGS, Step
+from tests.training.steps import NoSync, batches, largest_difference
 
 CPU = torch.device("cpu")
 SMALL = {"image_size": 32, "channels": 3, "nz": 12, "ngf": 8, "ndf": 8, "batch_size": 6}
-
-
-def batches(config, steps, *, dtype=torch.float32, ragged=None):
-    generator = torch.Generator().manual_seed(5)
-    for step in range(steps):
-        rows = ragged if ragged and step % 4 == 3 else config.batch_size
-        size = config.image_size
-        images = torch.rand(rows, config.channels, size, size, generator=generator) * 2 - 1
-        z = torch.randn(rows, config.nz, 1, 1, generator=generator)
-        yield images.to(dtype, memory_format=torch.channels_last), z.to(dtype)
 
 
 def plain_nets(size, channels, nz, ngf, ndf):
@@ -90,12 +81,6 @@ def away_from_kinks(netG, netD, data, config, steps):
             run.step(images.double(), z.double())
             chosen.append((images, z))
     return chosen
-
-
-def largest_difference(ours, plain):
-    """Over all parameters and buffers, in order (the keys differ in their prefix only)."""
-    pairs = zip(ours.state_dict().values(), plain.state_dict().values(), strict=True)
-    return max(((a.double() - b.double()).abs().max().item()) for a, b in pairs)
 
 
 # In float32 the bound is a twentieth of one step of 2e-4; in float64 it is rounding.
@@ -196,28 +181,6 @@ def test_no_wasted_gradients():
     assert [weight for _, weight in d_step] == [True] * 8
     assert [x for x, _ in d_step] == [True, True, True, False] * 2
     assert g_step == [(True, False)] * 4 + [(True, True)] * 3 + [(False, True)]
-
-
-class NoSync(TorchDispatchMode):
-    """Raises where an operation would make the host wait for a device."""
-
-    FORBIDDEN = (
-        "_local_scalar_dense",
-        "nonzero",
-        "masked_select",
-        "unique",
-        "equal",
-        "is_nonzero",
-        "item",
-    )
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if name in self.FORBIDDEN or name.startswith("_unique"):
-            raise AssertionError(f"host sync: {name}")
-        if name == "_to_copy" and (kwargs or {}).get("device") not in (None, args[0].device):
-            raise AssertionError("host sync: copy between devices")
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("scaling", [False, True])

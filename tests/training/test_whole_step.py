@@ -27,12 +27,13 @@ from fastdcgan.training.readings import Readings
 from fastdcgan.training.state import TrainState
 from fastdcgan.training.step import Step
 from fastdcgan.training.whole_step import WholeStep
-from fastdcgan_kernels import adam, blocks, convolution
-from fastdcgan_kernels import plan as kernels
-from fastdcgan_kernels.jit import adam as jit_adam
-from fastdcgan_kernels.launch import Launch
-from tests.kernels.conftest import bfloat16_in_the_interpreter  # noqa: F401 (a fixture)
+from fastdcgan_kernels import adam
+from fastdcgan_kernels.choice import targets
+from fastdcgan_kernels.gpu import adam as gpu_adam
+from fastdcgan_kernels.gpu import conv_weight
+from fastdcgan_kernels.gpu.launch import Launch
 
+pytestmark = pytest.mark.usefixtures("bfloat16_in_the_interpreter")
 CPU = torch.device("cpu")
 SMALL = {"image_size": 32, "channels": 3, "nz": 12, "ngf": 8, "ndf": 8, "batch_size": 6}
 
@@ -434,7 +435,7 @@ def test_a_step_that_is_put_together_wrongly_is_seen(monkeypatch):
 def test_a_missing_tap_of_one_layer_is_seen(dtype, monkeypatch):
     """Of one weight gradient's 16; and it is said of which, also where it is an error."""
     monkeypatch.setenv("FASTDCGAN_IMPL", "triton")
-    right = convolution.weight_gradient
+    right = conv_weight.weight_gradient
 
     def without(small, large, geometry, **options):
         out = right(small, large, geometry, **options)
@@ -442,7 +443,7 @@ def test_a_missing_tap_of_one_layer_is_seen(dtype, monkeypatch):
             out[:, :, 1, 2] = 0
         return out
 
-    monkeypatch.setattr(blocks, "_weight_gradient", without)
+    monkeypatch.setattr(conv_weight, "weight_gradient", without)
     autocast = None if dtype == torch.float32 else dtype
     scale = 64.0 if dtype == torch.float16 else None
     whole = build(prove=True, autocast=autocast, scale=scale, impl="triton", **TINY)
@@ -456,14 +457,14 @@ def test_a_missing_tap_of_one_layer_is_seen(dtype, monkeypatch):
 @pytest.mark.parametrize("fault", ["wrong", "raises"])
 def test_kernels_that_a_device_breaks_are_left_aloud(kernels_to_prove, monkeypatch, fault):
     """Their step leaves no trace: training goes on as in plain PyTorch."""
-    right = convolution.weight_gradient
+    right = conv_weight.weight_gradient
 
     def broken(*args, **options):
         if fault == "raises":
             raise RuntimeError("an illegal instruction was encountered\nand so on")
         return right(*args, **options) * 0.9
 
-    monkeypatch.setattr(blocks, "_weight_gradient", broken)
+    monkeypatch.setattr(conv_weight, "weight_gradient", broken)
     said = []
     whole = build(said=said)
     got, _, _ = trained(whole, 2)
@@ -482,17 +483,18 @@ def updates_to_prove(kernels_to_prove, monkeypatch, tmp_path):
     """Blocks in plain PyTorch; updates by their kernel, which is changed as a test says."""
     monkeypatch.setenv("FASTDCGAN_IMPL", "reference")
     for module in (adam, one_step):
-        monkeypatch.setattr(module, "runs_kernels", lambda device: kernels._modes != ["reference"])
+        monkeypatch.setattr(module, "runs_kernels", lambda device: targets._modes != ["reference"])
 
     def changed(right, wrong):
-        text = Path(jit_adam.__file__).read_text()
+        text = Path(gpu_adam.__file__).read_text()
         assert text.count(right) == 1
         file = tmp_path / "changed_adam.py"
         file.write_text(text.replace(right, wrong))
-        spec = importlib.util.spec_from_file_location("changed_adam", file)
+        name = f"{gpu_adam.__package__}.changed_adam"  # for its relative imports
+        spec = importlib.util.spec_from_file_location(name, file)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        monkeypatch.setattr(adam, "_kernel", lambda: module.adam)
+        monkeypatch.setattr(gpu_adam, "update", module.update)
 
     return changed
 
@@ -577,13 +579,13 @@ def test_where_a_graph_is_captured(monkeypatch):
 
 def test_impl_decides_before_the_environment(monkeypatch):
     monkeypatch.setenv("FASTDCGAN_IMPL", "reference")
-    with kernels.implementation("triton"):
-        assert kernels.mode() == "triton"
-        with kernels.implementation("auto"):
-            assert kernels.mode() == "triton"
-    with kernels.implementation("auto"):
-        assert kernels.mode() == "reference"
-    with pytest.raises(ValueError, match="fast"), kernels.implementation("fast"):
+    with targets.implementation("triton"):
+        assert targets.mode() == "triton"
+        with targets.implementation("auto"):
+            assert targets.mode() == "triton"
+    with targets.implementation("auto"):
+        assert targets.mode() == "reference"
+    with pytest.raises(ValueError, match="fast"), targets.implementation("fast"):
         pass
 
 

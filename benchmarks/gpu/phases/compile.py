@@ -14,8 +14,9 @@ from benchmarks.gpu.compiling import compile_all
 from benchmarks.gpu.phase import Items, Setting
 from benchmarks.gpu.phases.ways import WAYS
 from fastdcgan.hardware import amp_dtype
-from fastdcgan_kernels import plan
-from fastdcgan_kernels.launch import Launch, watching
+from fastdcgan_kernels.choice import targets
+from fastdcgan_kernels.choice.types import Target
+from fastdcgan_kernels.gpu.launch import Launch, watching
 
 SPARE_SECONDS = 3.0
 REHEARSED = 4
@@ -25,7 +26,7 @@ REHEARSED = 4
 def measure(to: Items, setting: Setting) -> None:
     """As the module says."""
     end = time.monotonic() + setting.limit - SPARE_SECONDS
-    size, target = setting.size, plan.target_of(setting.device) or plan.TARGETS["sm_90"]
+    size, target = setting.size, targets.target_of(setting.device) or targets.TARGETS["sm_90"]
     wanted = [("default", batch) for batch in size.batches]
     tuned: dict[str, subprocess.Popen[bytes]] = {}
     if not setting.rehearsal:
@@ -49,7 +50,7 @@ def measure(to: Items, setting: Setting) -> None:
                 facts["status"] = None
 
 
-def launches(how: str, setting: Setting, batch: int, target: plan.Target) -> list[Launch]:
+def launches(how: str, setting: Setting, batch: int, target: Target) -> list[Launch]:
     """Those of a step, as this target would be asked for them."""
     found: list[Launch] = []
     dtype = "fp16" if amp_dtype(setting.device) == torch.float16 else "bf16"

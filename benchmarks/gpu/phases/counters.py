@@ -132,12 +132,13 @@ def main() -> None:
     import torch
 
     from benchmarks.gpu.launches import task_of
-    from fastdcgan_kernels import plan, trials
+    from fastdcgan_kernels.choice import choose, targets
+    from fastdcgan_kernels.tuner import trials
 
     task, device = task_of(json.loads(sys.argv[1])), torch.device("cuda", 0)
-    target = plan.target_of(device)
+    target = targets.target_of(device)
     assert target is not None
-    run = trials.TileTrial(task, device).prepare(plan.tile_for(task, target))
+    run = trials.TileTrial(task, device).prepare(choose.tile_for(task, target))
     for _ in range(WARM_UP + 1):
         run()
     torch.cuda.synchronize()

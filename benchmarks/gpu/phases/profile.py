@@ -18,8 +18,8 @@ from benchmarks.cost_model import DEVICES, seconds_of
 from benchmarks.gpu.launches import Seen, seeing, task_facts
 from benchmarks.gpu.phase import Items, Setting, line_of
 from benchmarks.gpu.step import whole_step
-from fastdcgan_kernels.launch import Launch, watching
-from fastdcgan_kernels.trials import device_time
+from fastdcgan_kernels.gpu.launch import Launch, watching
+from fastdcgan_kernels.tuner.trials import device_time
 
 REPLAY = "torch.profiler, one replay of the CUDA graph"
 ALONE = "each launch by itself"

@@ -14,9 +14,11 @@ import torch
 from benchmarks.gpu.compiling import compile_all
 from benchmarks.gpu.launches import task_facts, task_of
 from benchmarks.gpu.phase import Items, Setting, line_of
-from fastdcgan_kernels import plan, trials, tuner
-from fastdcgan_kernels.geometry import Tile
-from fastdcgan_kernels.launch import recording
+from fastdcgan_kernels.choice import heuristics, targets
+from fastdcgan_kernels.choice.geometry import Tile
+from fastdcgan_kernels.choice.types import Target, Task
+from fastdcgan_kernels.gpu.launch import recording
+from fastdcgan_kernels.tuner import trials, tuning
 
 CANDIDATES = 6
 MOST = 12
@@ -29,20 +31,20 @@ def measure(to: Items, setting: Setting) -> None:
     """As the module says."""
     os.environ["FASTDCGAN_CACHE"] = str(setting.out)
     start, device = time.monotonic(), setting.device
-    target = plan.target_of(device)
+    target = targets.target_of(device)
     assert target is not None
     for task in _worst(setting)[: 1 if setting.rehearsal else MOST]:
-        name = tuner.name_of(task)
+        name = tuning.name_of(task)
         if not to.wants(name):
             continue
         with to.item(name) as facts:
-            tiles = plan.neighbours(task, target)[: 2 if setting.rehearsal else CANDIDATES]
+            tiles = heuristics.neighbours(task, target)[: 2 if setting.rehearsal else CANDIDATES]
             trial = Watched(trials.trial_of(task, device))
             facts |= {"task": task_facts(task), "name": name}
             if not setting.rehearsal:
                 left = setting.limit - (time.monotonic() - start)
                 facts["compiled"] = _compile(trial, tiles, target, COMPILE_SHARE * left)
-            found = tuner.tune_questions(
+            found = tuning.tune_questions(
                 [task],
                 device,
                 again=True,
@@ -105,13 +107,13 @@ class Watched:
         return {
             "candidates": [
                 {
-                    "tile": tuner.words_of(tile),
+                    "tile": tuning.words_of(tile),
                     "seconds": self.seconds.get(tile),
                     "why": self.why.get(tile),
                 }
                 for tile in tiles
             ],
-            "kept": None if kept is None else tuner.words_of(kept),
+            "kept": None if kept is None else tuning.words_of(kept),
             "gain": default / winner if default and winner else None,
         }
 
@@ -124,16 +126,16 @@ def _seconds(run: Any) -> float:
     return time.perf_counter() - start
 
 
-def _compile(trial: Watched, tiles: list[Tile], target: plan.Target, seconds: float) -> Any:
+def _compile(trial: Watched, tiles: list[Tile], target: Target, seconds: float) -> Any:
     with recording() as launches:
         for tile in tiles:
             trial.prepare(tile)()
     return compile_all(launches, target, seconds)
 
 
-def _worst(setting: Setting) -> list[plan.Task]:
+def _worst(setting: Setting) -> list[Task]:
     """The tasks of products, those that lose most time beyond their floors first."""
-    lost: dict[plan.Task, float] = defaultdict(float)
+    lost: dict[Task, float] = defaultdict(float)
     for facts in setting.measured("profile").values():
         for row in facts.get("rows", ()):
             if row["task"] is not None:

@@ -7,9 +7,10 @@ from typing import get_args
 from benchmarks.gpu.phase import Items, Setting
 from benchmarks.gpu.phases.steps import ours, rounds
 from benchmarks.timing import Workload
-from fastdcgan_kernels import plan
+from fastdcgan_kernels.choice import choose
+from fastdcgan_kernels.choice.types import How
 
-WAYS = tuple(how for how in get_args(plan.How) if how != "reference")
+WAYS = tuple(how for how in get_args(How) if how != "reference")
 
 
 def measure(to: Items, setting: Setting) -> None:
@@ -22,14 +23,14 @@ def measure(to: Items, setting: Setting) -> None:
         )
 
 
-def _workload(setting: Setting, batch: int, way: plan.How) -> Workload:
+def _workload(setting: Setting, batch: int, way: How) -> Workload:
     """The workload, its first step made this way: what a graph has captured stays so. Where steps
     run eagerly, each is made this way."""
     workload = ours(setting, batch, prove=False)
     step = workload.run
 
     def run() -> None:
-        with plan.override(way):
+        with choose.override(way):
             step()
 
     run()

@@ -6,18 +6,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdcgan_kernels import reference
-from fastdcgan_kernels.cpu import ops as _  # noqa: F401  (registers the operators)
-from fastdcgan_kernels.cpu.build import library
-from fastdcgan_kernels.cpu.convolution import CHUNK, has_image_up, has_winograd
-from fastdcgan_kernels.geometry import Geometry
-from fastdcgan_kernels.ops import ops
+from .. import reference
+from ..choice.geometry import Geometry
+from ..choice.spec import BlockSpec, Buffers, Inputs
+from ..ops import SIGNATURES, ops
+from . import ops as _  # noqa: F401  (registers the operators)
+from .build import library
+from .convolution import CHUNK, has_image_up, has_winograd
 
 
-def takes(geometry: Geometry, up: bool, norm: bool) -> bool:
+def takes(geometry: Geometry, transposed: bool, norm: bool) -> bool:
     """Whether a block of this layer gains by running here: a rule by shapes, so that a run gives
     the same bits again. With a norm, channels come 16 at a time."""
-    channels = geometry.CL if up else geometry.CS
+    channels = geometry.CL if transposed else geometry.CS
     if norm and channels % CHUNK:
         return False
     gains = has_winograd(geometry) or has_image_up(geometry) or geometry.stride == 1
@@ -31,32 +32,22 @@ def is_there() -> bool:
 
 
 def conv_bn_act(
-    x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
-    running_mean: Tensor | None, running_var: Tensor | None, up: bool, stride: int, training: bool,
-    momentum: float | Tensor, eps: float, activation: str, slope: float, groups: int,
-) -> Tensor:  # fmt: skip
+    inputs: Inputs, buffers: Buffers, spec: BlockSpec, training: bool, momentum: float | Tensor
+) -> Tensor:
     """`functional.conv_bn_act`, or its transposed twin."""
-    if not training and running_mean is not None and running_var is not None:
-        weight, bias = reference.fold(
-            weight, bias, gamma, beta, running_mean, running_var, eps, transposed=up
-        )
-        return conv_act(x, weight, bias, up, stride, activation, slope)
-    if x.shape[0] % groups:
-        raise ValueError(f"stat_groups={groups} does not divide a batch of {x.shape[0]}")
-    out, y, stats = ops.cpu_conv_norm(
-        x, weight, bias, gamma, beta, up, stride, groups, eps, activation, slope
-    )
-    reference.check_values_per_channel(y.shape, groups)
-    if running_mean is not None and running_var is not None:
-        reference.update_running(running_mean, running_var, stats, momentum)
-    result: Tensor = out
-    return result
+    if not training and buffers.running_mean is not None and buffers.running_var is not None:
+        return conv_act(reference.fold(inputs, buffers, spec), spec)
+    if inputs.x.shape[0] % spec.groups:
+        batch = inputs.x.shape[0]
+        raise ValueError(f"stat_groups={spec.groups} does not divide a batch of {batch}")
+    out: Tensor
+    out, y, stats = ops.cpu_conv_norm(*SIGNATURES["cpu_conv_norm"].flatten(inputs, spec))
+    reference.check_values_per_channel(y.shape, spec.groups)
+    reference.update_running(buffers, stats, momentum)
+    return out
 
 
-def conv_act(
-    x: Tensor, weight: Tensor, bias: Tensor | None, up: bool, stride: int, activation: str,
-    slope: float,
-) -> Tensor:  # fmt: skip
+def conv_act(inputs: Inputs, spec: BlockSpec) -> Tensor:
     """act(convolution + bias)."""
-    out: Tensor = ops.cpu_conv_act(x, weight, bias, up, stride, activation, slope)
+    out: Tensor = ops.cpu_conv_act(*SIGNATURES["cpu_conv_act"].flatten(inputs, spec))
     return out

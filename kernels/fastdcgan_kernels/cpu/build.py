@@ -19,7 +19,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from fastdcgan_kernels import measured
+from ..choice import measured
 
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared")
 SOURCES = tuple(sorted(Path(__file__).parent.glob("*.cpp")))

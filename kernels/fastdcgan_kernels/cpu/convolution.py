@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdcgan_kernels.cpu.build import library
-from fastdcgan_kernels.geometry import Geometry, cdiv, empty
+from ..choice.geometry import Geometry, cdiv, empty
+from .build import library
 
 # Channels come in panels of two vectors, of at most 16 floats; images take theirs 16 at a time.
 PANEL, CHUNK = 32, 16
@@ -32,7 +32,7 @@ def has_winograd(geometry: Geometry) -> bool:
 
 
 def pays(geometry: Geometry) -> bool:
-    """Whether down and up have, too, and the pixels are worth the weights' transformation."""
+    """Whether both convolutions have, too, and the pixels are worth the weights' transformation."""
     g = geometry
     return has_winograd(g) and g.N * g.P * g.Q >= PIXELS
 
@@ -43,30 +43,31 @@ def has_image_up(geometry: Geometry) -> bool:
 
 
 def convolve(
-    x: Tensor, weight: Tensor, geometry: Geometry, up: bool, bias: Tensor | None = None,
+    x: Tensor, weight: Tensor, geometry: Geometry, transposed: bool, bias: Tensor | None = None,
     slope: float = 1.0,
 ) -> Tensor:  # fmt: skip
-    """leaky_relu(x up or down + bias, slope), channels_last; slope 0 is ReLU, 1 nothing."""
+    """leaky_relu(convolution, or transposed one, of x + bias, slope), channels_last; slope 0 is
+    ReLU, 1 nothing."""
     g = geometry
-    if pays(g) or (up and has_image_up(g)):
-        name = ("up" if pays(g) else "image_up") if up else "down"
-        out = empty(g.N, g.CL, g.H, g.W, x) if up else empty(g.N, g.CS, g.P, g.Q, x)
+    if pays(g) or (transposed and has_image_up(g)):
+        name = ("up" if pays(g) else "image_up") if transposed else "down"
+        out = empty(g.N, g.CL, g.H, g.W, x) if transposed else empty(g.N, g.CS, g.P, g.Q, x)
         call(name, x, weight, bias, out, g.N, g.P, g.Q, g.CS, g.CL, slope)
         return out
     with torch.autocast("cpu", enabled=False):
         if g.stride == 1:
-            y = _end(x, weight, g, up)
+            y = _end(x, weight, g, transposed)
             y = y if bias is None else y.add_(bias[:, None, None])
         else:
-            op = F.conv_transpose2d if up else F.conv2d
+            op = F.conv_transpose2d if transposed else F.conv2d
             y = op(x, weight, bias, g.stride, g.pad).contiguous(memory_format=torch.channels_last)
     return y if slope == 1 else F.leaky_relu_(y, slope)
 
 
-def _end(x: Tensor, weight: Tensor, g: Geometry, up: bool) -> Tensor:
+def _end(x: Tensor, weight: Tensor, g: Geometry, transposed: bool) -> Tensor:
     """Between 1x1 and 4x4 pixels the taps are columns, and the layer a matrix product."""
     matrix = _rows(weight)
-    if up:
+    if transposed:
         return (_rows(x) @ matrix).view(g.N, 4, 4, g.CL).permute(0, 3, 1, 2)
     return (_rows(x) @ matrix.T).view(g.N, g.CS, 1, 1)
 

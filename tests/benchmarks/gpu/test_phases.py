@@ -15,8 +15,9 @@ from benchmarks.gpu import compiling
 from benchmarks.gpu.launches import Seen
 from benchmarks.gpu.phase import Items, Setting
 from benchmarks.gpu.phases import counters, machine, profile, tiles
-from fastdcgan_kernels import plan
-from fastdcgan_kernels.geometry import Geometry, Tile
+from fastdcgan_kernels.choice import targets
+from fastdcgan_kernels.choice.geometry import Geometry, Tile
+from fastdcgan_kernels.choice.types import Task
 
 
 def seen(kernel):
@@ -115,7 +116,7 @@ def test_the_sanitizers_errors_are_its_last_count():
 def test_a_missing_ncu_is_said(tmp_path, monkeypatch):
     """Here neither tool is there, or they find nothing on this PATH."""
     monkeypatch.setenv("PATH", str(tmp_path))
-    task = plan.Task("down", Geometry(2, 4, 4, 8, 8, 8, 8, 2, 1), torch.float32, "none", "store", 1)
+    task = Task("conv", Geometry(2, 4, 4, 8, 8, 8, 8, 2, 1), torch.float32, "none", "store", 1)
     row = {"layer": "D2", "pass": "forward", "kernel": "gather_pointers", "seconds": 1.0,
            "task": profile.task_facts(task)}  # fmt: skip
     line = {"phase": "profile", "item": "2", "rows": [row, {**row, "task": None, "seconds": 9.0}]}
@@ -181,7 +182,7 @@ def test_compiling_ends_at_its_limit_and_names_what_fails(monkeypatch, third):
     monkeypatch.setattr(compiling, "_compile", compile_one)
     monkeypatch.setattr(compiling, "_start", lambda target, launchers: None)
     start = time.monotonic()
-    found = compiling.compile_all(launches, plan.TARGETS["sm_90"], 3.0)
+    found = compiling.compile_all(launches, targets.TARGETS["sm_90"], 3.0)
     assert time.monotonic() - start < 30
     assert (found["kernels"], found["compiled"]) == (3, 2), "the two that are the same are one"
     assert found["failed"] == ({"kernel 2": "CompilationError: no"} if third == "fails" else {})

@@ -7,6 +7,7 @@ import os
 import pytest
 
 from benchmarks.gpu import driver, page
+from fastdcgan_kernels.choice import measured
 
 LACKING = ("tyro", "rich", "matplotlib", "pynvml")
 """What the command must do without, some of which may be installed here."""
@@ -85,7 +86,7 @@ def test_no_place_of_this_machine_is_written(rehearsed):
 def test_the_tuners_file_is_beside_it(rehearsed):
     tuned = list(rehearsed[0].glob("tuned-*.json"))
     assert len(tuned) == 1
-    assert json.loads(tuned[0].read_text())["format"] == 1
+    assert json.loads(tuned[0].read_text())["format"] == measured.FORMAT
 
 
 def test_a_second_call_measures_nothing_more(rehearsed, command, without):

@@ -1,0 +1,210 @@
+"""Gradients of the operators of ops.py, by name: each is kept and handed back under the name that
+its tensor has in `Inputs`. Not here: what the gradients are made by (gpu/blocks.py).
+
+Where a graph of the gradient is asked for (create_graph=True), the gradient is that of the plain
+twin in reference.py, so that higher orders are those of its functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops as operators
+from . import reference
+from .choice.geometry import gradient_dtype
+from .choice.spec import BlockSpec, Inputs, Need, Saved, Signature
+from .ops import GRADIENTS, OF_IMAGE, SIGNATURES, ops
+
+SAVED, INPUTS = Signature("", (Saved, "")), Signature("", (Inputs, ""))
+
+
+def keep(ctx: Any, inputs: Inputs, spec: BlockSpec, **results: Tensor | None) -> None:
+    """For the way back; gradients of what nobody used stay None."""
+    ctx.set_materialize_grads(False)
+    ctx.spec = spec
+    tensors: dict[str, Any] = vars(inputs) | results
+    ctx.save_for_backward(*SAVED.flatten(Saved(**tensors)))
+
+
+def kept(ctx: Any) -> tuple[Saved, BlockSpec]:
+    """What was kept."""
+    (saved,) = SAVED.restore(ctx.saved_tensors)
+    return saved, ctx.spec
+
+
+def handed_back(
+    ctx: Any, name: str, grads: Mapping[str, Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """The gradients that were asked for, for each argument of this operator."""
+    needs = SIGNATURES[name].named(ctx.needs_input_grad)
+    return tuple(grads.get(of) if need else None for of, need in needs.items())
+
+
+def needs_of(ctx: Any, name: str) -> Need:
+    """Which gradients of this operator's arguments are asked for."""
+    needs = SIGNATURES[name].named(ctx.needs_input_grad)
+    names = ("x", "weight", "bias", "picture", "picture_weight")
+    x, *others = (needs.get(of, False) for of in names)
+    return Need(x or needs.get("x_coef", False), *others)
+
+
+def by_reference(
+    ctx: Any, name: str, twin: Callable[[Inputs, BlockSpec], Any], grads: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the plain twin, with a graph of their own."""
+    saved, spec = kept(ctx)
+    inputs = Inputs(**{of: getattr(saved, of) for of in INPUTS.kinds})
+    if inputs.x_coef is not None:
+        inputs = replace(inputs, x_coef=_Coefficients.apply(inputs.x_coef))
+    needs = SIGNATURES[name].named(ctx.needs_input_grad)
+    wanted = {of: getattr(inputs, of) for of, need in needs.items() if need}
+    found = gradients_of(lambda: twin(inputs, spec), list(wanted.values()), grads)
+    return handed_back(ctx, name, dict(zip(wanted, found, strict=True)))
+
+
+def gradients_of(
+    run: Callable[[], Any], wanted: Sequence[Tensor], grads: Sequence[Tensor | None]
+) -> Sequence[Tensor | None]:
+    """Gradients of `wanted` from those of what `run` returns, with a graph of their own."""
+    with torch.enable_grad():
+        outs = run()
+        outs = outs if isinstance(outs, tuple) else (outs,)
+        pairs = [
+            (out, grad)
+            for out, grad in zip(outs, grads, strict=True)
+            if grad is not None and out.requires_grad
+        ]
+        of, by = ([pair[side] for pair in pairs] for side in (0, 1))
+        found: Sequence[Tensor | None] = torch.autograd.grad(
+            of, wanted, by, create_graph=True, allow_unused=True
+        )
+    return found
+
+
+class _Coefficients(torch.autograd.Function):
+    """Coefficients of conv_bn, for plain PyTorch to take. Its gradient is that of mean, scale and
+    shift; conv_bn's backward wants it as the kernels make it (gpu.batchnorm.sum_partials), unless
+    that is computed in plain PyTorch, too."""
+
+    @staticmethod
+    def forward(ctx: Any, coef: Tensor) -> Tensor:
+        ctx.save_for_backward(coef)
+        return coef.view_as(coef)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return grad
+        mean, scale, _, rstd, count = ctx.saved_tensors[0].unbind()
+        gmean, gscale, gshift = grad[:3].unbind()
+        b = -scale * rstd.square() * gscale / count
+        sums = torch.zeros(2, *gscale.shape, dtype=grad.dtype, device=grad.device)
+        sums[0, 0], sums[1, 0] = (rstd * gscale).sum(0), gshift.sum(0)
+        return torch.stack([torch.zeros_like(b), b, gmean / count - b * mean, *sums])
+
+
+def _save_conv_bn(ctx: Any, inputs: Any, output: Any) -> None:
+    given, _, spec = SIGNATURES["conv_bn"].restore(inputs)
+    keep(ctx, given, spec, y=output[0])
+
+
+def _conv_bn_gradient(
+    ctx: Any, gy: Tensor | None, gcoef: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    saved, spec = kept(ctx)
+    if gy is None:
+        assert saved.y is not None
+        gy = torch.zeros_like(saved.y)
+    if torch.is_grad_enabled():
+        return by_reference(ctx, "conv_bn", reference.conv_bn, (gy, gcoef))
+    name, names = "conv_bn_backward", GRADIENTS
+    if saved.picture is not None:
+        name, names = "conv_bn_of_image_backward", OF_IMAGE
+        if gcoef is None:
+            gcoef = gy.new_zeros((5, spec.groups, gy.shape[1]), dtype=torch.float32)
+    given = SIGNATURES[name].flatten(gy, gcoef, saved, spec, needs_of(ctx, "conv_bn"))
+    grads = dict(zip(names, getattr(ops, name)(*given), strict=True))
+    if gcoef is not None:  # summed with the coefficients' already (gpu.batchnorm.sum_partials)
+        for of, plane in (("gamma", 3), ("beta", 4)):
+            parameter = getattr(saved, of)
+            grads[of] = None if parameter is None else gcoef[plane, 0].to(parameter.dtype)
+    return handed_back(ctx, "conv_bn", grads)
+
+
+def gradient_of(
+    name: str, backward: str, names: Sequence[str], twin: Callable[[Inputs, BlockSpec], Any]
+) -> Callable[..., tuple[Tensor | None, ...]]:
+    """The gradient of an operator's first result, by the operator that gives those of `names`."""
+
+    def gradient(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            return by_reference(ctx, name, twin, (g,))
+        saved, spec = kept(ctx)
+        given = SIGNATURES[backward].flatten(g, saved, spec, needs_of(ctx, name))
+        found = getattr(ops, backward)(*given)
+        return handed_back(ctx, name, dict(zip(names, found, strict=True)))
+
+    return gradient
+
+
+def save_conv_act(ctx: Any, name: str, inputs: Any, out: Tensor) -> None:
+    """Without an activation the output is not needed, and may be changed in place by its taker."""
+    given, spec = SIGNATURES[name].restore(inputs)
+    keep(ctx, given, spec, out=None if spec.activation == "none" else out)
+
+
+def _save_conv_act(ctx: Any, inputs: Any, output: Any) -> None:
+    out, _ = output
+    save_conv_act(ctx, "conv_act", inputs, out)
+
+
+_plain_gradient = gradient_of("conv_act", "conv_act_backward", GRADIENTS, reference.conv_act_of)
+
+
+def _conv_act_gradient(ctx: Any, g: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    (saved, spec), need = kept(ctx), needs_of(ctx, "conv_act")
+    if torch.is_grad_enabled() or saved.x_gamma is None or saved.x_beta is None or not need.x:
+        return _plain_gradient(ctx, g)
+    gx, sums = ops.logit_backward(*SIGNATURES["logit_backward"].flatten(g, saved, spec))
+    grads = {"x": gx}
+    if need.weight:
+        taps = sums[:16].view(1, 4, 4, -1).permute(0, 3, 1, 2)
+        grads["weight"] = taps.to(gradient_dtype(saved.weight))
+    grads["x_gamma"] = sums[16].to(saved.x_gamma.dtype)
+    grads["x_beta"] = sums[17].to(saved.x_beta.dtype)
+    return handed_back(ctx, "conv_act", grads)
+
+
+def _save_activate(ctx: Any, inputs: Any, output: Any) -> None:
+    *tensors, ctx.spec = SIGNATURES["activate"].restore(inputs)
+    ctx.save_for_backward(*tensors)
+
+
+def _activate_gradient(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    (y, coef), spec = ctx.saved_tensors, ctx.spec
+    if torch.is_grad_enabled():
+        plain = _Coefficients.apply(coef)
+        needs = SIGNATURES["activate"].named(ctx.needs_input_grad)
+        wanted = {of: t for of, t in (("y", y), ("coef", plain)) if needs[of]}
+        found = gradients_of(
+            lambda: reference.activate(y, plain, spec.activation, spec.slope),
+            list(wanted.values()),
+            (g,),
+        )
+        return handed_back(ctx, "activate", dict(zip(wanted, found, strict=True)))
+    given = SIGNATURES["activate_backward"].flatten(g, y, coef, spec)
+    found = ops.activate_backward(*given)
+    return handed_back(ctx, "activate", dict(zip(("y", "coef"), found, strict=True)))
+
+
+# register_autograd refuses an operator that changes arguments, whoever needs their gradients; these
+# are buffers, which have none. test_ops.py and test_functional.py (compiling, training) hold it.
+operators.conv_bn._setup_context_fn = _save_conv_bn
+operators.conv_bn._backward_fn = _conv_bn_gradient
+operators.conv_act.register_autograd(_conv_act_gradient, setup_context=_save_conv_act)
+operators.activate.register_autograd(_activate_gradient, setup_context=_save_activate)

@@ -1,0 +1,1 @@
+"""Policy: how a block runs and with which tiles. No kernels here, and no Triton."""

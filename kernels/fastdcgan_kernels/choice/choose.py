@@ -1,0 +1,132 @@
+"""Which implementation and which tile. Policy: no kernels here, and no Triton.
+
+A choice is one of
+    materialised  our GEMM; activations and gradients through the norm are passes of their own
+    prologue      our GEMM, which normalises and activates its operands as it loads them
+    vendor        PyTorch's convolution, with our statistics, normalise, activate and backward
+    reference     plain PyTorch
+None of the defaults was timed on a GPU: they are predictions. The tuner measures on the user's
+device, and what it stored (measured.py) is taken before any default.
+
+By bytes and launches alone a prologue is better everywhere (benchmarks/cost_model.py: a step of 128
+images moves 1.1 GB in 76 launches, and 1.7 GB in 110 materialised). That counts no instructions. A
+prologue transforms each value once for every tap and column tile that reads it: by docs/inspect.md
+a sm_90 program with one has some 100 instructions for each matrix instruction in its loop, some 30
+without. A multiprocessor starts 4 warps' instructions a cycle and multiplies 2048 pairs of bf16, so
+8 warps with a 128x64x64 step need 97 * 4 * 8 / 4 = 780 cycles for 256 of products with a prologue,
+and with a 128x128x64 step 134 * 8 / 4 = 270 for 512 without. For D's third layer at batch 128 that
+is about 40 us more, and the pass over its input that it saves takes about 11. So the default is
+materialised, and where memory is slow beside arithmetic the tuner will say otherwise.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import TypeVar, get_args
+
+import torch
+
+from . import measured
+from .geometry import Geometry, Tile
+from .heuristics import bucket, default_tile
+from .targets import pushed
+from .types import Block, Choice, How, Pair, Question, Target, Task
+
+_overrides: list[Mapping[Block, How] | How] = []
+_recorders: list[dict[Question, None]] = []
+Asked = TypeVar("Asked", Block, Task)
+
+
+def override(how: How | Mapping[Block, How]) -> AbstractContextManager[object]:
+    """Inside, every block runs like this, or these blocks, bucketed, like that."""
+    if isinstance(how, str) and how not in get_args(How):
+        raise ValueError(f"how={how!r} was given; give one of {', '.join(get_args(How))}")
+    return pushed(_overrides, how)
+
+
+def recording() -> AbstractContextManager[dict[Question, None]]:
+    """What `choose` and `tile_for` are asked inside, bucketed, each once, in order."""
+    return pushed(_recorders, {})
+
+
+def _recorded(asked: Asked) -> Asked:
+    """The question as decisions know it: with a batch of the next power of two."""
+    asked = replace(asked, geometry=replace(asked.geometry, N=bucket(asked.geometry.N)))
+    if _recorders:
+        _recorders[-1][asked] = None
+    return asked
+
+
+def choose(block: Block, target: Target) -> Choice:
+    """How this block runs here: as overridden, else as measured, else materialised. That default,
+    which was not timed, keeps loads free of arithmetic that 16 taps would repeat."""
+    block = _recorded(block)
+    if _overrides:
+        given = _overrides[-1]
+        if isinstance(given, str):
+            return Choice(given)
+        if block in given:
+            return Choice(given[block])
+    g = block.geometry
+    numbers = (g.N, g.P, g.Q, g.CS, g.H, g.W, g.CL, g.stride, g.pad)
+    sizes = tuple([operator.index(n) for n in numbers])  # torch.compile may have symbols there
+    stored = _stored(target.device, block.transposed, sizes, block.dtype, block.norm, block.groups)
+    return Choice(stored, measured=True) if stored else Choice("materialised")
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _stored(
+    device: str, transposed: bool, sizes: tuple[int, ...], dtype: torch.dtype, norm: bool,
+    groups: int,
+) -> How | None:  # fmt: skip
+    """What the tuner stored. torch.compile takes it for a constant, and does not look into the
+    reading of a file; for that the arguments are plain."""
+    block = Block(transposed, Geometry(*sizes), dtype, norm, groups)
+    how: How | None = measured.stored(block, device)
+    return how
+
+
+def tile_for(task: Task, target: Target) -> Tile:
+    """The tile of this task: a measured one, else the default."""
+    task = _recorded(task)
+    tile: Tile | None = measured.stored(task, target.device)
+    return tile or default_tile(task, target)
+
+
+def pairs(asked: Iterable[Question]) -> list[Pair]:
+    """Those layers among these that share a launch: a discriminator's last two, and its first two
+    in a step of its own, where they see two batches at once. (With one batch it is G that learns,
+    from the gradient of the image.)"""
+    blocks = [one for one in asked if isinstance(one, Block) and not one.transposed]
+    return [
+        Pair(one, two)
+        for one in blocks
+        for two in blocks
+        if (two.geometry.N, two.geometry.CL, two.geometry.H, two.geometry.W)
+        == (one.geometry.N, one.geometry.CS, one.geometry.P, one.geometry.Q)
+        and one.dtype == two.dtype
+        and (_through_image(one, two) or _through_norm(one, two))
+    ]
+
+
+def _through_image(one: Block, two: Block) -> bool:
+    g = one.geometry
+    image = g.stride == 2 and g.CL <= 4 and g.CS % 8 == 0
+    return image and not one.norm and two.norm and two.groups > 1 and two.geometry.stride == 2
+
+
+def _through_norm(one: Block, two: Block) -> bool:
+    number = two.geometry.stride == 1 and two.geometry.CS == 1
+    return one.norm and number and not two.norm and one.groups == two.groups
+
+
+def ways(pair: Pair, target: Target) -> list[tuple[How, How]]:
+    """How both layers of a pair may run: as they are to, the launch shared, and not."""
+    first, second = (choose(block, target).how for block in (pair.first, pair.second))
+    hows: tuple[How, ...] = ("prologue", "materialised")
+    # How a first layer with a norm runs is another question.
+    every = [(first, second), *((first if pair.first.norm else how, how) for how in hows)]
+    return list(dict.fromkeys(every))

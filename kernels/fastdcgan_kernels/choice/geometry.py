@@ -1,0 +1,122 @@
+"""Shapes of layers and of tiles; imports no Triton, so that plans and shapes cost nothing.
+
+A layer joins a small side [N, CS, P, Q] and a large side [N, CL, H, W] by the 16 taps of a weight
+[CS, CL, 4, 4]: Conv2d goes from large to small, ConvTranspose2d from small to large.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sides and steps of one layer on one batch."""
+
+    N: int
+    P: int
+    Q: int
+    CS: int
+    H: int
+    W: int
+    CL: int
+    stride: int
+    pad: int
+
+    def shape(self, transposed: bool = False) -> Shape:
+        """As the kernels' constants, for the convolution or the transposed one."""
+        small, large = (self.CS, self.P, self.Q), (self.CL, self.H, self.W)
+        phase = (self.stride if self.stride > 1 else 4) if transposed else 1
+        return Shape(
+            self.P, self.Q, self.CS, self.H, self.W, self.CL, self.stride, self.pad, transposed,
+            *(small if transposed else large), *(large if transposed else small),
+            PHASE=phase, SIDE=4 // phase,
+        )  # fmt: skip
+
+
+class Shape(NamedTuple):
+    """One direction of a layer as a kernel's constants. Everything that a kernel reads is a field:
+    by them Triton tells one compilation from another."""
+
+    P: int
+    Q: int
+    CS: int
+    H: int
+    W: int
+    CL: int
+    STRIDE: int
+    PAD: int
+    TRANSPOSED: bool  # from the small side to the large one
+    CI: int  # channels, rows and columns of what is read,
+    HI: int
+    WI: int
+    CO: int  # and of what is written
+    HO: int
+    WO: int
+    PHASE: int  # along each axis, the output pixels that have the same taps are every PHASE-th
+    SIDE: int  # taps that an output pixel has along each axis
+
+
+@dataclass(frozen=True)
+class Tile:
+    """rows x columns of the result a program makes, `depth` of the sum it takes at a time, parts
+    the sum is split into, and what the compiler is told. `descriptors`: loads are by tensor
+    descriptors, where the tensors fit them; else by pointers."""
+
+    rows: int
+    columns: int
+    depth: int
+    split: int = 1
+    warps: int = 4
+    stages: int = 3
+    descriptors: bool = False
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
+def box_of(pixels: int, geometry: Geometry) -> tuple[int, int, int]:
+    """(images, rows, columns) of a box of so many small pixels, a power of two: the widest whose
+    sides divide the small side's."""
+    columns = min(pixels, geometry.Q & -geometry.Q)
+    rows = min(pixels // columns, geometry.P & -geometry.P)
+    return pixels // columns // rows, rows, columns
+
+
+def geometry_of(x: Tensor, weight: Tensor, transposed: bool, stride: int) -> Geometry:
+    """Sides of the layer that takes x [N, C, *, *] by this weight."""
+    n, _, h, w = x.shape
+    small, large = weight.shape[0], weight.shape[1]
+    if stride == 1:
+        return Geometry(n, 1, 1, small, 4, 4, large, 1, 0)
+    if transposed:
+        return Geometry(n, h, w, small, 2 * h, 2 * w, large, 2, 1)
+    return Geometry(n, h // 2, w // 2, small, h, w, large, 2, 1)
+
+
+def gradient_dtype(weight: Tensor) -> torch.dtype:
+    """In which the gradient of a parameter is wanted: its own, unless it says otherwise."""
+    wanted: torch.dtype | None = weight.grad_dtype if weight.is_leaf else None
+    return wanted or weight.dtype
+
+
+def empty(n: int, c: int, h: int, w: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised channels_last [n, c, h, w] on the device of `like`."""
+    return torch.empty(
+        (n, c, h, w),
+        dtype=dtype or like.dtype,
+        device=like.device,
+        memory_format=torch.channels_last,
+    )
+
+
+def empty_output(x: Tensor, weight: Tensor, transposed: bool, stride: int) -> Tensor:
+    """Uninitialised output of the layer; right on fake and meta tensors too."""
+    g = geometry_of(x, weight, transposed, stride)
+    return empty(g.N, g.CL, g.H, g.W, x) if transposed else empty(g.N, g.CS, g.P, g.Q, x)

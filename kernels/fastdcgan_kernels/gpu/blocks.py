@@ -1,0 +1,358 @@
+"""The blocks, forward and backward, as sequences of launches on real tensors: what happens inside
+the operators of ops.py. Not here: autograd, autocast.
+
+A block is convolution, [BatchNorm], activation. With BatchNorm the convolution gives its raw
+output y and the coefficients [5, groups, C] (mean, scale, shift, and two for the way back) of
+z = scale * (y - mean) + shift; the activation of z is a pass of its own, or is left to the next
+block, which applies it as it loads. Nothing else is kept for the backward pass.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..choice import choose, heuristics
+from ..choice.geometry import Geometry, Tile, gradient_dtype
+from ..choice.spec import BlockSpec, Buffers, Inputs, Need, Saved
+from ..choice.targets import target_of
+from ..choice.types import Block, How, Target, Task
+from . import batchnorm, conv_image, conv_pointers, conv_tma, conv_weight, logit
+from .tile import Epilogue, Operand, Result
+
+CHANNELS_LAST = torch.channels_last
+
+
+def conv_bn(inputs: Inputs, buffers: Buffers, spec: BlockSpec) -> tuple[Tensor, Tensor]:
+    """(y, coef [5, groups, C] as `batchnorm.finalize_statistics`); the buffers move in place."""
+    source, weight = _source(inputs, spec), working_weight(inputs)
+    geometry, groups = spec.geometry(inputs.x, inputs.weight), spec.groups
+    if _how(geometry, inputs.x, spec, True, groups) == "vendor":
+        y = _vendor(_materialise(source, groups), weight, spec)
+        if inputs.bias is not None:
+            y += inputs.bias.to(y.dtype)[:, None, None]
+        result = batchnorm.statistics(y, groups)
+    else:
+        epilogue = Epilogue("statistics", bias=inputs.bias)
+        result = convolve(
+            source, weight, geometry, transposed=spec.transposed, epilogue=epilogue, groups=groups
+        )
+    running = None
+    if buffers.running_mean is not None and buffers.running_var is not None:
+        momentum = spec.momentum if buffers.momenta is None else buffers.momenta
+        running = batchnorm.Running(
+            buffers.running_mean, buffers.running_var, momentum, buffers.batches
+        )
+    coef, _ = batchnorm.finalize_statistics(
+        result, inputs.gamma, inputs.beta, spec.eps, spec.sync, running
+    )
+    return result.value, coef
+
+
+def conv_bn_backward(
+    gy: Tensor, gcoef: Tensor | None, saved: Saved, spec: BlockSpec, need: Need
+) -> dict[str, Tensor]:
+    """Gradients by the names of `Inputs`, from those of y and coef, of which that of coef is as
+    `batchnorm.finalize_gradient` makes it; None: that of y is all there is."""
+    dy = _through_norm(gy, gcoef, saved, spec)
+    return _convolution_backward(dy, saved, spec, need, spec.groups, norm=True)
+
+
+def conv_bn_of_image_backward(
+    gy: Tensor, gcoef: Tensor, saved: Saved, spec: BlockSpec, need: Need
+) -> dict[str, Tensor]:
+    """Gradients of picture, its weight and weight, through a `conv_bn` and the layer before it,
+    x = act(conv2d(picture, picture_weight)), of which there are `signs`; both are convolutions of
+    stride 2."""
+    picture, first_weight, signs = saved.picture, saved.picture_weight, saved.signs
+    assert picture is not None
+    assert first_weight is not None
+    assert signs is not None
+    dy = _through_norm(gy, gcoef, saved, spec)
+    geometry, first = spec.geometry(saved.x, saved.weight), spec.geometry(picture, first_weight)
+    weight, groups, found = working_weight(saved), spec.groups, {}
+    picture = picture.contiguous(memory_format=CHANNELS_LAST)
+    act: Any = {"activation": spec.x_activation, "slope": spec.x_slope}
+    dtype = gradient_dtype(first_weight)
+    if need.picture:
+        epilogue = Epilogue("signed", aux=signs, **act)
+        given: Any = {"transposed": True, "epilogue": epilogue, "groups": groups}
+        g = Operand(convolve(dy, weight, geometry, **given).value)
+        working = saved.picture_working
+        if working is None:
+            working = _as_working(first_weight, saved.x.dtype)
+        found["picture"] = convolve(g, working, first, transposed=True).value
+        if need.picture_weight:
+            found["picture_weight"] = weight_gradient(Operand(picture), g, first, dtype=dtype)
+    elif need.picture_weight:  # nobody else wants the gradient between the layers
+        found["picture_weight"] = conv_image.weight_gradient_through(
+            dy, weight, geometry, signs, spec.x_activation, spec.x_slope, picture,
+            tile=_tile("conv_transposed", geometry, dy.value, dy.prologue, "store", groups),
+            parts=heuristics.parts(_target(saved.x.device), groups), dtype=dtype, groups=groups,
+            precision=precision_of(saved.x),
+        )  # fmt: skip
+    if need.weight:
+        dtype = gradient_dtype(saved.weight)
+        found["weight"] = weight_gradient(
+            Operand(saved.x), dy, geometry, dtype=dtype, groups=groups
+        )
+    return found
+
+
+def _through_norm(gy: Tensor, gcoef: Tensor | None, saved: Saved, spec: BlockSpec) -> Operand:
+    """The gradient of the raw output, from that of y by itself and that of coef."""
+    gy = _like(gy, saved.y)
+    if gcoef is None:
+        return Operand(gy)
+    dcoef, _, _ = batchnorm.norm_gradient(gcoef.contiguous(), spec.sync)
+    return Operand(gy, "normgrad", aux=saved.y, coef=dcoef)
+
+
+def conv_act(inputs: Inputs, spec: BlockSpec) -> tuple[Tensor, Tensor]:
+    """act(convolution + bias); and its signs, uint8 [N, P, Q, C / 8], where spec.signed says so, of
+    a layer from an image, else [0]."""
+    source, weight = _source(inputs, spec), working_weight(inputs)
+    geometry, groups = spec.geometry(inputs.x, inputs.weight), _groups(inputs)
+    act: dict[str, Any] = {"activation": spec.activation, "slope": spec.slope}
+    if _how(geometry, inputs.x, spec, False, groups) == "vendor":
+        y = _vendor(_materialise(source, groups), weight, spec)
+        zero, one = torch.zeros_like(y[0, :, 0, 0], dtype=torch.float32), y.new_ones(1).float()
+        shift = zero if inputs.bias is None else inputs.bias.float()
+        coef = torch.stack([zero, zero + one, shift])[:, None]
+        if inputs.bias is not None or spec.activation != "none":
+            y = batchnorm.pointwise(Operand(y, "activate", coef=coef, **act), 1)
+        return y, y.new_empty(0, dtype=torch.uint8)
+    shape = (geometry.N, geometry.P, geometry.Q, geometry.CS // 8) if spec.signed else (0,)
+    signs = inputs.x.new_empty(shape, dtype=torch.uint8)
+    kind, aux = ("signs", signs) if spec.signed else ("store", None)
+    epilogue = Epilogue(kind, bias=inputs.bias, aux=aux, **act)
+    result = convolve(
+        source, weight, geometry, transposed=spec.transposed, epilogue=epilogue, groups=groups
+    )
+    return result.value, signs
+
+
+def conv_act_backward(g: Tensor, saved: Saved, spec: BlockSpec, need: Need) -> dict[str, Tensor]:
+    """Gradients by the names of `Inputs`."""
+    dy = Operand(_like(g, saved.x))
+    if spec.activation != "none":
+        dy = Operand(dy.value, "actgrad", saved.out, activation=spec.activation, slope=spec.slope)
+    return _convolution_backward(dy, saved, spec, need, _groups(saved), norm=False)
+
+
+def logit_backward(g: Tensor, saved: Saved, spec: BlockSpec) -> tuple[Tensor, Tensor]:
+    """`logit.backward` of a `conv_act` to one number without an activation."""
+    source, g = _source(saved, spec), g.to(saved.x.dtype).contiguous()
+    return logit.backward(g, working_weight(saved), source, _groups(saved))
+
+
+def activate(y: Tensor, coef: Tensor, spec: BlockSpec) -> Tensor:
+    """act(scale * (y - mean) + shift)."""
+    y = y.contiguous(memory_format=CHANNELS_LAST)
+    operand = Operand(y, "activate", None, coef.contiguous(), spec.activation, spec.slope)
+    return batchnorm.pointwise(operand, coef.shape[1])
+
+
+def activate_backward(g: Tensor, y: Tensor, coef: Tensor, spec: BlockSpec) -> tuple[Tensor, Tensor]:
+    """Gradients of y and coef."""
+    y = y.contiguous(memory_format=CHANNELS_LAST)
+    gy, partials = batchnorm.activation_backward(
+        _like(g, y), y, coef, spec.activation, spec.slope, coef.shape[1]
+    )
+    return gy, batchnorm.finalize_gradient(partials, coef)
+
+
+# --- Convolutions: which family, and which tile ---------------------------------------------------
+
+
+def convolve(
+    source: Operand, weight: Tensor, geometry: Geometry, *, transposed: bool,
+    epilogue: Epilogue = Epilogue(), groups: int = 1, tile: Tile | None = None,
+) -> Result:  # fmt: skip
+    """The convolution with its epilogue, by the family that fits. tile: by default chosen."""
+    kind = "store" if epilogue.kind in ("signs", "signed") else epilogue.kind
+    op = "conv_transposed" if transposed else "conv"
+    tile = tile or _tile(op, geometry, source.value, source.prologue, kind, groups)
+    given: Any = {"transposed": transposed, "tile": tile, "precision": precision_of(source.value)}
+    family: Any = conv_pointers
+    if _is_image(geometry):
+        family = conv_image
+    elif conv_tma.takes(source, weight, geometry, **given):
+        family = conv_tma
+    result: Result = family.convolve(
+        source, weight, geometry, epilogue=epilogue, groups=groups, **given
+    )
+    return result
+
+
+def weight_gradient(
+    x: Operand, dy: Operand, geometry: Geometry, *, transposed: bool = False, dtype: torch.dtype,
+    groups: int = 1, tile: Tile | None = None,
+) -> Tensor:  # fmt: skip
+    """Gradient [CS, CL, 4, 4] of the weight from a layer's input and its output's gradient."""
+    small, large = (x, dy) if transposed else (dy, x)
+    prologues = "none" if small.prologue == large.prologue == "none" else "both"
+    tile = tile or _tile("weight_gradient", geometry, x.value, prologues, "store", groups)
+    family: Any = conv_image if _is_image(geometry) else conv_weight
+    gradient: Tensor = family.weight_gradient(
+        small, large, geometry, tile=tile, dtype=dtype, groups=groups,
+        precision=precision_of(x.value),
+    )  # fmt: skip
+    return gradient
+
+
+def precision_of(x: Tensor) -> str:
+    """How tl.dot multiplies fp32: as PyTorch's convolutions are told to, where the target can."""
+    backends: Any = torch.backends
+    cudnn = backends.cudnn
+    settings = (cudnn.conv.fp32_precision, cudnn.fp32_precision, backends.fp32_precision)
+    chosen = next((setting for setting in settings if setting != "none"), "ieee")
+    wanted = x.dtype == torch.float32 and chosen == "tf32"
+    return "tf32" if wanted and _target(x.device).tf32 else "ieee"
+
+
+def _is_image(geometry: Geometry) -> bool:
+    return geometry.stride == 2 and geometry.CL <= 4
+
+
+def _target(device: torch.device) -> Target:
+    target: Target | None = target_of(device)
+    assert target is not None, f"no kernels for {device}"
+    return target
+
+
+def _tile(
+    op: str, geometry: Geometry, x: Tensor, prologue: str, epilogue: str, groups: int
+) -> Tile:
+    op = f"image_{op}" if _is_image(geometry) else op
+    task = Task(op, geometry, x.dtype, prologue, epilogue, groups)
+    return choose.tile_for(task, _target(x.device))
+
+
+def _how(geometry: Geometry, x: Tensor, spec: BlockSpec, norm: bool, groups: int) -> How:
+    block = Block(spec.transposed, geometry, x.dtype, norm, groups)
+    return choose.choose(block, _target(x.device)).how
+
+
+# --- Operands -------------------------------------------------------------------------------------
+
+
+def _source(inputs: Inputs, spec: BlockSpec) -> Operand:
+    """A block's input: a tensor as it is, or a producer's raw output with its coefficients."""
+    x = inputs.x.contiguous(memory_format=CHANNELS_LAST)
+    if inputs.x_coef is None:
+        return Operand(x)
+    coef = inputs.x_coef.contiguous()
+    return Operand(x, "activate", None, coef, spec.x_activation, spec.x_slope)
+
+
+def working_weight(inputs: Inputs) -> Tensor:
+    """The weight as the kernels take it: in the dtype of x, channels_last; itself if it is so."""
+    if inputs.working is not None:
+        return inputs.working
+    return _as_working(inputs.weight, inputs.x.dtype)
+
+
+def _as_working(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.to(dtype, memory_format=CHANNELS_LAST).contiguous(memory_format=CHANNELS_LAST)
+
+
+def _like(g: Tensor, y: Tensor | None) -> Tensor:
+    """A gradient in the dtype of what it is the gradient of, channels_last."""
+    assert y is not None
+    return g.to(y.dtype).contiguous(memory_format=CHANNELS_LAST)
+
+
+def _groups(inputs: Inputs) -> int:
+    return 1 if inputs.x_coef is None else inputs.x_coef.shape[1]
+
+
+def _materialise(operand: Operand, groups: int) -> Tensor:
+    if operand.prologue == "none":
+        return operand.value
+    return batchnorm.pointwise(operand, groups)
+
+
+# --- The way back ---------------------------------------------------------------------------------
+
+
+def _convolution_backward(
+    dy: Operand, saved: Saved, spec: BlockSpec, need: Need, groups: int, norm: bool
+) -> dict[str, Tensor]:
+    source, weight = _source(saved, spec), saved.weight
+    geometry, transposed = spec.geometry(saved.x, weight), spec.transposed
+    how, found = _how(geometry, saved.x, spec, norm, groups), {}
+    if need.x or how == "vendor":  # our kernels read it for the gradient of x alone
+        weight = working_weight(saved)
+    if need.bias:
+        found["bias"] = batchnorm.column_sum(dy, groups)
+    # On an image's few channels, and where all taps of a value are one tile, a prologue repeats
+    # next to nothing.
+    cheap = how == "materialised" and _is_image(geometry) and (transposed or not need.x)
+    if how != "prologue" and not cheap:
+        dy = Operand(_materialise(dy, groups))
+    dtype = gradient_dtype(saved.weight)
+    if how == "vendor":
+        values = _materialise(source, groups) if need.weight else source.value
+        gx, gw = _vendor_gradients(dy.value, values, weight, spec, need)
+        if gw is not None:
+            found["weight"] = gw.to(dtype)
+        if gx is not None and source.coef is not None:
+            gx = gx.contiguous(memory_format=CHANNELS_LAST)
+            gx, partials = batchnorm.activation_backward(
+                gx, source.value, source.coef, spec.x_activation, spec.x_slope, groups
+            )
+            found["x_coef"] = batchnorm.finalize_gradient(partials, source.coef)
+        return found if gx is None else found | {"x": gx}
+    back: Any = {"transposed": not transposed, "groups": groups}
+    if need.x and source.coef is None:
+        found["x"] = convolve(dy, weight, geometry, **back).value
+    elif need.x:
+        epilogue = Epilogue(
+            "gradient", None, source.value, source.coef, spec.x_activation, spec.x_slope
+        )
+        if need.weight and transposed and _is_image(geometry):
+            target = _target(dy.value.device)
+            tile = _tile("conv", geometry, dy.value, dy.prologue, "gradient", groups)
+            result, found["weight"] = conv_image.both_gradients(
+                dy, weight, geometry, tile=heuristics.tile_of_both(tile, target),
+                epilogue=epilogue, parts=heuristics.parts(target, groups), dtype=dtype,
+                groups=groups, precision=precision_of(dy.value),
+            )  # fmt: skip
+        else:
+            result = convolve(dy, weight, geometry, epilogue=epilogue, **back)
+        assert result.partials is not None
+        assert source.coef is not None
+        found["x"] = result.value
+        found["x_coef"] = batchnorm.finalize_gradient(result.partials, source.coef)
+    if need.weight and "weight" not in found:
+        found["weight"] = weight_gradient(
+            source, dy, geometry, transposed=transposed, dtype=dtype, groups=groups
+        )
+    return found
+
+
+# --- The vendor's convolution ---------------------------------------------------------------------
+
+
+def _vendor(x: Tensor, weight: Tensor, spec: BlockSpec) -> Tensor:
+    op = F.conv_transpose2d if spec.transposed else F.conv2d
+    off = nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+    with off:
+        y = op(x, weight, None, spec.stride, spec.padding)
+    return y.contiguous(memory_format=CHANNELS_LAST)
+
+
+def _vendor_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, spec: BlockSpec, need: Need
+) -> tuple[Tensor | None, Tensor | None]:
+    stride, pad = [spec.stride] * 2, [spec.padding] * 2
+    gx, gw, _ = torch.ops.aten.convolution_backward(
+        dy, x, weight, None, stride, pad, [1, 1], spec.transposed, [0, 0], 1,
+        [need.x, need.weight, False],
+    )  # fmt: skip
+    return gx, gw

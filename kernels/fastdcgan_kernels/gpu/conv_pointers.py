@@ -1,0 +1,69 @@
+"""Convolutions as implicit GEMMs that gather: nothing is unfolded, the padding is never stored.
+Loads are by pointers, which run on every target and take every number of channels.
+
+A layer joins a small side [N, P, Q, CS] and a large side [N, H, W, CL], both NHWC in memory, by
+16 taps; its weight is [CS, 4, 4, CL] in memory, whichever PyTorch layer it comes from. Small pixel
+(p, q) meets large pixel (p * STRIDE - PAD + kh, q * STRIDE - PAD + kw) at tap (kh, kw).
+
+convolution             large to small: Conv2d's output, ConvTranspose2d's input gradient.
+transposed convolution  small to large: ConvTranspose2d's output, Conv2d's input gradient. With
+                        STRIDE 2 the output falls into 4 phases (r, s), each a 2x2 convolution; with
+                        STRIDE 1 (small side 1x1, large side 4x4) into 16 phases of one tap.
+
+Not here: which tile; the layers with a three-channel side (conv_image.py); the weight's gradient.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..choice.geometry import Geometry, Tile, cdiv
+from .tile import Epilogue, Operand, Result, gather_launch, gather_sum, of_group, pixels, program
+
+# isort: split
+from .tile import store_pixels
+
+
+def convolve(
+    source: Operand, weight: Tensor, geometry: Geometry, *, transposed: bool, tile: Tile,
+    epilogue: Epilogue = Epilogue(), groups: int = 1, precision: str = "ieee",
+) -> Result:  # fmt: skip
+    """The convolution with its epilogue; `weight` [CS, CL, 4, 4] in the dtype of the source. The
+    result's tiles are those of its rows, phase by phase."""
+    rows = geometry.N // groups * geometry.P * geometry.Q
+    launch, result = gather_launch(
+        gather_pointers, {"x": source.loaded, "w": weight}, cdiv(rows, tile.rows), source,
+        geometry, transposed, tile, epilogue, groups, precision,
+    )  # fmt: skip
+    launch.run(weight.device)
+    return result()
+
+
+@triton.jit(do_not_specialize=["images"])
+def gather_pointers(
+    x,  # Loaded: the side that is read, NHWC; [3, groups, CI] coefficients
+    w,  # [CS, 4, 4, CL], dtype of x
+    out,  # the side that is written, NHWC; with SPLIT > 1 fp32 [SPLIT, like that]
+    end,  # Stored, like out
+    groups, images,  # N / groups
+    S: tl.constexpr, PROLOGUE: tl.constexpr, X_ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr,
+    EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid: (row tiles * phases * column tiles, groups, SPLIT). Rows are small pixels of a
+    group."""
+    row_tile, phase, column_tile, group, split = program(S, BLOCK_N)
+    n, p, q, row_mask = pixels(row_tile, group, images, S, BLOCK_M)
+    channel = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    channel_mask = channel < S.CO
+    r, s = phase // S.PHASE, phase % S.PHASE
+    acc = gather_sum(
+        of_group(x, group, S.CI), groups * S.CI, w, n, p, q, row_mask, r, s, channel, channel_mask,
+        split, S, PROLOGUE, X_ACTIVATION, SPLIT, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+    )  # fmt: skip
+    store_pixels(
+        acc, out, n, p, q, r, s, row_mask, channel, channel_mask, end, groups, images, S, SPLIT,
+        HAS_BIAS, EPILOGUE, ACTIVATION,
+    )  # fmt: skip

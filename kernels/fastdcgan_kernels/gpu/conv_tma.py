@@ -1,0 +1,108 @@
+"""The convolutions of conv_pointers.py with loads by tensor descriptors (TMA).
+
+Not here: the descriptors and their boxes (descriptors.py); tensors that do not fit them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..choice.geometry import Geometry, Tile, box_of, cdiv
+from .descriptors import box_pixels, described, descriptor, fits_descriptors, large_box, load_box
+from .tile import Epilogue, Loaded, Operand, Result, apply, gather_launch, program, store_pixels
+
+
+def takes(
+    source: Operand, weight: Tensor, geometry: Geometry, *, transposed: bool, tile: Tile,
+    precision: str = "ieee",
+) -> bool:  # fmt: skip
+    """Whether `convolve` can run this: the tile is for descriptors, which the tensors fit, and no
+    box of the large side holds two taps."""
+    whole_taps = transposed or geometry.CL % tile.depth == 0
+    tensors = source.value, source.aux, weight
+    return tile.descriptors and whole_taps and fits_descriptors(precision, *tensors)
+
+
+def convolve(
+    source: Operand, weight: Tensor, geometry: Geometry, *, transposed: bool, tile: Tile,
+    epilogue: Epilogue = Epilogue(), groups: int = 1, precision: str = "ieee",
+) -> Result:  # fmt: skip
+    """The convolution with its epilogue, as `conv_pointers.convolve`, of what `takes` accepts."""
+    g, box = geometry, box_of(tile.rows, geometry)
+    block = [tile.depth, tile.columns] if transposed else [tile.columns, tile.depth]
+    loads = described("x", source, g, not transposed, tile.rows, tile.depth)
+    loads["w"] = descriptor(weight, [g.CS, 16 * g.CL], block)
+    row_tiles = cdiv(g.N // groups, box[0]) * (g.P // box[1]) * (g.Q // box[2])
+    launch, result = gather_launch(
+        gather_descriptors, loads, row_tiles, source, g, transposed, tile, epilogue, groups,
+        precision,
+    )  # fmt: skip
+    launch.run(weight.device)
+    return result()
+
+
+@triton.jit(do_not_specialize=["images"])
+def gather_descriptors(
+    x,  # descriptor of the side that is read
+    x_aux,  # descriptor of the same shape, for its prologue
+    x_coef,  # [3, groups, CI] fp32
+    x_slope,
+    w,  # descriptor [CS, 16 * CL], dtype of x
+    out,  # the side that is written, NHWC; with SPLIT > 1 fp32 [SPLIT, like that]
+    end,  # Stored, like out
+    groups, images,  # N / groups
+    S: tl.constexpr, BOX: tl.constexpr, PROLOGUE: tl.constexpr, X_ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid: (row tiles * phases * column tiles, groups, SPLIT). A box has BLOCK_M pixels; but for
+    the transposed convolution BLOCK_K divides CL."""
+    CHUNKS: tl.constexpr = (S.CI + BLOCK_K - 1) // BLOCK_K
+    STEPS: tl.constexpr = S.SIDE * S.SIDE * CHUNKS
+    SHARE: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
+    row_tile, phase, column_tile, group, split = program(S, BLOCK_N)
+    n0, p0, q0, image, p, q = box_pixels(row_tile, group, images, S, BOX)
+    row_mask = image < images
+    col0 = column_tile * BLOCK_N
+    channel = col0 + tl.arange(0, BLOCK_N)
+    channel_mask = channel < S.CO
+    r, s = phase // S.PHASE, phase % S.PHASE
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for step in range(split * SHARE, min(split * SHARE + SHARE, STEPS)):
+        tap = step // CHUNKS
+        c0 = step % CHUNKS * BLOCK_K
+        th, tw = tap // S.SIDE, tap % S.SIDE
+        if S.TRANSPOSED and S.STRIDE > 1:
+            top, left = th - 1 + r, tw - 1 + s
+            kh, kw = 3 - 2 * th - r, 3 - 2 * tw - s
+            at = n0, p0 + top, q0 + left, c0
+            h, v = p + top, q + left
+        elif S.TRANSPOSED:
+            kh, kw, h, v = r, s, p, q
+            at = n0, p0, q0, c0
+        else:
+            kh, kw = th, tw
+            at = large_box(n0, p0, q0, kh, kw, c0, S)
+            h, v = p * S.STRIDE - S.PAD + kh, q * S.STRIDE - S.PAD + kw
+        a, second = load_box(x, x_aux, at, BLOCK_M, BLOCK_K, PROLOGUE)
+        inside = (h >= 0) & (h < S.HI) & (v >= 0) & (v < S.WI) & row_mask
+        c = c0 + tl.arange(0, BLOCK_K)
+        a = apply(
+            Loaded(x, x_aux, x_coef + group * S.CI, x_slope), groups * S.CI, a, second,
+            inside[:, None] & (c < S.CI)[None, :], c[None, :], (c < S.CI)[None, :], PROLOGUE,
+            X_ACTIVATION,
+        )  # fmt: skip
+        if S.TRANSPOSED:
+            b = w.load([c0, (kh * 4 + kw) * S.CL + col0])
+        else:
+            b = tl.trans(w.load([col0, (kh * 4 + kw) * S.CL + c0]))
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+
+    n = (group * images + image).to(tl.int64)
+    store_pixels(
+        acc, out, n, p, q, r, s, row_mask, channel, channel_mask, end, groups, images, S, SPLIT,
+        HAS_BIAS, EPILOGUE, ACTIVATION,
+    )  # fmt: skip

@@ -1,0 +1,91 @@
+"""One kernel launch as data: what runs on a device and what inspect/ compiles ahead of time are
+the same object. Not here: which launches a block needs (the families beside)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# Of every compilation. a * b + c as one rounding: what Triton did before it asked to be told.
+OPTIONS = {"enable_fp_fusion": True}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """kernel: a triton.jit function; grid: programs along each axis; arguments: every parameter by
+    name, tensors and tensor descriptors and constants alike; warps and stages: for the compiler."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    warps: int = 4
+    stages: int = 2
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """The arguments, those of named tuples one by one: of an operand `x` x, x_aux, x_coef and
+        x_slope; of the shape S P, Q, CS and so on."""
+        found: dict[str, Any] = {}
+        for name, value in sorted(self.arguments.items(), key=lambda item: item[0] != "S"):
+            if not hasattr(value, "_asdict"):
+                found[name] = value
+                continue
+            for field, own in value._asdict().items():
+                whole = name if field == "value" else f"{name}_{field}"
+                found[field if name == "S" else whole] = own
+        return found
+
+    def run(self, device: torch.device) -> None:
+        """Launch on `device` (whichever is current), or record if somebody is recording; on the
+        meta device there is nothing to do."""
+        for see in _watchers:
+            see(self)
+        if _recorders:
+            _recorders[-1].append(self)
+        if _recorders or device.type == "meta":
+            return
+        current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        with current:
+            self.kernel[self.grid](
+                **self.arguments, num_warps=self.warps, num_stages=self.stages, **OPTIONS
+            )
+
+    def compile(self) -> Any:
+        """What Triton compiles for this launch and keeps in its cache; nothing runs."""
+        return self.kernel.warmup(
+            **self.arguments,
+            grid=self.grid,
+            num_warps=self.warps,
+            num_stages=self.stages,
+            **OPTIONS,
+        )
+
+
+_recorders: list[list[Launch]] = []
+_watchers: list[Callable[[Launch], object]] = []
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Launches inside are collected in order and not run; tensors may be on the meta device."""
+    launches: list[Launch] = []
+    _recorders.append(launches)
+    try:
+        yield launches
+    finally:
+        _recorders.pop()
+
+
+@contextlib.contextmanager
+def watching(see: Callable[[Launch], object]) -> Iterator[None]:
+    """`see` is called with each launch inside, before it runs. Autograd copies a gradient that
+    somebody else holds: what keeps the launches, and so their tensors, changes what a step does."""
+    _watchers.append(see)
+    try:
+        yield
+    finally:
+        _watchers.remove(see)

@@ -1,0 +1,503 @@
+"""What the kernel families share. First, on the host: operands, epilogues and results as named
+tensors, how they become a kernel's arguments, and launches that two families make. Then, in Triton:
+activations, what is done to an operand as it is loaded (prologues) and to a result before it is
+stored (epilogues), where a pixel is, the products of a convolution by pointers, and the sum of a
+sum's parts.
+
+Coefficients of a normalisation are one fp32 tensor [3, groups, C]: mean, scale, shift, meaning
+z = scale * (y - mean) + shift. That form, and not scale * y + (shift - mean * scale), is used
+everywhere: it does not cancel where |mean| is far above the standard deviation, and every kernel
+that forms z forms the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..choice.geometry import Geometry, Tile, cdiv, empty
+from .launch import Launch
+
+
+class Loaded(NamedTuple):
+    """An operand, as a kernel takes it. A tensor that is not read is some other: no None there."""
+
+    value: Any  # elements in storage dtype
+    aux: Any  # like value; read by the prologues normgrad and actgrad
+    coef: Any  # [3, groups, C] fp32; read by activate and normgrad
+    slope: Any
+
+
+class Stored(NamedTuple):
+    """What an epilogue reads and writes besides the result, as a kernel takes it."""
+
+    bias: Any  # [C]; read where HAS_BIAS
+    aux: Any  # like the result: raw y, for gradient; or uint8 signs, for signs and signed
+    coef: Any  # [3, groups, C] fp32, of aux; for gradient
+    slope: Any
+    partials: Any  # [2, groups, tiles, C] fp32; for statistics and gradient
+    counts: Any  # [groups, tiles] fp32: rows in each tile; for statistics
+
+
+class Place(NamedTuple):
+    """Where a program by rows is. Grid: (row tiles * column tiles, groups)."""
+
+    group: Any
+    tile: Any  # which of the group's row tiles,
+    tiles: Any  # of how many
+    column_tile: Any
+    row_mask: Any  # [BLOCK_M]
+    channel: Any  # [BLOCK_N]
+    channel_mask: Any
+    offsets: Any  # [BLOCK_M, BLOCK_N] int64, in [groups, rows, C]
+    mask: Any
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor and what happens to it as it is loaded (`transform`)."""
+
+    value: Tensor
+    prologue: str = "none"
+    aux: Tensor | None = None
+    coef: Tensor | None = None
+    activation: str = "none"
+    slope: float = 0.0
+
+    @property
+    def loaded(self) -> Loaded:
+        """As a kernel's argument."""
+        value, aux, coef = self.value, self.aux, self.coef
+        return Loaded(
+            value, value if aux is None else aux, value if coef is None else coef, float(self.slope)
+        )
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What happens to a result before it is stored (`store_tile`). `aux`: the raw y; or signs,
+    uint8 [N, P, Q, C / 8], which "signs" writes and "signed" reads."""
+
+    kind: str = "store"
+    bias: Tensor | None = None
+    aux: Tensor | None = None
+    coef: Tensor | None = None
+    activation: str = "none"
+    slope: float = 0.0
+
+    def result(self, out: Tensor, groups: int, tiles: int) -> Result:
+        """`out` with room for what the epilogue makes of these tiles."""
+        partials = counts = None
+        if self.kind in ("statistics", "gradient"):
+            partials = out.new_empty((2, groups, tiles, out.shape[1]), dtype=torch.float32)
+        if self.kind == "statistics":
+            counts = out.new_empty((groups, tiles), dtype=torch.float32)
+        return Result(out, partials, counts)
+
+    def arguments(self, result: Result) -> dict[str, Any]:
+        """The part of a kernel's arguments that `store_tile` reads."""
+        tensors = (self.bias, self.aux, self.coef, result.partials, result.counts)
+        bias, aux, coef, *made = (result.value if t is None else t for t in tensors)
+        return {
+            "end": Stored(bias, aux, coef, float(self.slope), *made),
+            "HAS_BIAS": self.bias is not None, "EPILOGUE": self.kind, "ACTIVATION": self.activation,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """value: the stored tensor. partials [2, groups, tiles, C] and counts [groups, tiles], fp32,
+    where the epilogue makes them (counts only for statistics)."""
+
+    value: Tensor
+    partials: Tensor | None = None
+    counts: Tensor | None = None
+
+
+def parts_like(out: Tensor, parts: int) -> Tensor:
+    """Where `parts` of a sum like `out` go, fp32; `out` itself if it is one."""
+    return out if parts == 1 else out.new_empty((parts, out.numel()), dtype=torch.float32)
+
+
+def reduce(parts: Tensor, out: Tensor, epilogue: Epilogue = Epilogue(), groups: int = 1) -> Result:
+    """Sum fp32 parts [splits, out.numel()] in their order, then the epilogue, into `out`, whose
+    memory is rows of `channels`; the rows of a group are together."""
+    channels = out.shape[1]
+    rows = out.numel() // channels // groups
+    block_m, block_n = 32, min(64, max(16, 1 << (channels - 1).bit_length()))
+    tiles = cdiv(rows, block_m)
+    result = epilogue.result(out, groups, tiles)
+    Launch(
+        reduce_splits, (tiles * cdiv(channels, block_n), groups), {
+            "parts": parts, "out": out, **epilogue.arguments(result), "groups": groups,
+            "rows": rows, "C": channels, "SPLITS": parts.shape[0], "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+        }).run(out.device)  # fmt: skip
+    return result
+
+
+def gather_launch(
+    kernel: Any, loads: dict[str, Any], row_tiles: int, source: Operand, geometry: Geometry,
+    transposed: bool, tile: Tile, epilogue: Epilogue, groups: int, precision: str,
+) -> tuple[Launch, Callable[[], Result]]:  # fmt: skip
+    """A convolution by `kernel` (gather_pointers or gather_descriptors) with these loads, of so
+    many tiles of a group's small pixels; and what gives its result once it has run."""
+    g, shape = geometry, geometry.shape(transposed)
+    row_tiles *= shape.PHASE**2
+    out = empty(g.N, shape.CO, shape.HO, shape.WO, source.value)
+    store, whole = parts_like(out, tile.split), tile.split == 1
+    now = epilogue if whole else Epilogue()
+    result = now.result(store, groups, row_tiles)
+    launch = Launch(
+        kernel, (row_tiles * cdiv(shape.CO, tile.columns), groups, tile.split), {
+            **loads, "out": store, **now.arguments(result), "groups": groups,
+            "images": g.N // groups, "S": shape, "PROLOGUE": source.prologue,
+            "X_ACTIVATION": source.activation, "SPLIT": tile.split, "BLOCK_M": tile.rows,
+            "BLOCK_N": tile.columns, "BLOCK_K": tile.depth, "PRECISION": precision,
+        }, tile.warps, tile.stages)  # fmt: skip
+    return launch, lambda: result if whole else reduce(store, out, epilogue, groups)
+
+
+@triton.jit
+def activate(z, slope, ACTIVATION: tl.constexpr):
+    """act(z) in fp32; NaN stays NaN."""
+    if ACTIVATION == "relu":
+        z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACTIVATION == "leaky_relu":
+        z = tl.where(z > 0, z, z * slope)
+    elif ACTIVATION == "tanh":
+        # By exp of a negative number, which cannot overflow; odd, so the sign is put back.
+        e = tl.exp(-2.0 * tl.abs(z))
+        t = (1.0 - e) / (1.0 + e)
+        z = tl.where(z < 0, -t, t)
+    return z
+
+
+@triton.jit
+def activation_derivative(o, slope, ACTIVATION: tl.constexpr):
+    """act'(z) from the output o = act(z). At 0 it is PyTorch's: 0 for relu, slope for leaky_relu.
+    For leaky_relu the sign of o is that of z, so slope must not be negative."""
+    if ACTIVATION == "relu":
+        d = tl.where(o > 0, 1.0, 0.0)
+    elif ACTIVATION == "leaky_relu":
+        d = tl.where(o > 0, 1.0, slope)
+    elif ACTIVATION == "tanh":
+        d = 1.0 - o * o
+    else:
+        d = o * 0.0 + 1.0
+    return d
+
+
+@triton.jit
+def coefficients(coef, plane, channels, mask):
+    """mean, scale and shift of these channels; coef points at the group's row of the first plane,
+    plane = groups * C elements from one plane to the next."""
+    mean = tl.load(coef + channels, mask=mask, other=0.0)
+    scale = tl.load(coef + plane + channels, mask=mask, other=0.0)
+    shift = tl.load(coef + 2 * plane + channels, mask=mask, other=0.0)
+    return mean, scale, shift
+
+
+@triton.jit
+def transform(
+    value, aux, mean, scale, shift, slope, PROLOGUE: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """One loaded tile, in fp32, as its consumer wants it:
+
+    activate   act(scale * (value - mean) + shift)   a producer's raw output, normalised here
+    normgrad   value + scale * (aux - mean) + shift  gradient through batch statistics; aux = y
+    actgrad    value * act'(aux)                     gradient of an activation; aux: its output
+    """
+    value = value.to(tl.float32)
+    if PROLOGUE == "activate":
+        value = activate(scale * (value - mean) + shift, slope, ACTIVATION)
+    elif PROLOGUE == "normgrad":
+        value = value + (scale * (aux.to(tl.float32) - mean) + shift)
+    elif PROLOGUE == "actgrad":
+        value = value * activation_derivative(aux.to(tl.float32), slope, ACTIVATION)
+    return value
+
+
+@triton.jit
+def of_group(x, group, C: tl.constexpr):
+    """An operand (Loaded) whose coefficients start at this group's row."""
+    return Loaded(x.value, x.aux, x.coef + group * C, x.slope)
+
+
+@triton.jit
+def program(S: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(row tile, phase, column tile, group, part of the sum) of this program of a convolution.
+    Grid: (row tiles * phases * column tiles, groups, SPLIT)."""
+    PHASES: tl.constexpr = S.PHASE * S.PHASE
+    COLUMN_TILES: tl.constexpr = (S.CO + BLOCK_N - 1) // BLOCK_N
+    pid = tl.program_id(0)
+    column_tile = pid % COLUMN_TILES
+    phase = (pid // COLUMN_TILES) % PHASES
+    row_tile = pid // (COLUMN_TILES * PHASES)
+    return row_tile, phase, column_tile, tl.program_id(1), tl.program_id(2)
+
+
+@triton.jit
+def pixels(block, group, images, S: tl.constexpr, BLOCK: tl.constexpr):
+    """A block of a group's small pixels: (image, int64, among those of all groups, row, column,
+    mask), each [BLOCK]."""
+    row = block * BLOCK + tl.arange(0, BLOCK)
+    mask = row < images * (S.P * S.Q)
+    q = row % S.Q
+    p = (row // S.Q) % S.P
+    return (group * images + row // (S.P * S.Q)).to(tl.int64), p, q, mask
+
+
+@triton.jit
+def load_operand(
+    x,  # Loaded, `of_group`
+    plane,  # groups * C: from one plane of the coefficients to the next
+    offsets,  # [A, B] int64, the same for value and aux
+    mask,  # [A, B]
+    channels,  # [1, B] or [A, 1]: channel of each element
+    channel_mask,  # like channels
+    PROLOGUE: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """A tile [A, B] through its prologue, in storage dtype; 0 outside the mask, also after it:
+    padding is 0 and act(shift) is not."""
+    tile = tl.load(x.value + offsets, mask=mask, other=0.0)
+    second = tile
+    if PROLOGUE != "none" and PROLOGUE != "activate":
+        second = tl.load(x.aux + offsets, mask=mask, other=0.0)
+    return apply(x, plane, tile, second, mask, channels, channel_mask, PROLOGUE, ACTIVATION)
+
+
+@triton.jit
+def apply(
+    x, plane, tile, second, mask, channels, channel_mask, PROLOGUE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """What `load_operand` does with a tile [A, B] and, for normgrad and actgrad, one of aux."""
+    if PROLOGUE != "none":
+        mean, scale, shift = 0.0, 0.0, 0.0
+        if PROLOGUE != "actgrad":
+            mean, scale, shift = coefficients(x.coef, plane, channels, channel_mask)
+        changed = transform(tile, second, mean, scale, shift, x.slope, PROLOGUE, ACTIVATION)
+        tile = tl.where(mask, changed, 0.0).to(tile.dtype)
+    return tile
+
+
+@triton.jit
+def store_signs(
+    signs,  # pointer, uint8: bit c % 8 of byte c // 8 of a pixel is channel c's; C divides by 8
+    o, offsets, mask,  # [BM, BN]: an activation's output
+    channels,  # [BN]
+):  # fmt: skip
+    """Where o is positive, a bit for each."""
+    bits = (o > 0).to(tl.int32) << (channels % 8)[None, :]
+    eight: tl.constexpr = (o.shape[0], o.shape[1] // 8, 8)
+    byte = tl.sum(bits.reshape(eight), axis=2, keep_dims=True)
+    byte = tl.broadcast_to(byte, eight).reshape(o.shape[0], o.shape[1])
+    first = (channels % 8 == 0)[None, :]
+    tl.store(signs + offsets // 8, byte.to(tl.uint8), mask=mask & first)
+
+
+@triton.jit
+def signs_derivative(signs, offsets, mask, channels, slope, ACTIVATION: tl.constexpr):
+    """act'(z) [BM, BN] from what `store_signs` stored of act(z); relu and leaky_relu."""
+    byte = tl.load(signs + offsets // 8, mask=mask, other=0).to(tl.int32)
+    return activation_derivative((byte >> (channels % 8)[None, :]) & 1, slope, ACTIVATION)
+
+
+@triton.jit
+def store_gradient(
+    result, out, offsets, mask, channels, channel_mask, y, coef, plane, slope,
+    ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """With result d act(z), z = scale * (y - mean) + shift, and dz = result * act'(z): stores
+    scale * dz; returns sum dz and sum dz * (y - mean) of each column."""
+    mean, scale, shift = coefficients(coef, plane, channels, channel_mask)
+    apart = tl.load(y + offsets, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
+    o = activate(scale[None, :] * apart + shift[None, :], slope, ACTIVATION)
+    dz = tl.where(mask, result * activation_derivative(o, slope, ACTIVATION), 0.0)
+    tl.store(out + offsets, (scale[None, :] * dz).to(out.dtype.element_ty), mask=mask)
+    return tl.sum(dz, axis=0), tl.sum(dz * apart, axis=0)
+
+
+@triton.jit
+def store_tile(
+    result,  # [BM, BN] fp32
+    out,  # pointer
+    offsets,  # [BM, BN] int64, the same for out and aux
+    row_mask,  # [BM]
+    channels,  # [BN]: output channel of each column
+    channel_mask,  # [BN]
+    end,  # Stored; `aux` like out
+    group, groups,
+    tile, tiles,  # which of the group's tiles this is, [] or [BN]
+    C: tl.constexpr,  # channels of out
+    HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """One tile of a result to memory:
+
+    store       act(result + bias)
+    signs       the same, and where it is positive, into end.aux
+    signed      result is d act(z), relu or leaky_relu: dz = result * act'(z), by the signs
+    statistics  y = result + bias; partials: per channel mean and M2 of y as rounded for storage
+    gradient    result is d act(z), z = scale * (end.aux - mean) + shift: dz = result * act'(z);
+                scale * dz; partials: sum dz and sum dz * (end.aux - mean)
+
+    Every sum is over the rows of this tile alone; returns the number of rows, fp32.
+    """
+    coef = end.coef + group * C
+    plane = groups * C
+    at = (group * tiles + tile) * C + channels
+    next_plane = groups * tiles * C
+    mask = row_mask[:, None] & channel_mask[None, :]
+    if HAS_BIAS:
+        result += tl.load(end.bias + channels, mask=channel_mask, other=0.0).to(tl.float32)[None, :]
+    count = tl.sum(row_mask.to(tl.float32), axis=0)
+    if EPILOGUE == "store" or EPILOGUE == "signs":
+        stored = activate(result, end.slope, ACTIVATION).to(out.dtype.element_ty)
+        tl.store(out + offsets, stored, mask=mask)
+        if EPILOGUE == "signs":
+            store_signs(end.aux, stored, offsets, mask, channels)
+    elif EPILOGUE == "signed":
+        result *= signs_derivative(end.aux, offsets, mask, channels, end.slope, ACTIVATION)
+        tl.store(out + offsets, result.to(out.dtype.element_ty), mask=mask)
+    elif EPILOGUE == "statistics":
+        stored = result.to(out.dtype.element_ty)
+        tl.store(out + offsets, stored, mask=mask)
+        y = tl.where(row_mask[:, None], stored.to(tl.float32), 0.0)
+        mean = tl.sum(y, axis=0) / tl.maximum(count, 1.0)
+        apart = tl.where(row_mask[:, None], y - mean[None, :], 0.0)
+        m2 = tl.sum(apart * apart, axis=0)
+        tl.store(end.partials + at, mean, mask=channel_mask)
+        tl.store(end.partials + next_plane + at, m2, mask=channel_mask)
+    elif EPILOGUE == "gradient":
+        s1, s2 = store_gradient(
+            result, out, offsets, mask, channels, channel_mask, end.aux, coef, plane, end.slope,
+            ACTIVATION,
+        )  # fmt: skip
+        tl.store(end.partials + at, s1, mask=channel_mask)
+        tl.store(end.partials + next_plane + at, s2, mask=channel_mask)
+    return count
+
+
+@triton.jit
+def store_pixels(
+    acc,  # [BM, BN] fp32: rows are small pixels, or the pixels of one phase of the large side
+    out,
+    n, p, q, r, s,  # [BM]: image, row and column of the small pixel; phase
+    row_mask, channel, channel_mask, end, groups, images, S: tl.constexpr, SPLIT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """A tile of a convolution, that of this program, to memory; with SPLIT > 1 to this part's copy
+    of `out`."""
+    row_tile, phase, column_tile, group, split = program(S, acc.shape[1])
+    if S.TRANSPOSED:
+        out_row = (n * S.HO + (S.STRIDE * p + r)) * S.WO + (S.STRIDE * q + s)
+    else:
+        out_row = (n * S.HO + p) * S.WO + q
+    offsets = (out_row * S.CO)[:, None] + channel[None, :]
+    if SPLIT > 1:
+        offsets += split * (groups * images).to(tl.int64) * (S.HO * S.WO * S.CO)
+    tile = row_tile * (S.PHASE * S.PHASE) + phase
+    tiles = tl.num_programs(0) // ((S.CO + acc.shape[1] - 1) // acc.shape[1])
+    count = store_tile(
+        acc, out, offsets, row_mask, channel, channel_mask, end, group, groups, tile, tiles, S.CO,
+        HAS_BIAS, EPILOGUE, ACTIVATION,
+    )  # fmt: skip
+    if EPILOGUE == "statistics" and column_tile == 0:
+        tl.store(end.counts + group * tiles + tile, count)
+
+
+@triton.jit
+def gather_sum(
+    x,  # Loaded, `of_group`
+    plane,  # groups * channels of x
+    w,
+    n, p, q, row_mask,  # [BLOCK_M]: as of `pixels`
+    r, s,  # phase
+    channel, channel_mask,  # [BLOCK_N]: of out
+    split, S: tl.constexpr, PROLOGUE: tl.constexpr, X_ACTIVATION: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_M, BLOCK_N] fp32: a tile of the convolution, or of one part of SPLIT of its sum.
+    Loads by pointers, which the compiler turns into asynchronous copies."""
+    CHUNKS: tl.constexpr = (S.CI + BLOCK_K - 1) // BLOCK_K
+    STEPS: tl.constexpr = S.SIDE * S.SIDE * CHUNKS
+    SHARE: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
+
+    if S.TRANSPOSED and S.STRIDE > 1:
+        top, left = p - 1 + r, q - 1 + s
+    elif S.TRANSPOSED:
+        top, left = p, q
+    else:
+        top, left = p * S.STRIDE - S.PAD, q * S.STRIDE - S.PAD
+    corner = ((n * S.HI + top) * S.WI + left) * S.CI
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for step in range(split * SHARE, min(split * SHARE + SHARE, STEPS)):
+        tap = step // CHUNKS
+        c = (step % CHUNKS) * BLOCK_K + tl.arange(0, BLOCK_K)
+        c_mask = c < S.CI
+        th, tw = tap // S.SIDE, tap % S.SIDE
+        if S.TRANSPOSED and S.STRIDE > 1:
+            kh, kw = 3 - 2 * th - r, 3 - 2 * tw - s
+        elif S.TRANSPOSED:
+            kh, kw = r, s
+        else:
+            kh, kw = th, tw
+        h, v = top + th, left + tw
+        inside = row_mask & (h >= 0) & (h < S.HI) & (v >= 0) & (v < S.WI)
+        a = load_operand(
+            x, plane, (corner + (th * S.WI + tw) * S.CI)[:, None] + c[None, :],
+            inside[:, None] & c_mask[None, :], c[None, :], c_mask[None, :], PROLOGUE, X_ACTIVATION,
+        )  # fmt: skip
+        if S.TRANSPOSED:
+            w_offsets = (c * (16 * S.CO) + (kh * 4 + kw) * S.CO)[:, None] + channel[None, :]
+        else:
+            w_offsets = (kh * 4 + kw) * S.CI + c[:, None] + (channel * (16 * S.CI))[None, :]
+        b = tl.load(w + w_offsets, mask=c_mask[:, None] & channel_mask[None, :], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def place_of(rows, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The Place of this program."""
+    COLUMN_TILES: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
+    column_tile = tl.program_id(0) % COLUMN_TILES
+    tile = tl.program_id(0) // COLUMN_TILES
+    group = tl.program_id(1)
+    tiles = tl.num_programs(0) // COLUMN_TILES
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask = row < rows
+    channel = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    channel_mask = channel < C
+    offsets = ((group.to(tl.int64) * rows + row) * C)[:, None] + channel[None, :]
+    mask = row_mask[:, None] & channel_mask[None, :]
+    return Place(group, tile, tiles, column_tile, row_mask, channel, channel_mask, offsets, mask)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def reduce_splits(
+    parts,  # [SPLITS, groups, rows, C] fp32
+    out,  # [groups, rows, C]
+    end, groups, rows, C: tl.constexpr, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Parts of a sum added in their order, then the epilogue. By rows (`Place`)."""
+    at = place_of(rows, C, BLOCK_M, BLOCK_N)
+    plane = (groups * rows).to(tl.int64) * C
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for split in range(SPLITS):
+        acc += tl.load(parts + split * plane + at.offsets, mask=at.mask, other=0.0)
+    count = store_tile(
+        acc, out, at.offsets, at.row_mask, at.channel, at.channel_mask, end, at.group, groups,
+        at.tile, at.tiles, C, HAS_BIAS, EPILOGUE, ACTIVATION,
+    )  # fmt: skip
+    if EPILOGUE == "statistics" and at.column_tile == 0:
+        tl.store(end.counts + at.group * at.tiles + at.tile, count)

@@ -1,0 +1,115 @@
+"""The launches of the standard DCGAN's layers and of the rest of a training step, recorded on meta
+tensors instead of run. Not here: how they are compiled (compiling.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from .. import dcgan, functional
+from ..adam import Adam, Average
+from ..choice.choose import override
+from ..choice.geometry import gradient_dtype
+from ..choice.spec import BlockSpec, Buffers, Inputs, Need, Saved
+from ..choice.targets import TARGETS, assume, implementation
+from ..choice.types import How
+from ..gpu import blocks, crop
+from ..gpu.launch import Launch, recording
+from ..modules.copies import WorkingCopies
+
+BATCH = 128
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def launches(arch: str, dtype: str, batch: int = BATCH) -> Iterator[tuple[str, Launch]]:
+    """(layer and pass, launch) of every layer of the 64-pixel DCGAN, as the blocks make them for
+    this target, each way that may be chosen; and of the rest of a step."""
+    hows: tuple[How, ...] = ("materialised", "prologue", "vendor")
+    for how in hows:
+        for layer in dcgan.layers():
+            if how == "vendor" and layer.name != "G2":
+                continue  # one layer shows its kernels: they are the same everywhere
+            with assume(TARGETS[arch]), override(how):
+                passes = _of_layer(layer, how == "prologue", batch, DTYPES[dtype])
+            for when, recorded in zip(("forward", "backward"), passes, strict=True):
+                yield from ((f"{layer.name} {when}, {how}", launch) for launch in recorded)
+    yield from (("step, all", launch) for launch in _of_step(DTYPES[dtype], batch))
+
+
+def _image(n: int, channels: int, side: int, dtype: torch.dtype) -> Tensor:
+    shape, order = (n, channels, side, side), torch.channels_last
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=order)
+
+
+def _few(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _of_layer(
+    layer: dcgan.Layer, deferred: bool, batch: int, dtype: torch.dtype
+) -> tuple[list[Launch], list[Launch]]:
+    """Those of its forward and of its backward pass. `deferred`: the way "prologue"."""
+    g, name = layer.geometry(batch), layer.name
+    spec = BlockSpec(
+        layer.transposed, layer.stride, layer.pad, layer.after, 0.2, eps=1e-5, momentum=0.1,
+        x_activation=layer.before, x_slope=0.2, signed=deferred and name == "D1",
+    )  # fmt: skip
+    x, weight = _image(batch, layer.ci, layer.side, dtype), _few(g.CS, g.CL, 4, 4)
+    coef = _few(5, 1, layer.ci) if deferred and layer.before != "none" else None
+    if not layer.norm:
+        with recording() as forward:
+            y, _ = blocks.conv_act(Inputs(x, weight, coef), spec)
+        saved = Saved(x, weight, coef, out=y)
+        with recording() as backward:
+            blocks.conv_act_backward(y, saved, spec, Need(x=True, weight=True, bias=name == "D1"))
+            if deferred and name == "D5":
+                blocks.logit_backward(y, saved, spec)
+        return forward, backward
+    gamma, mean, var = (_few(layer.co) for _ in range(3))
+    buffers = Buffers(mean, var, batches=_few(dtype=torch.int64))
+    with recording() as forward:
+        y, own = blocks.conv_bn(Inputs(x, weight, coef, gamma=gamma, beta=gamma), buffers, spec)
+        if not deferred:
+            blocks.activate(y, own, spec)
+    saved, need = Saved(x, weight, coef, y=y), Need(x=True, weight=True)
+    with recording() as backward:
+        if not deferred:
+            blocks.activate_backward(y, y, own, spec)
+        blocks.conv_bn_backward(y, own, saved, spec, need)
+        if deferred and name == "D4":  # behind it D5, by `logit_backward`
+            blocks.conv_bn_backward(y, None, saved, spec, need)
+        if deferred and name == "D2":  # with D1, in D's step and in G's
+            saved.picture = _image(batch, 3, 2 * layer.side, dtype)
+            saved.picture_weight = _few(layer.ci, 3, 4, 4)
+            saved.signs = _image(batch, layer.ci // 8, layer.side, torch.uint8)
+            spec = replace(spec, x_activation="leaky_relu")
+            for need in (Need(picture_weight=True), Need(picture=True)):
+                blocks.conv_bn_of_image_backward(y, own, saved, spec, need)
+    return forward, backward
+
+
+def _of_step(dtype: torch.dtype, batch: int) -> list[Launch]:
+    """Of what a step has besides its nets."""
+    logits, rows = _image(batch, 1, 1, dtype).flatten(), _few(batch, dtype=torch.int64)
+    pictures = _few(batch, 128, 128, 3, dtype=torch.uint8)
+    with implementation("triton"), recording() as rest:
+        functional.bce(logits, _few(2), scale=_few())
+        crop.squares(pictures, rows, 64, dtype, corner=(rows, rows), flipped=rows)
+        for whole in (True, False):  # with all that may follow an update, and without
+            conv = nn.ConvTranspose2d(64, 64, 4, 2, 1, bias=False, device="meta")
+            net = nn.Sequential(conv, nn.BatchNorm2d(64, device="meta"))
+            optimiser = Adam(net.parameters(), betas=(0.5, 0.999))
+            if whole:
+                tensors = list(net.state_dict(keep_vars=True).values())
+                optimiser.average = Average(map(torch.empty_like, tensors), tensors, 0.999)
+                narrow = torch.bfloat16 if dtype == torch.float32 else dtype
+                optimiser.copies = WorkingCopies(net, narrow, narrow=True)
+                for name in ("grad_scale", "found_inf"):  # as GradScaler gives them
+                    setattr(optimiser, name, _few())
+            for p in net.parameters():
+                p.grad = torch.empty_like(p, dtype=gradient_dtype(p))
+            optimiser.step()
+    return rest

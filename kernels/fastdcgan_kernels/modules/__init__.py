@@ -1,0 +1,2 @@
+"""Blocks as modules: `fuse` and `unfuse` (fusion.py), `ConvBlock` and how modules run as one block
+(block.py), weights in another dtype (copies.py)."""

@@ -1,0 +1,242 @@
+"""fuse(model): finds convolution, BatchNorm, activation in a user's model and runs them as fused
+blocks. Only the classes of modules change, so parameters, buffers, hooks, keys and isinstance stay
+as they were, and deepcopy and pickle need no help. Not here: the blocks, and
+those classes (block.py).
+
+In an nn.Sequential the blocks are looked for at every call. Among attributes the order of calls is
+read with torch.fx, once; a convolution then runs its block only while the module's own forward runs
+as it was read, and is itself whenever anybody else calls it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import fx, nn
+
+from .block import (
+    FUSED,
+    Absorbed,
+    ConvBlock,
+    FusedSequential,
+    Reading,
+    Run,
+    activation_of,
+    after,
+    before,
+    block_at,
+    flat,
+    is_block,
+    is_convolution,
+    is_norm_of,
+    is_special,
+    why_not_conv,
+)
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A run of modules, by their names in the model, that is fused; or a convolution that is not,
+    and why."""
+
+    names: tuple[str, ...]
+    fused: bool
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{'fused' if self.fused else 'left '} {' + '.join(self.names)}" + (
+            f": {self.reason}" if self.reason else ""
+        )
+
+
+def fuse(model: Model, *, verbose: bool = False) -> Model:
+    """Run the model's convolution + BatchNorm + activation blocks as fused kernels.
+
+    Found are nn.Conv2d and nn.ConvTranspose2d (4x4; stride 2 with padding 1, or stride 1 with
+    padding 0), each alone or followed by nn.BatchNorm2d (nn.SyncBatchNorm), nn.ReLU, nn.LeakyReLU
+    or nn.Tanh: in nn.Sequential at any depth, and as attributes that a module's own forward calls
+    in order (read with torch.fx, in training and evaluation alike). Everything else runs as it did:
+    so does a module that has hooks, whenever it got them, a module that is called by itself, and a
+    forward that is given other arguments, or finds other attributes, than it was read with.
+
+    Args:
+        model: any module; it is changed in place. Classes change: `type(m) is nn.Sequential` does
+            not hold afterwards, isinstance does.
+        verbose: print what was fused, what was left, and why. Default False; `findings(model)`
+            has the same as data.
+
+    Returns:
+        The model. Outputs are channels_last; gradients are those of `functional.conv_bn_act`.
+    """
+    unfuse(model)
+    found: list[Finding] = []
+    names: dict[nn.Module, str] = {}
+    for name, module in model.named_modules():
+        names.setdefault(module, name or type(module).__name__)
+    fused: set[nn.Module] = set()
+    reasons: dict[nn.Module, str] = {}
+    for module in names:
+        for block in _fuse_one(module, reasons):
+            if block[0] not in fused:
+                found.append(Finding(tuple(names[m] for m in block), True))
+            fused.update(block)
+    for module, name in names.items():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and module not in fused:
+            why = (
+                why_not_conv(module)
+                or ("it has hooks, or a forward of its own" if is_special(module) else "")
+                or reasons.get(module)
+                or "it is called by a forward that fuse does not read"
+            )
+            found.append(Finding((name,), False, why))
+    model.__dict__["_fuse_findings"] = tuple(found)
+    if verbose:
+        print(*found, sep="\n")
+    return model
+
+
+def unfuse(model: Model) -> Model:
+    """Undo `fuse`: every module gets its own class back. Returns the model."""
+    for module in model.modules():
+        plain = getattr(type(module), "plain", None)
+        if plain is not None:
+            module.__class__ = plain
+        for name in ("_fuse_findings", "_fuse_run", "_fuse_reading"):
+            module.__dict__.pop(name, None)
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if hook in (before, after)]:
+                del hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+                module._forward_hooks_always_called.pop(key, None)
+    return model
+
+
+def findings(model: nn.Module) -> tuple[Finding, ...]:
+    """What `fuse` found in this model; () for a model that it has not seen."""
+    found: tuple[Finding, ...] = model.__dict__.get("_fuse_findings", ())
+    return found
+
+
+def _attributes_of(module: nn.Module) -> dict[str, Any]:
+    own = nn.Module().__dict__
+    return {
+        name: value
+        for name, value in module.__dict__.items()
+        if isinstance(value, bool | int | float | str | None) and name not in own
+    }
+
+
+def _fuse_one(module: nn.Module, reasons: dict[nn.Module, str]) -> list[list[nn.Module]]:
+    """Fuse what this module itself calls; its children are fused by themselves."""
+    if type(module) is nn.Sequential:
+        children, blocks, at = list(flat(module)), [], 0
+        while at < len(children):
+            blocks.append(block_at(children, at))
+            at += len(blocks[-1]) or 1
+        if any(blocks):
+            module.__class__ = FusedSequential
+        return [block for block in blocks if block]
+    if isinstance(module, ConvBlock):
+        parts = (module.conv, module.norm, module.activation)
+        return [[m for m in parts if m is not None]] if is_block(*parts) else []
+    own = dict(_called(module))
+    convs = [m for m in own.values() if is_convolution(m) and not is_special(m)]
+    if not convs:
+        return []
+    try:
+        arguments, runs = _read(module, own)
+    except Exception as error:  # whatever a user's forward may raise when it is given a proxy
+        first = str(error).splitlines()[0] if str(error) else ""
+        why = f"its forward cannot be read by torch.fx ({type(error).__name__}: {first})"
+        reasons.update(dict.fromkeys(convs, why))
+        return []
+    reasons.update(dict.fromkeys(convs, "its module's forward does not call it once, by itself"))
+    if not runs:
+        return []
+    for run in runs:
+        conv, *absorbed = run.modules
+        conv.__class__ = FUSED[type(conv)]
+        conv.__dict__["_fuse_run"] = run
+        for other in absorbed:
+            other.__class__ = FUSED.get(type(other), type(other))
+            other.__dict__["_fuse_run"] = [*other.__dict__.get("_fuse_run", []), run]
+    module.__dict__["_fuse_reading"] = Reading(runs, arguments, _attributes_of(module))
+    module.register_forward_pre_hook(before, with_kwargs=True)
+    module.register_forward_hook(after, always_call=True)
+    return [run.modules for run in runs]
+
+
+def _called(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """(name, child) that the module's own forward may call: also those in lists and dicts."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from _called(child, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", child
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def _read(module: nn.Module, own: dict[str, nn.Module]) -> tuple[list[str], list[Run]]:
+    """Names of the arguments of a module's own forward that have no default, and the runs that it
+    calls alike in training and in evaluation, given just those."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD, p.KEYWORD_ONLY) for p in parameters):
+        raise TypeError("*args, **kwargs and keyword-only arguments are not read")
+    asked = [p.name for p in parameters if p.default is p.empty]
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    training = module.training
+    try:
+        every = []
+        for mode in (True, False):
+            module.training = mode
+            every.append(_runs_of(own, _Tracer().trace(module, concrete_args=defaults)))
+    finally:
+        module.training = training
+    modules = [run.modules for run in every[1]]
+    return asked, [run for run in every[0] if run.modules in modules]
+
+
+def _runs_of(own: dict[str, nn.Module], graph: fx.Graph) -> list[Run]:
+    calls = {node: own.get(str(node.target)) for node in graph.nodes if node.op == "call_module"}
+    uses = list(calls.values())
+
+    def follower(node: fx.Node) -> fx.Node | None:
+        """The module call that alone takes this node's result, and takes nothing else."""
+        users = list(node.users)
+        alone = len(users) == 1 and users[0] in calls and users[0].args == (node,)
+        return users[0] if alone and not users[0].kwargs else None
+
+    def kind(node: fx.Node | None) -> Any:
+        """The module, where it is one of PyTorch's own classes; else None."""
+        found = None if node is None else calls[node]
+        return found if type(found) in FUSED or isinstance(found, Absorbed) else None
+
+    runs = []
+    for node in calls:
+        conv: Any = calls[node]
+        first = type(conv) in (nn.Conv2d, nn.ConvTranspose2d) and uses.count(conv) == 1
+        if not first or len(node.args) != 1 or node.kwargs or not is_block(conv, None, None):
+            continue
+        nodes, modules = [node], [conv]
+        after = follower(node)
+        norm = kind(after)
+        once = norm is not None and uses.count(norm) == 1
+        if after and once and is_norm_of(norm, conv) and is_block(conv, norm, None):
+            nodes.append(after)
+            modules.append(norm)
+            after = follower(after)
+        activation = kind(after)
+        if after and activation_of(activation) and is_block(conv, None, activation):
+            nodes.append(after)
+            modules.append(activation)
+        runs.append(Run([str(node.target) for node in nodes], modules))
+    return runs

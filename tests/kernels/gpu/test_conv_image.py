@@ -1,0 +1,307 @@
+"""The kernels of the layers with an image side (in the interpreter) against plain PyTorch in
+float64: every prologue, epilogue and dtype, 1 to 4 channels, odd shapes, groups and splits."""
+
+from dataclasses import replace
+from functools import partial
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastdcgan_kernels.choice.geometry import Tile
+from fastdcgan_kernels.gpu import conv_image, conv_pointers, conv_tma
+from fastdcgan_kernels.gpu.tile import Epilogue, Operand
+from tests.kernels import exact
+from tests.kernels.exact import ACTIVATIONS, DTYPES, EPILOGUES, PROLOGUES, TILE, Draw, layer
+
+
+@pytest.fixture(autouse=True, scope="module")
+def results_start_as_nan():
+    with exact.results_start_as_nan():
+        yield
+
+
+SMALL = layer(2, 3, 5, 7, 3)
+
+
+check_gather = partial(exact.check_gather, conv_image.convolve)
+check_weight_gradient = partial(exact.check_weight_gradient, conv_image.weight_gradient)
+
+
+GATHERS = list(product(PROLOGUES, EPILOGUES, DTYPES))
+PAIRS = list(product(PROLOGUES, PROLOGUES))
+TRANSPOSED = pytest.mark.parametrize("transposed", [False, True], ids=["from", "to"])
+
+
+@TRANSPOSED
+@pytest.mark.parametrize("case", range(len(GATHERS)), ids=lambda i: "-".join(map(str, GATHERS[i])))
+def test_every_prologue_epilogue_and_dtype(transposed, case):
+    prologue, epilogue, dtype = GATHERS[case]
+    activations = ACTIVATIONS[case % 4], ACTIVATIONS[case // 4 % 4]
+    check_gather(transposed, SMALL, dtype, prologue, epilogue, activations)
+
+
+@TRANSPOSED
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation(transposed, activation):
+    for prologue, epilogue in [("activate", "store"), ("actgrad", "gradient")]:
+        check_gather(transposed, SMALL, torch.float32, prologue, epilogue, (activation, activation))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("prologues", PAIRS, ids="-".join)
+def test_weight_gradient_with_every_pair_of_prologues(prologues, dtype):
+    case = PAIRS.index(prologues)
+    activations = ACTIVATIONS[(case + 1) % 4], ACTIVATIONS[case // 4]
+    check_weight_gradient(SMALL, dtype, prologues, activations, out_dtype=dtype)
+
+
+@pytest.mark.parametrize("cs", [3, 16, 65])
+@pytest.mark.parametrize("cl", [1, 2, 3, 4])
+def test_channels_of_either_side(cl, cs):
+    g = layer(2, 2, 3, cs, cl)
+    for transposed, epilogue in [(False, "statistics"), (False, "gradient"), (True, "statistics")]:
+        check_gather(transposed, g, torch.float32, "activate", epilogue, ("tanh", "leaky_relu"))
+    check_weight_gradient(g, torch.float32, ("normgrad", "activate"), ("none", "tanh"))
+
+
+def check_both_gradients(g, dtype, prologue, activations, groups=1, parts=2, tile=TILE):
+    """One launch that makes both, against PyTorch."""
+
+    def run(source, weight, g, *, transposed, tile, epilogue, groups):
+        result, gw = conv_image.both_gradients(
+            source, weight, g, tile=tile, epilogue=epilogue, groups=groups, parts=parts,
+            dtype=torch.float32,
+        )  # fmt: skip
+        features = replace(Operand(epilogue.aux, "activate"), coef=epilogue.coef,
+                           activation=epilogue.activation, slope=epilogue.slope)  # fmt: skip
+        sides = exact.seen(source), weight.shape, exact.seen(features)
+        exact.close(gw, torch.nn.grad.conv2d_weight(*sides, 2, 1))
+        return result
+
+    exact.check_gather(run, False, g, dtype, prologue, "gradient", activations, groups, tile)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("prologue", PROLOGUES)
+def test_both_gradients_of_a_layer_up_to_an_image(prologue, dtype):
+    case = PROLOGUES.index(prologue)
+    check_both_gradients(SMALL, dtype, prologue, (ACTIVATIONS[case - 2], ACTIVATIONS[case]))
+
+
+# Groups, parts, channels of the image and small pixels: tiles of 16 pixels, of which a part gets
+# several, one or none.
+SHARES = [(1, 1, 1, 3, 5), (1, 3, 2, 1, 1), (2, 9, 3, 1, 6), (2, 2, 4, 6, 1)]
+
+
+@pytest.mark.parametrize(("groups", "parts", "cl", "p", "q"), SHARES)
+def test_parts_of_both_gradients(groups, parts, cl, p, q):
+    """20 channels are two tiles."""
+    g, tile = layer(4, p, q, 20, cl), Tile(16, 16, 64)
+    check_both_gradients(g, torch.float32, "actgrad", ("tanh", "relu"), groups, parts, tile)
+
+
+def packed(o):
+    """Signs of o [N, C, P, Q] as `tile.store_signs` has them."""
+    bits = (o > 0).permute(0, 2, 3, 1).unflatten(-1, (-1, 8))
+    return (bits * 2 ** torch.arange(8)).sum(-1).to(torch.uint8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+def test_signs_are_stored_beside_the_output(activation, dtype):
+    """And 0, -0 and NaN are not positive."""
+    g = layer(2, 3, 5, 24, 3)
+    draw = Draw(dtype)
+    x, weight = Operand(draw.normal(2, 3, 6, 10)), draw.weight(g)
+    x.value[0, :, :2, :2] = 0.0
+    x.value[1, 0, 0, 0] = torch.nan
+    bits = torch.full((2, 3, 5, 3), 255, dtype=torch.uint8)
+    found = [
+        conv_image.convolve(
+            x, weight, g, transposed=False, tile=Tile(16, 16, 32),
+            epilogue=Epilogue(kind, None, bits, None, activation, 0.2),
+        ).value
+        for kind in ("store", "signs")
+    ]  # fmt: skip
+    torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(bits, packed(found[0]))
+
+
+@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize("descriptors", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+def test_a_gradient_by_signs(activation, descriptors, split):
+    g, draw = layer(2, 4, 2, 40, 24), Draw(torch.float32)
+    x, weight, o = Operand(draw.normal(2, 40, 4, 2)), draw.weight(g), draw.normal(2, 24, 8, 4)
+    epilogue = Epilogue("signed", None, packed(o), None, activation, exact.SLOPE)
+    tile = Tile(16, 16, 16, split=split, descriptors=descriptors)
+    options = {"transposed": True, "tile": tile}
+    assert conv_tma.takes(x, weight, g, precision="ieee", **options) == descriptors
+    run = (conv_tma if descriptors else conv_pointers).convolve
+    result = run(x, weight, g, epilogue=epilogue, **options)
+    truth = F.conv_transpose2d(x.value.double(), weight.double(), None, 2, 1)
+    exact.close(result.value, exact.act_backward(truth, o.double(), activation))
+
+
+def check_through(g, ci, dtype, prologue, activation, groups=1, parts=2, tile=TILE, seed=0):
+    """The first layer's weight gradient, from the second one's output gradient, against PyTorch."""
+    draw = Draw(dtype, seed)
+    small, large = draw.sides(g)
+    source = draw.operand(small, groups, prologue, "tanh")
+    weight, o = draw.weight(g), draw.normal(*large)
+    picture = draw.normal(g.N, ci, 2 * g.H, 2 * g.W)
+    ours = conv_image.weight_gradient_through(
+        source, weight, g, packed(o), activation, exact.SLOPE, picture, tile=tile, parts=parts,
+        dtype=torch.float32, groups=groups,
+    )  # fmt: skip
+
+    def plain(dtype):
+        between = F.conv_transpose2d(exact.seen(source).to(dtype), weight.to(dtype), None, 2, 1)
+        between = exact.act_backward(between, o.to(dtype), activation).double()
+        shape = (g.CL, ci, 4, 4)
+        return torch.nn.grad.conv2d_weight(picture.double(), shape, between, 2, 1)
+
+    eager = None if dtype == torch.float32 else plain(dtype)
+    exact.close(ours, plain(torch.float64), eager)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("prologue", PROLOGUES)
+def test_weight_gradient_of_a_first_layer_through_the_second(prologue, dtype):
+    activation = ("relu", "leaky_relu")[PROLOGUES.index(prologue) % 2]
+    check_through(layer(2, 3, 5, 7, 24), 3, dtype, prologue, activation)
+
+
+@pytest.mark.parametrize(("groups", "parts", "ci", "p", "q"), SHARES)
+def test_parts_of_a_weight_gradient_through_the_second_layer(groups, parts, ci, p, q):
+    """24 channels are two tiles, 20 two steps."""
+    g, tile = layer(4, p, q, 20, 24), Tile(16, 16, 16)
+    check_through(g, ci, torch.float32, "normgrad", "leaky_relu", groups, parts, tile)
+
+
+SHAPES = {
+    "one pixel": (1, 1, 1),
+    "one column": (1, 6, 1),
+    "one row": (1, 1, 6),
+    "tall": (1, 9, 2),
+    "wide": (3, 2, 9),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_pixels(shape):
+    """Padding stays 0, though act(shift) is not."""
+    for cl in (1, 2, 3, 4):
+        g = layer(*shape, 5, cl)
+        check_gather(False, g, torch.float32, "activate", "store", ("tanh", "none"))
+        check_weight_gradient(g, torch.float32, ("activate", "activate"), ("tanh", "tanh"))
+    check_gather(True, g, torch.float32, "activate", "store", ("tanh", "none"))
+
+
+@TRANSPOSED
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_groups_have_their_own_coefficients_and_tiles(transposed, epilogue):
+    g, tile = layer(4, 3, 3, 6, 3), Tile(16, 16, 16)
+    check_gather(transposed, g, torch.float32, "normgrad", epilogue, ("none", "relu"), 2, tile)
+
+
+@pytest.mark.parametrize("split", [1, 3, 9])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_groups_and_splits_of_the_weight_gradient(groups, split):
+    """Parts that get no pixels add nothing."""
+    g, tile = layer(4, 3, 5, 20, 3), Tile(16, 64, 16, split)
+    check_weight_gradient(
+        g, torch.float32, ("activate", "normgrad"), ("relu", "none"), groups, tile
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_layers_of_a_dcgan(dtype):
+    """As its two networks run them, 64 features wide."""
+    tile = Tile(128, 64, 64, split=3)
+    first, last = layer(2, 8, 8, 64, 3), layer(2, 16, 16, 64, 3)
+    check_gather(False, last, dtype, "none", "store", ("none", "leaky_relu"), 1, tile)
+    check_gather(True, last, dtype, "activate", "store", ("relu", "tanh"), 1, tile)
+    check_gather(True, first, dtype, "actgrad", "store", ("leaky_relu", "none"), 1, tile)
+    check_gather(False, first, dtype, "actgrad", "gradient", ("tanh", "relu"), 1, tile)
+    check_weight_gradient(last, dtype, ("actgrad", "none"), ("leaky_relu", "none"), 1, tile)
+    check_weight_gradient(first, dtype, ("activate", "actgrad"), ("relu", "tanh"), 1, tile)
+
+
+layers = st.builds(
+    layer, st.integers(1, 3), st.integers(1, 5), st.integers(1, 5), st.integers(1, 20),
+    st.integers(1, 4),
+)  # fmt: skip
+tiles = st.builds(
+    Tile, st.sampled_from([16, 32]), st.sampled_from([16, 32]), st.sampled_from([16, 32]),
+    st.integers(1, 4),
+)  # fmt: skip
+two_activations = st.tuples(*[st.sampled_from(ACTIVATIONS)] * 2)
+seeds = st.integers(0, 1000)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    st.booleans(), layers, st.sampled_from(PROLOGUES), st.sampled_from(EPILOGUES), two_activations,
+    tiles, st.booleans(), seeds,
+)  # fmt: skip
+def test_any_gather(transposed, g, prologue, epilogue, activations, tile, by_image, seed):
+    groups = g.N if by_image else 1
+    check_gather(transposed, g, torch.float32, prologue, epilogue, activations, groups, tile, seed)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    layers, st.tuples(*[st.sampled_from(PROLOGUES)] * 2), two_activations, tiles, st.booleans(),
+    seeds,
+)  # fmt: skip
+def test_any_weight_gradient(g, prologues, activations, tile, by_image, seed):
+    groups = g.N if by_image else 1
+    check_weight_gradient(g, torch.float32, prologues, activations, groups, tile, seed=seed)
+
+
+@pytest.mark.parametrize("cl", [1, 2, 3, 4])
+def test_nan_reaches_only_what_it_meets(cl):
+    """Values are loaded in pairs, of which one may be a neighbour's."""
+    where = list(product((0, 3), range(8), {0, cl - 1}))
+    g = layer(len(where), 2, 4, 5, cl)
+    draw = Draw(torch.float32)
+    weight = draw.weight(g)
+    small, large = (draw.normal(*shape) for shape in draw.sides(g))
+    for n, (h, w, channel) in enumerate(where):
+        large[n, channel, h, w] = torch.nan
+    ours = conv_image.convolve(
+        Operand(large), weight, g, transposed=False, tile=Tile(128, 16, 16)
+    ).value
+    assert torch.equal(ours.isnan(), F.conv2d(large, weight, None, 2, 1).isnan())
+    one = layer(1, 2, 4, 5, cl)
+    for n in (0, len(where) - 1):
+        x, y = (side[n : n + 1] for side in (large, small))
+        ours = conv_image.weight_gradient(
+            Operand(y), Operand(x), one, tile=TILE, dtype=torch.float32
+        )
+        assert torch.equal(
+            ours.isnan(), torch.nn.grad.conv2d_weight(x, weight.shape, y, 2, 1).isnan()
+        )
+
+
+def test_the_same_bits_twice():
+    g, tile = layer(4, 3, 5, 9, 3), Tile(32, 32, 16, 2)
+    more = {"tile": tile, "groups": 2}
+    found = []
+    for draw in (Draw(torch.bfloat16), Draw(torch.bfloat16)):
+        shapes, weight = draw.sides(g), draw.weight(g)
+        small, large = (draw.operand(shape, 2, "activate", "relu") for shape in shapes)
+        gradient = conv_image.weight_gradient(small, large, g, dtype=torch.bfloat16, **more)
+        found.append([gradient])
+        for source, transposed in [(large, False), (small, True)]:
+            result = conv_image.convolve(
+                source, weight, g, transposed=transposed, epilogue=Epilogue("statistics"), **more
+            )
+            found[-1] += [result.value, result.partials]
+    for first, second in zip(*found, strict=True):
+        assert torch.equal(first, second)
