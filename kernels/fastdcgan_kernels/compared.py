@@ -62,7 +62,7 @@ class Compared(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         name = func._schema.name.removeprefix(f"{NAMESPACE}::")
-        twin = _TWINS.get(name)
+        twin = TWINS.get(name)
         if twin is None or func.namespace != NAMESPACE:
             return func(*args, **(kwargs or {}))
         assert not kwargs
@@ -80,7 +80,7 @@ class Compared(TorchDispatchMode):
                     outs = (*outs, moved.running_mean, moved.running_var)
                 for what, (ours, right) in twin(*given, *outs).items():
                     if ours is not None and right is not None and ours.numel():
-                        self._errors.append((f"{where}: {what}", _error(ours, right)))
+                        self._errors.append((f"{where}: {what}", relative_error(ours, right)))
         except torch.OutOfMemoryError:  # a large batch, and the step itself does fit
             self.unchecked += 1
         return found
@@ -99,7 +99,7 @@ class Compared(TorchDispatchMode):
         return known or str(tuple(args[0].shape))
 
 
-def _error(found: Tensor, right: Tensor) -> Tensor:
+def relative_error(found: Tensor, right: Tensor) -> Tensor:
     kind = torch.finfo(found.dtype)
     known = right.abs() < kind.max / 2
     off = ((found.float() - right).abs() - kind.tiny * kind.eps).clamp(min=0)
@@ -187,7 +187,7 @@ def _activate_backward(
     return {"gradient of y": (found[0], gy), **_planes(found[1], gcoef)}
 
 
-_TWINS: dict[str, Callable[..., Expected]] = {
+TWINS: dict[str, Callable[..., Expected]] = {
     twin.__name__.removeprefix("_"): twin
     for twin in (
         _conv_bn, _conv_bn_backward, _conv_bn_of_image_backward, _conv_act, _conv_act_backward,

@@ -12,7 +12,7 @@ from torch import nn
 
 from fastdcgan_kernels import fuse
 from fastdcgan_kernels.choice import choose
-from fastdcgan_kernels.compared import _TWINS, ALLOWED, Compared
+from fastdcgan_kernels.compared import TWINS, ALLOWED, Compared
 from fastdcgan_kernels.gpu import (
     batchnorm,
     conv_image,
@@ -91,8 +91,8 @@ def test_right_operators_are_within_a_quarter_of_what_is_allowed(how, dtype):
     assert errors[0][0] < ALLOWED[dtype] / 4
     seen = {whose.split()[0] for _, whose in errors}
     ways = {
-        "prologue": {name for name in _TWINS if not name.startswith("activate")},
-        "materialised": {name for name in _TWINS if "image" not in name and "logit" not in name},
+        "prologue": {name for name in TWINS if not name.startswith("activate")},
+        "materialised": {name for name in TWINS if "image" not in name and "logit" not in name},
     }
     assert seen >= ways.get(how, set())
     assert any("of 0.weight" in whose for _, whose in errors)
@@ -185,16 +185,16 @@ def test_a_mistake_of_one_twentieth_is_seen_where_it_is_made(mistake, monkeypatc
 
 
 def test_what_is_no_number_is_an_error_unless_it_is_right():
-    from fastdcgan_kernels.compared import _error
+    from fastdcgan_kernels.compared import relative_error
 
     right, inf = torch.tensor([1.0, 2.0, 3.0]), float("inf")
-    assert _error(right.half(), right) == 0
-    assert _error(torch.tensor([1.0, 2.0, inf]).half(), torch.tensor([1.0, 2.0, 1e6])) == 0
-    assert _error(torch.tensor([1.0, 2.0, inf]).half(), right) == inf
-    assert _error(torch.tensor([1.0, 2.0, torch.nan]), right).isnan()
-    assert _error(torch.zeros(3), torch.zeros(3)) == 0
-    assert _error(torch.ones(3), torch.zeros(3)) == inf
-    assert _error(torch.tensor([2e-7]).half(), torch.tensor([1.5e-7])) == 0  # one spacing
+    assert relative_error(right.half(), right) == 0
+    assert relative_error(torch.tensor([1.0, 2.0, inf]).half(), torch.tensor([1.0, 2.0, 1e6])) == 0
+    assert relative_error(torch.tensor([1.0, 2.0, inf]).half(), right) == inf
+    assert relative_error(torch.tensor([1.0, 2.0, torch.nan]), right).isnan()
+    assert relative_error(torch.zeros(3), torch.zeros(3)) == 0
+    assert relative_error(torch.ones(3), torch.zeros(3)) == inf
+    assert relative_error(torch.tensor([2e-7]).half(), torch.tensor([1.5e-7])) == 0  # one spacing
     compared = Compared()
     compared._errors = [("a", torch.tensor(0.5)), ("b", torch.tensor(torch.nan))]
     assert compared.errors() == [(inf, "b"), (0.5, "a")]
@@ -223,7 +223,7 @@ def test_a_twin_that_does_not_fit_into_the_memory_is_left_out(monkeypatch):
     def full(*given):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setitem(_TWINS, "conv_act", full)
+    monkeypatch.setitem(TWINS, "conv_act", full)
     with Compared() as compared:
         fuse(torch.nn.Sequential(torch.nn.Conv2d(5, 6, 4, 2, 1)))(torch.randn(2, 5, 8, 4))
     assert (compared.unchecked, compared.errors()) == (1, [])
@@ -231,4 +231,4 @@ def test_a_twin_that_does_not_fit_into_the_memory_is_left_out(monkeypatch):
 
 def test_every_operator_has_a_twin():
     names = {name for name in dir(ops) if not name.startswith(("_", "cpu"))} - {"name"}
-    assert names == set(_TWINS)
+    assert names == set(TWINS)

@@ -1,4 +1,4 @@
-"""Which room of fastdcgan_kernels imports which, read from the files: docs/architecture.md."""
+"""Which room of fastdcgan_kernels imports which, read from the files: docs/adding-a-kernel.md."""
 
 import ast
 from pathlib import Path
@@ -170,3 +170,17 @@ def test_public_names_are_these():
     assert fastdcgan_kernels.__all__ == PUBLIC
     for name in PUBLIC:
         assert getattr(fastdcgan_kernels, name).__name__ == name
+
+
+def test_no_test_imports_another():
+    """What two need is in a file that is no test."""
+    tests = Path(__file__).parents[1]
+    found = [
+        f"{path.relative_to(tests)}: {ast.unparse(node)}"
+        for path in tests.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
+        if name.split(".")[-1].startswith("test_")
+    ]
+    assert found == []
