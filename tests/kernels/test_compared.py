@@ -12,7 +12,7 @@ from torch import nn
 
 from fastdcgan_kernels import fuse
 from fastdcgan_kernels.choice import choose
-from fastdcgan_kernels.compared import TWINS, ALLOWED, Compared
+from fastdcgan_kernels.compared import ALLOWED, TWINS, Compared
 from fastdcgan_kernels.gpu import (
     batchnorm,
     conv_image,
