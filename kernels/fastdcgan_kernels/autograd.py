@@ -32,7 +32,7 @@ def keep(ctx: Any, inputs: Inputs, spec: BlockSpec, **results: Tensor | None) ->
 
 
 def kept(ctx: Any) -> tuple[Saved, BlockSpec]:
-    """What was kept."""
+    """What was kept. Once in a backward: a checkpoint gives its tensors no second time."""
     (saved,) = SAVED.restore(ctx.saved_tensors)
     return saved, ctx.spec
 
@@ -54,16 +54,16 @@ def needs_of(ctx: Any, name: str) -> Need:
 
 
 def by_reference(
-    ctx: Any, name: str, twin: Callable[[Inputs, BlockSpec], Any], grads: Sequence[Tensor | None]
-) -> tuple[Tensor | None, ...]:
+    ctx: Any, name: str, twin: Callable[[Inputs, BlockSpec], Any], saved: Saved,
+    grads: Sequence[Tensor | None],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of the plain twin, with a graph of their own."""
-    saved, spec = kept(ctx)
     inputs = Inputs(**{of: getattr(saved, of) for of in INPUTS.kinds})
     if inputs.x_coef is not None:
         inputs = replace(inputs, x_coef=_Coefficients.apply(inputs.x_coef))
     needs = SIGNATURES[name].named(ctx.needs_input_grad)
     wanted = {of: getattr(inputs, of) for of, need in needs.items() if need}
-    found = gradients_of(lambda: twin(inputs, spec), list(wanted.values()), grads)
+    found = gradients_of(lambda: twin(inputs, ctx.spec), list(wanted.values()), grads)
     return handed_back(ctx, name, dict(zip(wanted, found, strict=True)))
 
 
@@ -121,7 +121,7 @@ def _conv_bn_gradient(
         assert saved.y is not None
         gy = torch.zeros_like(saved.y)
     if torch.is_grad_enabled():
-        return by_reference(ctx, "conv_bn", reference.conv_bn, (gy, gcoef))
+        return by_reference(ctx, "conv_bn", reference.conv_bn, saved, (gy, gcoef))
     name, names = "conv_bn_backward", GRADIENTS
     if saved.picture is not None:
         name, names = "conv_bn_of_image_backward", OF_IMAGE
@@ -136,18 +136,25 @@ def _conv_bn_gradient(
     return handed_back(ctx, "conv_bn", grads)
 
 
+def by_operator(
+    ctx: Any, name: str, backward: str, names: Sequence[str], saved: Saved, g: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients by the operator that gives those of `names`."""
+    given = SIGNATURES[backward].flatten(g, saved, ctx.spec, needs_of(ctx, name))
+    found = getattr(ops, backward)(*given)
+    return handed_back(ctx, name, dict(zip(names, found, strict=True)))
+
+
 def gradient_of(
     name: str, backward: str, names: Sequence[str], twin: Callable[[Inputs, BlockSpec], Any]
 ) -> Callable[..., tuple[Tensor | None, ...]]:
-    """The gradient of an operator's first result, by the operator that gives those of `names`."""
+    """The gradient of an operator's first result, by another operator or by its twin."""
 
     def gradient(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        saved, _spec = kept(ctx)
         if torch.is_grad_enabled():
-            return by_reference(ctx, name, twin, (g,))
-        saved, spec = kept(ctx)
-        given = SIGNATURES[backward].flatten(g, saved, spec, needs_of(ctx, name))
-        found = getattr(ops, backward)(*given)
-        return handed_back(ctx, name, dict(zip(names, found, strict=True)))
+            return by_reference(ctx, name, twin, saved, (g,))
+        return by_operator(ctx, name, backward, names, saved, g)
 
     return gradient
 
@@ -163,13 +170,12 @@ def _save_conv_act(ctx: Any, inputs: Any, output: Any) -> None:
     save_conv_act(ctx, "conv_act", inputs, out)
 
 
-_plain_gradient = gradient_of("conv_act", "conv_act_backward", GRADIENTS, reference.conv_act_of)
-
-
 def _conv_act_gradient(ctx: Any, g: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     (saved, spec), need = kept(ctx), needs_of(ctx, "conv_act")
-    if torch.is_grad_enabled() or saved.x_gamma is None or saved.x_beta is None or not need.x:
-        return _plain_gradient(ctx, g)
+    if torch.is_grad_enabled():
+        return by_reference(ctx, "conv_act", reference.conv_act_of, saved, (g,))
+    if saved.x_gamma is None or saved.x_beta is None or not need.x:
+        return by_operator(ctx, "conv_act", "conv_act_backward", GRADIENTS, saved, g)
     gx, sums = ops.logit_backward(*SIGNATURES["logit_backward"].flatten(g, saved, spec))
     grads = {"x": gx}
     if need.weight:
