@@ -46,12 +46,9 @@ def neighbours(task: Task, target: Target) -> list[Tile]:
     """The default tile, then those one step away from it that fit: what the tuner tries."""
     first = default_tile(task, target)
     steps = {  # least and most; a step is a factor of 2
-        "rows": (64 if target.name in ("sm_90", "sm_100") else 16, 256),
-        "columns": (16, 256),
-        "depth": (16, 128 // task.dtype.itemsize),
-        "split": (1, 64),
-        "stages": (2, 4),
-    }
+        "rows": (64 if target.name in ("sm_90", "sm_100") else 16, 256), "columns": (16, 256),
+        "depth": (16, 128 // task.dtype.itemsize), "split": (1, 64), "stages": (2, 4),
+    }  # fmt: skip
     if task.op in ("image_conv_transposed", "image_weight_gradient"):
         del steps["columns"]  # not read
     if task.op in WITHOUT_SPLIT:

@@ -130,7 +130,8 @@ def column_sum(operand: Operand, groups: int = 1) -> Tensor:
 def _apply(operand: Operand, groups: int, out: Tensor, sums: bool) -> None:
     _by_rows(
         apply_prologue, operand.value, groups, x=operand.loaded, out=out,
-        PROLOGUE=operand.prologue, ACTIVATION=operand.activation, SUM=sums,
+        slope=float(operand.slope), PROLOGUE=operand.prologue, ACTIVATION=operand.activation,
+        SUM=sums,
     )  # fmt: skip
 
 
@@ -144,7 +145,10 @@ def activation_backward(
     result = epilogue.result(out, groups, _tiles(y, groups))
     assert result.partials is not None
     end = epilogue.arguments(result)["end"]
-    _by_rows(activation_gradient, y, groups, g=g, out=out, end=end, ACTIVATION=activation)
+    _by_rows(
+        activation_gradient, y, groups, g=g, out=out, end=end, slope=float(slope),
+        ACTIVATION=activation,
+    )  # fmt: skip
     return out, result.partials
 
 
@@ -201,14 +205,14 @@ def partial_statistics(
 def apply_prologue(
     x,  # Loaded: [groups, rows, C]; [3, groups, C] coefficients
     out,  # like x.value; where SUM [groups, tiles, C] fp32
-    groups, rows, C: tl.constexpr, PROLOGUE: tl.constexpr, ACTIVATION: tl.constexpr,
+    groups, rows, slope, C: tl.constexpr, PROLOGUE: tl.constexpr, ACTIVATION: tl.constexpr,
     SUM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """An operand as its consumer would see it, written out; or, where SUM, only its column sums of
     each tile. By rows."""
     at = place_of(rows, C, BLOCK_M, BLOCK_N)
     tile = load_operand(
-        of_group(x, at.group, C), groups * C, at.offsets, at.mask, at.channel[None, :],
+        of_group(x, at.group, C), slope, groups * C, at.offsets, at.mask, at.channel[None, :],
         at.channel_mask[None, :], PROLOGUE, ACTIVATION,
     )  # fmt: skip
     if SUM:
@@ -223,15 +227,15 @@ def activation_gradient(
     g,  # [groups, rows, C]: gradient of act(z)
     out,  # like g: scale * dz
     end,  # Stored, like g
-    groups, rows, C: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr,
+    groups, rows, slope, C: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The epilogue `gradient`, on a gradient that is already there. By rows."""
     at = place_of(rows, C, BLOCK_M, BLOCK_N)
     store_tile(
         tl.load(g + at.offsets, mask=at.mask, other=0.0).to(tl.float32), out, at.offsets,
-        at.row_mask, at.channel, at.channel_mask, end, at.group, groups, at.tile, at.tiles, C,
-        False, "gradient", ACTIVATION,
+        at.row_mask, at.channel, at.channel_mask, end, slope, at.group, groups, at.tile,
+        at.tiles, C, False, "gradient", ACTIVATION,
     )  # fmt: skip
 
 

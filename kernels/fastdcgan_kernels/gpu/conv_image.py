@@ -58,8 +58,9 @@ def convolve(
     Launch(
         image_up if transposed else image_down, (row_tiles * cdiv(shape.CO, columns), groups), {
             "x": source.loaded, "w": weight, "out": out, **epilogue.arguments(result),
-            "groups": groups, "images": images, "S": shape, "PROLOGUE": source.prologue,
-            "X_ACTIVATION": source.activation, "BLOCK_M": tile.rows, "BLOCK_N": columns,
+            "groups": groups, "images": images, "x_slope": float(source.slope), "S": shape,
+            "PROLOGUE": source.prologue, "X_ACTIVATION": source.activation, "BLOCK_M": tile.rows,
+            "BLOCK_N": columns,
             "BLOCK_K": tile.depth if transposed else min(tile.depth, WINDOW.value),
             "PRECISION": precision,
         }, tile.warps, tile.stages).run(out.device)  # fmt: skip
@@ -78,7 +79,8 @@ def weight_gradient(
     Launch(
         image_weight_gradient, (cdiv(g.CS, tile.rows), tile.split), {
             "small": small.loaded, "large": large.loaded, "out": store, "groups": groups,
-            "images": g.N // groups, "S": shape, "SMALL_PROLOGUE": small.prologue,
+            "images": g.N // groups, "small_slope": float(small.slope),
+            "large_slope": float(large.slope), "S": shape, "SMALL_PROLOGUE": small.prologue,
             "SMALL_ACTIVATION": small.activation, "LARGE_PROLOGUE": large.prologue,
             "LARGE_ACTIVATION": large.activation, "SPLIT": tile.split, "BLOCK_M": tile.rows,
             "BLOCK_K": tile.depth, "PRECISION": precision,
@@ -102,7 +104,8 @@ def both_gradients(
         image_gradients, (cdiv(g.CS, tile.columns), groups, parts), {
             "x": source.loaded, "w": weight, "out": result.value,
             "end": epilogue.arguments(result)["end"], "gw": store, "groups": groups,
-            "images": g.N // groups, "S": shape, "PROLOGUE": source.prologue,
+            "images": g.N // groups, "x_slope": float(source.slope),
+            "slope": float(epilogue.slope), "S": shape, "PROLOGUE": source.prologue,
             "X_ACTIVATION": source.activation, "ACTIVATION": epilogue.activation, "PARTS": parts,
             "BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "PRECISION": precision,
         }, tile.warps, tile.stages).run(weight.device)  # fmt: skip
@@ -124,7 +127,8 @@ def weight_gradient_through(
     Launch(
         image_weight_gradient_through, (cdiv(g.CL, tile.columns), groups, parts), {
             "x": source.loaded, "w": weight, "signs": signs, "image": Operand(picture).loaded,
-            "gw": store, "groups": groups, "images": g.N // groups, "slope": float(slope),
+            "gw": store, "groups": groups, "images": g.N // groups,
+            "x_slope": float(source.slope), "slope": float(slope),
             "S": g.shape(True), "CI": channels, "PROLOGUE": source.prologue,
             "X_ACTIVATION": source.activation, "ACTIVATION": activation, "PARTS": parts,
             "BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth,
@@ -143,7 +147,7 @@ def window_taps(k, C: tl.constexpr):
 
 @triton.jit
 def load_windows(
-    x,  # Loaded, [N, 2P, 2Q, C]
+    x, slope,  # Loaded, [N, 2P, 2Q, C]
     group, groups,
     n, p, q, row_mask,  # [A]: as of `pixels`
     k,  # [B]: columns, of 64
@@ -165,7 +169,7 @@ def load_windows(
     used = (j < 4 * C + 2 * LEAD)[None, :]
     corner = ((n * (2 * P) + 2 * p - 1) * Q + q) * (2 * C) - (C + LEAD)
     return load_operand(
-        of_group(x, group, C), groups * C, corner[:, None] + (kh * (2 * Q * C) + j)[None, :],
+        of_group(x, group, C), slope, groups * C, corner[:, None] + (kh * (2 * Q * C) + j)[None, :],
         row_mask[:, None] & (h >= 0) & (h < 2 * P) & left & right & used,
         ((j + C - LEAD) % C)[None, :], used, PROLOGUE, ACTIVATION,
     )  # fmt: skip
@@ -195,9 +199,9 @@ def image_down(
     out,  # [N, P, Q, CS]
     end,  # Stored, like out
     groups, images,  # N / groups
-    S: tl.constexpr, PROLOGUE: tl.constexpr, X_ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr,
-    EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    x_slope, slope, S: tl.constexpr, PROLOGUE: tl.constexpr, X_ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """From the image. Grid: (row tiles * column tiles, groups). Rows are small pixels of a group;
     BLOCK_K divides 64."""
@@ -211,7 +215,7 @@ def image_down(
         k = step * BLOCK_K + tl.arange(0, BLOCK_K)
         taps, used = window_taps(k, S.CL)
         a = load_windows(
-            x, group, groups, n, p, q, row_mask, k, S.P, S.Q, S.CL, PROLOGUE, X_ACTIVATION
+            x, x_slope, group, groups, n, p, q, row_mask, k, S.P, S.Q, S.CL, PROLOGUE, X_ACTIVATION
         )
         # Not only the weight: a neighbour's NaN times 0 is NaN.
         a = tl.where(used[None, :], a, 0.0)
@@ -219,7 +223,7 @@ def image_down(
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
 
     store_pixels(
-        acc, out, n, p, q, 0, 0, row_mask, channel, channel_mask, end, groups, images, S, 1,
+        acc, out, n, p, q, 0, 0, row_mask, channel, channel_mask, end, slope, groups, images, S, 1,
         HAS_BIAS, EPILOGUE, ACTIVATION,
     )  # fmt: skip
 
@@ -231,9 +235,9 @@ def image_up(
     out,  # [N, 2P, 2Q, CL]
     end,  # Stored, like out; 4 tiles, one a phase, for each tile of rows
     groups, images,  # N / groups
-    S: tl.constexpr, PROLOGUE: tl.constexpr, X_ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr,
-    EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    x_slope, slope, S: tl.constexpr, PROLOGUE: tl.constexpr, X_ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """To the image. Grid: (row tiles, groups). Rows are small pixels of a group; BLOCK_N is 16."""
     CHUNKS: tl.constexpr = (S.CS + BLOCK_K - 1) // BLOCK_K
@@ -254,7 +258,7 @@ def image_up(
         h, v = p - 1 + dy, q - 1 + dx
         inside = row_mask & (h >= 0) & (h < S.P) & (v >= 0) & (v < S.Q)
         a = load_operand(
-            of_group(x, group, S.CS), groups * S.CS,
+            of_group(x, group, S.CS), x_slope, groups * S.CS,
             (corner + (dy * S.Q + dx) * S.CS)[:, None] + c[None, :],
             inside[:, None] & c_mask[None, :], c[None, :], c_mask[None, :], PROLOGUE, X_ACTIVATION,
         )  # fmt: skip
@@ -272,8 +276,8 @@ def image_up(
     tiles = tl.num_programs(0) * 4
     count = store_tile(
         acc, out, out_row + ((r * (2 * S.Q) + s) * S.CL + channel)[None, :], row_mask, channel,
-        column_mask, end, group, groups, row_tile * 4 + phase, tiles, S.CL, HAS_BIAS, EPILOGUE,
-        ACTIVATION,
+        column_mask, end, slope, group, groups, row_tile * 4 + phase, tiles, S.CL, HAS_BIAS,
+        EPILOGUE, ACTIVATION,
     )  # fmt: skip
     if EPILOGUE == "statistics":
         four = tl.arange(0, 4)
@@ -286,9 +290,9 @@ def image_weight_gradient(
     large,  # Loaded, [N, 2P, 2Q, CL]
     out,  # [CS, 4, 4, CL], or fp32 [SPLIT, like that]
     groups, images,  # N / groups
-    S: tl.constexpr, SMALL_PROLOGUE: tl.constexpr, SMALL_ACTIVATION: tl.constexpr,
-    LARGE_PROLOGUE: tl.constexpr, LARGE_ACTIVATION: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    small_slope, large_slope, S: tl.constexpr, SMALL_PROLOGUE: tl.constexpr,
+    SMALL_ACTIVATION: tl.constexpr, LARGE_PROLOGUE: tl.constexpr, LARGE_ACTIVATION: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tiles of CS, SPLIT). The second axis cuts the blocks of pixels into SPLIT ranges; no
     block has pixels of two groups. All taps at once: the columns are 4 kernel rows of 16."""
@@ -307,14 +311,14 @@ def image_weight_gradient(
         for block in range(max(first, start) - start, min(first + share - start, blocks)):
             n, p, q, m_mask = pixels(block, group, images, S, BLOCK_K)
             a = load_operand(
-                of_group(small, group, S.CS), groups * S.CS,
+                of_group(small, group, S.CS), small_slope, groups * S.CS,
                 (((n * S.P + p) * S.Q + q) * S.CS)[:, None] + cs[None, :],
                 m_mask[:, None] & cs_mask[None, :], cs[None, :], cs_mask[None, :],
                 SMALL_PROLOGUE, SMALL_ACTIVATION,
             )  # fmt: skip
             b = load_windows(
-                large, group, groups, n, p, q, m_mask, k, S.P, S.Q, S.CL, LARGE_PROLOGUE,
-                LARGE_ACTIVATION,
+                large, large_slope, group, groups, n, p, q, m_mask, k, S.P, S.Q, S.CL,
+                LARGE_PROLOGUE, LARGE_ACTIVATION,
             )  # fmt: skip
             acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
     offsets = (cs * (16 * S.CL)).to(tl.int64)[:, None] + taps[None, :]
@@ -330,8 +334,9 @@ def image_gradients(
     end,  # Stored, like out: `aux` is raw y, `partials` [2, groups, PARTS, CS]
     gw,  # fp32 [groups, PARTS, like w]
     groups, images,  # N / groups
-    S: tl.constexpr, PROLOGUE: tl.constexpr, X_ACTIVATION: tl.constexpr, ACTIVATION: tl.constexpr,
-    PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    x_slope, slope, S: tl.constexpr, PROLOGUE: tl.constexpr, X_ACTIVATION: tl.constexpr,
+    ACTIVATION: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """For a layer from features act(z) to an image: `image_down` with EPILOGUE gradient, and parts
     of the weight's gradient, act(z)^T x. Grid: (column tiles, groups, PARTS)."""
@@ -349,20 +354,20 @@ def image_gradients(
     for row_tile in range(part, tiles, PARTS):
         n, p, q, row_mask = pixels(row_tile, group, images, S, BLOCK_M)
         a = load_windows(
-            x, group, groups, n, p, q, row_mask, k, S.P, S.Q, S.CL, PROLOGUE, X_ACTIVATION
+            x, x_slope, group, groups, n, p, q, row_mask, k, S.P, S.Q, S.CL, PROLOGUE, X_ACTIVATION
         )
         a = tl.where(used[None, :], a, 0.0)
         offsets = (((n * S.P + p) * S.Q + q) * S.CS)[:, None] + channel[None, :]
         mask = row_mask[:, None] & channel_mask[None, :]
-        z = Loaded(end.aux, end.aux, end.coef + group * S.CS, end.slope)
+        z = Loaded(end.aux, end.aux, end.coef + group * S.CS)
         features = load_operand(
-            z, groups * S.CS, offsets, mask, channel[None, :], channel_mask[None, :], "activate",
-            ACTIVATION,
+            z, slope, groups * S.CS, offsets, mask, channel[None, :], channel_mask[None, :],
+            "activate", ACTIVATION,
         )  # fmt: skip
         gw_acc = tl.dot(tl.trans(features), a, gw_acc, input_precision=PRECISION)
         dz, dz_apart = store_gradient(
             tl.dot(a, b, input_precision=PRECISION), out, offsets, mask, channel, channel_mask,
-            end.aux, z.coef, groups * S.CS, end.slope, ACTIVATION,
+            end.aux, z.coef, groups * S.CS, slope, ACTIVATION,
         )  # fmt: skip
         s1, s2 = s1 + dz, s2 + dz_apart
 
@@ -380,10 +385,9 @@ def image_weight_gradient_through(
     image,  # Loaded, [N, 4P, 4Q, CI]
     gw,  # fp32 [groups, PARTS, CL, 4, 4, CI]
     groups, images,  # N / groups
-    slope,
-    S: tl.constexpr, CI: tl.constexpr, PROLOGUE: tl.constexpr, X_ACTIVATION: tl.constexpr,
-    ACTIVATION: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    x_slope, slope, S: tl.constexpr, CI: tl.constexpr, PROLOGUE: tl.constexpr,
+    X_ACTIVATION: tl.constexpr, ACTIVATION: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """For two layers that follow an image, the first with relu or leaky_relu and no norm: parts of
     the gradient of the first one's weight. The gradient between the layers is that of
@@ -401,7 +405,7 @@ def image_weight_gradient_through(
         r, s = tile % 4 // 2, tile % 2
         n, p, q, row_mask = pixels(tile // 4, group, images, S, BLOCK_M)
         acc = gather_sum(
-            of_group(x, group, S.CS), groups * S.CS, w, n, p, q, row_mask, r, s, channel,
+            of_group(x, group, S.CS), x_slope, groups * S.CS, w, n, p, q, row_mask, r, s, channel,
             channel_mask, 0, S, PROLOGUE, X_ACTIVATION, 1, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
         )  # fmt: skip
         h, v = 2 * p + r, 2 * q + s
@@ -409,7 +413,7 @@ def image_weight_gradient_through(
         mask = row_mask[:, None] & channel_mask[None, :]
         acc *= signs_derivative(signs, offsets, mask, channel, slope, ACTIVATION)
         windows = load_windows(
-            image, group, groups, n, h, v, row_mask, k, S.H, S.W, CI, "none", "none"
+            image, slope, group, groups, n, h, v, row_mask, k, S.H, S.W, CI, "none", "none"
         )
         g = acc.to(windows.dtype)
         gw_acc = tl.dot(tl.trans(g), windows, gw_acc, input_precision=PRECISION)

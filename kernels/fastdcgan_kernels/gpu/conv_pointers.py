@@ -48,9 +48,9 @@ def gather_pointers(
     out,  # the side that is written, NHWC; with SPLIT > 1 fp32 [SPLIT, like that]
     end,  # Stored, like out
     groups, images,  # N / groups
-    S: tl.constexpr, PROLOGUE: tl.constexpr, X_ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr,
-    EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    x_slope, slope, S: tl.constexpr, PROLOGUE: tl.constexpr, X_ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid: (row tiles * phases * column tiles, groups, SPLIT). Rows are small pixels of a
     group."""
@@ -60,10 +60,10 @@ def gather_pointers(
     channel_mask = channel < S.CO
     r, s = phase // S.PHASE, phase % S.PHASE
     acc = gather_sum(
-        of_group(x, group, S.CI), groups * S.CI, w, n, p, q, row_mask, r, s, channel, channel_mask,
-        split, S, PROLOGUE, X_ACTIVATION, SPLIT, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+        of_group(x, group, S.CI), x_slope, groups * S.CI, w, n, p, q, row_mask, r, s, channel,
+        channel_mask, split, S, PROLOGUE, X_ACTIVATION, SPLIT, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
     )  # fmt: skip
     store_pixels(
-        acc, out, n, p, q, r, s, row_mask, channel, channel_mask, end, groups, images, S, SPLIT,
-        HAS_BIAS, EPILOGUE, ACTIVATION,
+        acc, out, n, p, q, r, s, row_mask, channel, channel_mask, end, slope, groups, images, S,
+        SPLIT, HAS_BIAS, EPILOGUE, ACTIVATION,
     )  # fmt: skip

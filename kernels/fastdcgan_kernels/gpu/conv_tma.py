@@ -48,14 +48,14 @@ def gather_descriptors(
     x,  # descriptor of the side that is read
     x_aux,  # descriptor of the same shape, for its prologue
     x_coef,  # [3, groups, CI] fp32
-    x_slope,
     w,  # descriptor [CS, 16 * CL], dtype of x
     out,  # the side that is written, NHWC; with SPLIT > 1 fp32 [SPLIT, like that]
     end,  # Stored, like out
     groups, images,  # N / groups
-    S: tl.constexpr, BOX: tl.constexpr, PROLOGUE: tl.constexpr, X_ACTIVATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    x_slope, slope, S: tl.constexpr, BOX: tl.constexpr, PROLOGUE: tl.constexpr,
+    X_ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr,
+    ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid: (row tiles * phases * column tiles, groups, SPLIT). A box has BLOCK_M pixels; but for
     the transposed convolution BLOCK_K divides CL."""
@@ -91,7 +91,7 @@ def gather_descriptors(
         inside = (h >= 0) & (h < S.HI) & (v >= 0) & (v < S.WI) & row_mask
         c = c0 + tl.arange(0, BLOCK_K)
         a = apply(
-            Loaded(x, x_aux, x_coef + group * S.CI, x_slope), groups * S.CI, a, second,
+            Loaded(x, x_aux, x_coef + group * S.CI), x_slope, groups * S.CI, a, second,
             inside[:, None] & (c < S.CI)[None, :], c[None, :], (c < S.CI)[None, :], PROLOGUE,
             X_ACTIVATION,
         )  # fmt: skip
@@ -103,6 +103,6 @@ def gather_descriptors(
 
     n = (group * images + image).to(tl.int64)
     store_pixels(
-        acc, out, n, p, q, r, s, row_mask, channel, channel_mask, end, groups, images, S, SPLIT,
-        HAS_BIAS, EPILOGUE, ACTIVATION,
+        acc, out, n, p, q, r, s, row_mask, channel, channel_mask, end, slope, groups, images, S,
+        SPLIT, HAS_BIAS, EPILOGUE, ACTIVATION,
     )  # fmt: skip

@@ -36,7 +36,8 @@ def weight_gradient(
     store = parts_like(out, tile.split)
     Launch(
         kernel, (16 * cdiv(g.CS, tile.rows) * cdiv(g.CL, tile.columns), tile.split), {
-            **loads, "out": store, "groups": groups, "images": g.N // groups, "S": g.shape(),
+            **loads, "out": store, "groups": groups, "images": g.N // groups,
+            "small_slope": float(small.slope), "large_slope": float(large.slope), "S": g.shape(),
             "SMALL_PROLOGUE": small.prologue, "SMALL_ACTIVATION": small.activation,
             "LARGE_PROLOGUE": large.prologue, "LARGE_ACTIVATION": large.activation,
             "SPLIT": tile.split, "BLOCK_M": tile.rows, "BLOCK_N": tile.columns,
@@ -51,15 +52,17 @@ def weight_gradient_pointers(
     large,  # Loaded [N, H, W, CL]: Conv2d's input, ConvTranspose2d's output gradient
     out,  # [CS, 4, 4, CL], or fp32 [SPLIT, like that]
     groups, images,  # N / groups
-    S: tl.constexpr, SMALL_PROLOGUE: tl.constexpr, SMALL_ACTIVATION: tl.constexpr,
-    LARGE_PROLOGUE: tl.constexpr, LARGE_ACTIVATION: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    small_slope, large_slope, S: tl.constexpr, SMALL_PROLOGUE: tl.constexpr,
+    SMALL_ACTIVATION: tl.constexpr, LARGE_PROLOGUE: tl.constexpr, LARGE_ACTIVATION: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid: (16 taps * tiles of CS * tiles of CL, SPLIT); the second axis cuts the blocks of
     pixels, of which none has those of two groups, into SPLIT ranges."""
     sum_pixels(
-        small, large, out, groups, images, S, None, SMALL_PROLOGUE, SMALL_ACTIVATION,
-        LARGE_PROLOGUE, LARGE_ACTIVATION, SPLIT, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+        small, large, small_slope, large_slope, out, groups, images, S, None, SMALL_PROLOGUE,
+        SMALL_ACTIVATION, LARGE_PROLOGUE, LARGE_ACTIVATION, SPLIT, BLOCK_M, BLOCK_N, BLOCK_K,
+        PRECISION,
     )  # fmt: skip
 
 
@@ -68,14 +71,12 @@ def weight_gradient_descriptors(
     small,  # descriptor of [N, P, Q, CS]; what each side is: as by pointers
     small_aux,
     small_coef,  # [3, groups, CS] fp32
-    small_slope,
     large,  # descriptor of the large side
     large_aux,
     large_coef,  # [3, groups, CL] fp32
-    large_slope,
     out,  # [CS, 4, 4, CL], or fp32 [SPLIT, like that]
     groups, images,  # N / groups
-    S: tl.constexpr, BOX: tl.constexpr, SMALL_PROLOGUE: tl.constexpr,
+    small_slope, large_slope, S: tl.constexpr, BOX: tl.constexpr, SMALL_PROLOGUE: tl.constexpr,
     SMALL_ACTIVATION: tl.constexpr, LARGE_PROLOGUE: tl.constexpr, LARGE_ACTIVATION: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -83,8 +84,8 @@ def weight_gradient_descriptors(
     """The same grid. A block is a box of BLOCK_K pixels; BOX's images divide a group's unless
     there is one group: no box holds another group's pixels."""
     sum_pixels(
-        Loaded(small, small_aux, small_coef, small_slope),
-        Loaded(large, large_aux, large_coef, large_slope), out, groups, images, S, BOX,
+        Loaded(small, small_aux, small_coef), Loaded(large, large_aux, large_coef), small_slope,
+        large_slope, out, groups, images, S, BOX,
         SMALL_PROLOGUE, SMALL_ACTIVATION, LARGE_PROLOGUE, LARGE_ACTIVATION, SPLIT, BLOCK_M, BLOCK_N,
         BLOCK_K, PRECISION,
     )  # fmt: skip
@@ -92,7 +93,7 @@ def weight_gradient_descriptors(
 
 @triton.jit
 def sum_pixels(
-    small, large, out, groups, images, S: tl.constexpr, BOX: tl.constexpr,
+    small, large, small_slope, large_slope, out, groups, images, S: tl.constexpr, BOX: tl.constexpr,
     SMALL_PROLOGUE: tl.constexpr, SMALL_ACTIVATION: tl.constexpr, LARGE_PROLOGUE: tl.constexpr,
     LARGE_ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -129,13 +130,13 @@ def sum_pixels(
             inside = m_mask & (h >= 0) & (h < S.H) & (v >= 0) & (v < S.W)
             if BOX is None:
                 a = load_operand(
-                    of_group(small, group, S.CS), groups * S.CS,
+                    of_group(small, group, S.CS), small_slope, groups * S.CS,
                     (((n * S.P + p) * S.Q + q) * S.CS)[:, None] + cs[None, :],
                     m_mask[:, None] & cs_mask[None, :], cs[None, :], cs_mask[None, :],
                     SMALL_PROLOGUE, SMALL_ACTIVATION,
                 )  # fmt: skip
                 b = load_operand(
-                    of_group(large, group, S.CL), groups * S.CL,
+                    of_group(large, group, S.CL), large_slope, groups * S.CL,
                     (((n * S.H + h) * S.W + v) * S.CL)[:, None] + cl[None, :],
                     inside[:, None] & cl_mask[None, :], cl[None, :], cl_mask[None, :],
                     LARGE_PROLOGUE, LARGE_ACTIVATION,
@@ -144,14 +145,14 @@ def sum_pixels(
                 at = n0, p0, q0, s_tile * BLOCK_M
                 a, second = load_box(small.value, small.aux, at, BLOCK_K, BLOCK_M, SMALL_PROLOGUE)
                 a = apply(
-                    of_group(small, group, S.CS), groups * S.CS, a, second,
+                    of_group(small, group, S.CS), small_slope, groups * S.CS, a, second,
                     m_mask[:, None] & cs_mask[None, :], cs[None, :], cs_mask[None, :],
                     SMALL_PROLOGUE, SMALL_ACTIVATION,
                 )  # fmt: skip
                 at = large_box(n0, p0, q0, kh, kw, l_tile * BLOCK_N, S)
                 b, second = load_box(large.value, large.aux, at, BLOCK_K, BLOCK_N, LARGE_PROLOGUE)
                 b = apply(
-                    of_group(large, group, S.CL), groups * S.CL, b, second,
+                    of_group(large, group, S.CL), large_slope, groups * S.CL, b, second,
                     inside[:, None] & cl_mask[None, :], cl[None, :], cl_mask[None, :],
                     LARGE_PROLOGUE, LARGE_ACTIVATION,
                 )  # fmt: skip

@@ -54,17 +54,17 @@ def descriptor(t: Tensor, shape: list[int], box: list[int]) -> Any:
 def described(
     name: str, operand: Operand, geometry: Geometry, large: bool, pixels: int, channels: int
 ) -> dict[str, Any]:
-    """`Operand.loaded` as four arguments of a kernel, with descriptors of its tensors, of which a
+    """`Operand.loaded` as three arguments of a kernel, with descriptors of its tensors, of which a
     box has these channels of `pixels`; and the BOX."""
     n, c, h, w = operand.value.shape
     box = box_of(pixels, geometry)
     shape, block = [n, h, w, c], [*box, channels]
     if large and geometry.stride == 2:
         shape, block = [n, h // 2, 2, w // 2, 2 * c], [*box[:2], 1, box[2], channels]
-    value, aux, coef, slope = operand.loaded
+    value, aux, coef = operand.loaded
     return {
         name: descriptor(value, shape, block), f"{name}_aux": descriptor(aux, shape, block),
-        f"{name}_coef": coef, f"{name}_slope": slope, "BOX": box,
+        f"{name}_coef": coef, "BOX": box,
     }  # fmt: skip
 
 

@@ -27,8 +27,8 @@ class Launch:
 
     @property
     def named(self) -> dict[str, Any]:
-        """The arguments, those of named tuples one by one: of an operand `x` x, x_aux, x_coef and
-        x_slope; of the shape S P, Q, CS and so on."""
+        """The arguments, those of named tuples one by one: of an operand `x` x, x_aux and x_coef;
+        of the shape S P, Q, CS and so on."""
         found: dict[str, Any] = {}
         for name, value in sorted(self.arguments.items(), key=lambda item: item[0] != "S"):
             if not hasattr(value, "_asdict"):

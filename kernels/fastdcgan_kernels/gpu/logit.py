@@ -29,8 +29,8 @@ def backward(g: Tensor, weight: Tensor, source: Operand, groups: int = 1) -> tup
     Launch(
         logit_gradients, (cdiv(channels, COLUMNS), groups), {
             "g": g, "w": weight, "x": source.loaded, "out": out, "parts": parts, "groups": groups,
-            "images": y.shape[0] // groups, "C": channels, "ACTIVATION": source.activation,
-            "BLOCK_M": 512, "BLOCK_N": COLUMNS,
+            "images": y.shape[0] // groups, "slope": float(source.slope), "C": channels,
+            "ACTIVATION": source.activation, "BLOCK_M": 512, "BLOCK_N": COLUMNS,
         }, warps=8).run(out.device)  # fmt: skip
     if groups == 1:
         return out, parts[0]
@@ -39,7 +39,7 @@ def backward(g: Tensor, weight: Tensor, source: Operand, groups: int = 1) -> tup
 
 @triton.jit
 def load_rows(
-    g, w, x, group, groups, images, first, channel, channel_mask, C: tl.constexpr,
+    g, w, x, group, groups, images, first, channel, channel_mask, slope, C: tl.constexpr,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Rows (image, tap) from `first` on of a group: where they are, their mask, the logit's
@@ -53,8 +53,8 @@ def load_rows(
     weight = tl.load(w + places, mask=mask, other=0.0).to(tl.float32)
     mean, scale, shift = coefficients(x.coef + group * C, groups * C, channel, channel_mask)
     apart = tl.load(x.value + offsets, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
-    o = activate(scale[None, :] * apart + shift[None, :], x.slope, ACTIVATION)
-    dz = tl.where(mask, upstream * weight * activation_derivative(o, x.slope, ACTIVATION), 0.0)
+    o = activate(scale[None, :] * apart + shift[None, :], slope, ACTIVATION)
+    dz = tl.where(mask, upstream * weight * activation_derivative(o, slope, ACTIVATION), 0.0)
     return offsets, mask, upstream, apart, o, dz
 
 
@@ -67,7 +67,7 @@ def logit_gradients(
     out,  # like y: its gradient, also through mean and variance
     parts,  # [groups, 18, C] fp32: gradients of w (its 16 taps), gamma and beta
     groups, images,  # N / groups
-    C: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    slope, C: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid: (column tiles, groups). A program has all values of its channels, so it goes over them
     twice: for the sums, and with them. BLOCK_M is a multiple of 16."""
@@ -80,8 +80,9 @@ def logit_gradients(
     gw = tl.zeros((16, BLOCK_N), dtype=tl.float32)
     for first in range(0, images * 16, BLOCK_M):
         _, mask, upstream, apart, o, dz = load_rows(
-            g, w, x, group, groups, images, first, channel, channel_mask, C, ACTIVATION, BLOCK_M
-        )
+            g, w, x, group, groups, images, first, channel, channel_mask, slope, C, ACTIVATION,
+            BLOCK_M,
+        )  # fmt: skip
         s1 += tl.sum(dz, axis=0)
         s2 += tl.sum(dz * apart, axis=0)
         features = tl.where(mask, upstream * o.to(x.value.dtype.element_ty).to(tl.float32), 0.0)
@@ -101,7 +102,8 @@ def logit_gradients(
     by_mean = -scale * s1 / count
     for first in range(0, images * 16, BLOCK_M):
         offsets, mask, _, apart, _, dz = load_rows(
-            g, w, x, group, groups, images, first, channel, channel_mask, C, ACTIVATION, BLOCK_M
-        )
+            g, w, x, group, groups, images, first, channel, channel_mask, slope, C, ACTIVATION,
+            BLOCK_M,
+        )  # fmt: skip
         dy = scale[None, :] * dz + (by_value[None, :] * apart + by_mean[None, :])
         tl.store(out + offsets, dy.to(out.dtype.element_ty), mask=mask)

@@ -31,7 +31,6 @@ class Loaded(NamedTuple):
     value: Any  # elements in storage dtype
     aux: Any  # like value; read by the prologues normgrad and actgrad
     coef: Any  # [3, groups, C] fp32; read by activate and normgrad
-    slope: Any
 
 
 class Stored(NamedTuple):
@@ -40,7 +39,6 @@ class Stored(NamedTuple):
     bias: Any  # [C]; read where HAS_BIAS
     aux: Any  # like the result: raw y, for gradient; or uint8 signs, for signs and signed
     coef: Any  # [3, groups, C] fp32, of aux; for gradient
-    slope: Any
     partials: Any  # [2, groups, tiles, C] fp32; for statistics and gradient
     counts: Any  # [groups, tiles] fp32: rows in each tile; for statistics
 
@@ -74,9 +72,7 @@ class Operand:
     def loaded(self) -> Loaded:
         """As a kernel's argument."""
         value, aux, coef = self.value, self.aux, self.coef
-        return Loaded(
-            value, value if aux is None else aux, value if coef is None else coef, float(self.slope)
-        )
+        return Loaded(value, value if aux is None else aux, value if coef is None else coef)
 
 
 @dataclass(frozen=True)
@@ -105,7 +101,7 @@ class Epilogue:
         tensors = (self.bias, self.aux, self.coef, result.partials, result.counts)
         bias, aux, coef, *made = (result.value if t is None else t for t in tensors)
         return {
-            "end": Stored(bias, aux, coef, float(self.slope), *made),
+            "end": Stored(bias, aux, coef, *made), "slope": float(self.slope),
             "HAS_BIAS": self.bias is not None, "EPILOGUE": self.kind, "ACTIVATION": self.activation,
         }  # fmt: skip
 
@@ -157,7 +153,8 @@ def gather_launch(
     launch = Launch(
         kernel, (row_tiles * cdiv(shape.CO, tile.columns), groups, tile.split), {
             **loads, "out": store, **now.arguments(result), "groups": groups,
-            "images": g.N // groups, "S": shape, "PROLOGUE": source.prologue,
+            "images": g.N // groups, "x_slope": float(source.slope), "S": shape,
+            "PROLOGUE": source.prologue,
             "X_ACTIVATION": source.activation, "SPLIT": tile.split, "BLOCK_M": tile.rows,
             "BLOCK_N": tile.columns, "BLOCK_K": tile.depth, "PRECISION": precision,
         }, tile.warps, tile.stages)  # fmt: skip
@@ -227,7 +224,7 @@ def transform(
 @triton.jit
 def of_group(x, group, C: tl.constexpr):
     """An operand (Loaded) whose coefficients start at this group's row."""
-    return Loaded(x.value, x.aux, x.coef + group * C, x.slope)
+    return Loaded(x.value, x.aux, x.coef + group * C)
 
 
 @triton.jit
@@ -257,6 +254,7 @@ def pixels(block, group, images, S: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def load_operand(
     x,  # Loaded, `of_group`
+    slope,
     plane,  # groups * C: from one plane of the coefficients to the next
     offsets,  # [A, B] int64, the same for value and aux
     mask,  # [A, B]
@@ -270,12 +268,12 @@ def load_operand(
     second = tile
     if PROLOGUE != "none" and PROLOGUE != "activate":
         second = tl.load(x.aux + offsets, mask=mask, other=0.0)
-    return apply(x, plane, tile, second, mask, channels, channel_mask, PROLOGUE, ACTIVATION)
+    return apply(x, slope, plane, tile, second, mask, channels, channel_mask, PROLOGUE, ACTIVATION)
 
 
 @triton.jit
 def apply(
-    x, plane, tile, second, mask, channels, channel_mask, PROLOGUE: tl.constexpr,
+    x, slope, plane, tile, second, mask, channels, channel_mask, PROLOGUE: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """What `load_operand` does with a tile [A, B] and, for normgrad and actgrad, one of aux."""
@@ -283,7 +281,7 @@ def apply(
         mean, scale, shift = 0.0, 0.0, 0.0
         if PROLOGUE != "actgrad":
             mean, scale, shift = coefficients(x.coef, plane, channels, channel_mask)
-        changed = transform(tile, second, mean, scale, shift, x.slope, PROLOGUE, ACTIVATION)
+        changed = transform(tile, second, mean, scale, shift, slope, PROLOGUE, ACTIVATION)
         tile = tl.where(mask, changed, 0.0).to(tile.dtype)
     return tile
 
@@ -333,7 +331,7 @@ def store_tile(
     row_mask,  # [BM]
     channels,  # [BN]: output channel of each column
     channel_mask,  # [BN]
-    end,  # Stored; `aux` like out
+    end, slope,  # Stored; `aux` like out
     group, groups,
     tile, tiles,  # which of the group's tiles this is, [] or [BN]
     C: tl.constexpr,  # channels of out
@@ -359,12 +357,12 @@ def store_tile(
         result += tl.load(end.bias + channels, mask=channel_mask, other=0.0).to(tl.float32)[None, :]
     count = tl.sum(row_mask.to(tl.float32), axis=0)
     if EPILOGUE == "store" or EPILOGUE == "signs":
-        stored = activate(result, end.slope, ACTIVATION).to(out.dtype.element_ty)
+        stored = activate(result, slope, ACTIVATION).to(out.dtype.element_ty)
         tl.store(out + offsets, stored, mask=mask)
         if EPILOGUE == "signs":
             store_signs(end.aux, stored, offsets, mask, channels)
     elif EPILOGUE == "signed":
-        result *= signs_derivative(end.aux, offsets, mask, channels, end.slope, ACTIVATION)
+        result *= signs_derivative(end.aux, offsets, mask, channels, slope, ACTIVATION)
         tl.store(out + offsets, result.to(out.dtype.element_ty), mask=mask)
     elif EPILOGUE == "statistics":
         stored = result.to(out.dtype.element_ty)
@@ -377,7 +375,7 @@ def store_tile(
         tl.store(end.partials + next_plane + at, m2, mask=channel_mask)
     elif EPILOGUE == "gradient":
         s1, s2 = store_gradient(
-            result, out, offsets, mask, channels, channel_mask, end.aux, coef, plane, end.slope,
+            result, out, offsets, mask, channels, channel_mask, end.aux, coef, plane, slope,
             ACTIVATION,
         )  # fmt: skip
         tl.store(end.partials + at, s1, mask=channel_mask)
@@ -390,8 +388,8 @@ def store_pixels(
     acc,  # [BM, BN] fp32: rows are small pixels, or the pixels of one phase of the large side
     out,
     n, p, q, r, s,  # [BM]: image, row and column of the small pixel; phase
-    row_mask, channel, channel_mask, end, groups, images, S: tl.constexpr, SPLIT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr,
+    row_mask, channel, channel_mask, end, slope, groups, images, S: tl.constexpr,
+    SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """A tile of a convolution, that of this program, to memory; with SPLIT > 1 to this part's copy
     of `out`."""
@@ -406,8 +404,8 @@ def store_pixels(
     tile = row_tile * (S.PHASE * S.PHASE) + phase
     tiles = tl.num_programs(0) // ((S.CO + acc.shape[1] - 1) // acc.shape[1])
     count = store_tile(
-        acc, out, offsets, row_mask, channel, channel_mask, end, group, groups, tile, tiles, S.CO,
-        HAS_BIAS, EPILOGUE, ACTIVATION,
+        acc, out, offsets, row_mask, channel, channel_mask, end, slope, group, groups, tile, tiles,
+        S.CO, HAS_BIAS, EPILOGUE, ACTIVATION,
     )  # fmt: skip
     if EPILOGUE == "statistics" and column_tile == 0:
         tl.store(end.counts + group * tiles + tile, count)
@@ -415,7 +413,7 @@ def store_pixels(
 
 @triton.jit
 def gather_sum(
-    x,  # Loaded, `of_group`
+    x, x_slope,  # Loaded, `of_group`
     plane,  # groups * channels of x
     w,
     n, p, q, row_mask,  # [BLOCK_M]: as of `pixels`
@@ -453,7 +451,7 @@ def gather_sum(
         h, v = top + th, left + tw
         inside = row_mask & (h >= 0) & (h < S.HI) & (v >= 0) & (v < S.WI)
         a = load_operand(
-            x, plane, (corner + (th * S.WI + tw) * S.CI)[:, None] + c[None, :],
+            x, x_slope, plane, (corner + (th * S.WI + tw) * S.CI)[:, None] + c[None, :],
             inside[:, None] & c_mask[None, :], c[None, :], c_mask[None, :], PROLOGUE, X_ACTIVATION,
         )  # fmt: skip
         if S.TRANSPOSED:
@@ -486,7 +484,7 @@ def place_of(rows, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 def reduce_splits(
     parts,  # [SPLITS, groups, rows, C] fp32
     out,  # [groups, rows, C]
-    end, groups, rows, C: tl.constexpr, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    end, groups, rows, slope, C: tl.constexpr, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr,
     EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Parts of a sum added in their order, then the epilogue. By rows (`Place`)."""
@@ -496,8 +494,8 @@ def reduce_splits(
     for split in range(SPLITS):
         acc += tl.load(parts + split * plane + at.offsets, mask=at.mask, other=0.0)
     count = store_tile(
-        acc, out, at.offsets, at.row_mask, at.channel, at.channel_mask, end, at.group, groups,
-        at.tile, at.tiles, C, HAS_BIAS, EPILOGUE, ACTIVATION,
+        acc, out, at.offsets, at.row_mask, at.channel, at.channel_mask, end, slope, at.group,
+        groups, at.tile, at.tiles, C, HAS_BIAS, EPILOGUE, ACTIVATION,
     )  # fmt: skip
     if EPILOGUE == "statistics" and at.column_tile == 0:
         tl.store(end.counts + at.group * at.tiles + at.tile, count)

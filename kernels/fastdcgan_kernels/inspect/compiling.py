@@ -21,12 +21,9 @@ from .assembly import describe_amdgcn, describe_cubin
 # What a multiprocessor holds: CUDA C++ Programming Guide, "Technical Specifications per Compute
 # Capability": warps, blocks, bytes of shared memory (1 KB of it is the system's, each block).
 RESIDENT = {
-    "sm_80": (64, 32, 167_936),
-    "sm_89": (48, 24, 102_400),
-    "sm_90": (64, 32, 233_472),
-    "sm_100": (64, 32, 233_472),
-    "sm_120": (48, 24, 102_400),
-}
+    "sm_80": (64, 32, 167_936), "sm_89": (48, 24, 102_400), "sm_90": (64, 32, 233_472),
+    "sm_100": (64, 32, 233_472), "sm_120": (48, 24, 102_400),
+}  # fmt: skip
 NAMES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64",
     torch.uint8: "u8", torch.int32: "i32",
