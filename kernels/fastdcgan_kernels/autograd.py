@@ -24,7 +24,7 @@ SAVED, INPUTS = Signature("", (Saved, "")), Signature("", (Inputs, ""))
 
 
 def keep(ctx: Any, inputs: Inputs, spec: BlockSpec, **results: Tensor | None) -> None:
-    """For the way back; gradients of what nobody used stay None."""
+    """For the way back; gradients of unused results stay None."""
     ctx.set_materialize_grads(False)
     ctx.spec = spec
     tensors: dict[str, Any] = vars(inputs) | results

@@ -10,7 +10,6 @@ PyTorch 2.11 then looks for the mutated ones among those left (IndexError).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -42,8 +41,12 @@ def operator(
 
     def call(*flat: Any) -> Any:
         values = signature.restore(flat)
-        function = run if callable(run) else getattr(_blocks(), run)
-        found = function(*values)
+        if callable(run):
+            found = run(*values)
+        else:
+            from .gpu import blocks
+
+            found = getattr(blocks, run)(*values)
         if not gradients:
             return found
         (saved,) = (value for value in values if isinstance(value, Saved))
@@ -72,10 +75,6 @@ def gradients(
         return _in_order(made, saved, names)
 
     return operator(name, signature, run, empty, len(names), gradients=names)
-
-
-def _blocks() -> Any:
-    return import_module(".gpu.blocks", __package__)
 
 
 def _in_order(found: dict[str, Tensor], saved: Saved, names: Sequence[str]) -> tuple[Tensor, ...]:

@@ -246,7 +246,7 @@ def fold(inputs: Inputs, buffers: Buffers, spec: BlockSpec) -> Inputs:
 
 
 def conv_bn(inputs: Inputs, spec: BlockSpec) -> tuple[Tensor, Tensor]:
-    """Twin of the operator conv_bn, the running buffers apart: (y, coef)."""
+    """Twin of the operator conv_bn, without its running buffers: (y, coef)."""
     if inputs.picture is not None:  # x is made again, for the gradients of what it is made of
         assert inputs.picture_weight is not None
         first = BlockSpec(False, 2, 1, spec.x_activation, spec.x_slope)

@@ -102,7 +102,7 @@ def finalize_statistics(
         eps=eps, momentum=float(momentum), HAS_GAMMA=gamma is not None, HAS_BETA=beta is not None,
         RUNNING=running is not None, BATCHES=moved.batches is not None, MOMENTA=momenta is not None,
     )  # fmt: skip
-    if mean is not moved.mean:  # buffers with gaps, which nobody has
+    if mean is not moved.mean:  # buffers that are not contiguous
         moved.mean.copy_(mean)
         moved.var.copy_(var)
     return coef, stats

@@ -88,7 +88,7 @@ def conv_bn_of_image_backward(
         found["picture"] = convolve(g, working, first, transposed=True).value
         if need.picture_weight:
             found["picture_weight"] = weight_gradient(Operand(picture), g, first, dtype=dtype)
-    elif need.picture_weight:  # nobody else wants the gradient between the layers
+    elif need.picture_weight:  # the gradient between the layers is not stored
         found["picture_weight"] = conv_image.weight_gradient_through(
             dy, weight, geometry, signs, spec.x_activation, spec.x_slope, picture,
             tile=_tile("conv_transposed", geometry, dy.value, dy.prologue, "store", groups),

@@ -27,7 +27,7 @@ Norm = nn.BatchNorm2d | nn.SyncBatchNorm
 
 @contextlib.contextmanager
 def stat_groups(groups: int) -> Iterator[None]:
-    """Inside, a fused nn.Sequential takes its input as so many batches of equal size, one after the
+    """Inside, a fused nn.Sequential takes its input as this many equal batches, one after the
     other: convolutions run on all of them at once, each is normalised by its own statistics, and
     the running buffers see them in order. The result is that of one call for each batch. Modules
     in it that are in no fused block are called once for each batch.
@@ -264,7 +264,7 @@ def _for_each_group(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def flat(sequential: nn.Module) -> Iterator[nn.Module]:
-    """Children in order, those of nn.Sequentials that nobody watches in their place."""
+    """Children in order, those of nn.Sequentials without hooks in their place."""
     for child in sequential._modules.values():  # a module that is there twice, twice
         assert child is not None
         if type(child) in (nn.Sequential, FusedSequential) and not is_hooked(child):

@@ -60,7 +60,7 @@ def fuse(model: Model, *, verbose: bool = False) -> Model:
     Found are nn.Conv2d and nn.ConvTranspose2d (4x4; stride 2 with padding 1, or stride 1 with
     padding 0), each alone or followed by nn.BatchNorm2d (nn.SyncBatchNorm), nn.ReLU, nn.LeakyReLU
     or nn.Tanh: in nn.Sequential at any depth, and as attributes that a module's own forward calls
-    in order (read with torch.fx, in training and evaluation alike). Everything else runs as it did:
+    in order (read with torch.fx, in training and evaluation). Everything else runs as it did:
     so does a module that has hooks, whenever it got them, a module that is called by itself, and a
     forward that is given other arguments, or finds other attributes, than it was read with.
 
@@ -187,7 +187,7 @@ class _Tracer(fx.Tracer):
 
 def _read(module: nn.Module, own: dict[str, nn.Module]) -> tuple[list[str], list[Run]]:
     """Names of the arguments of a module's own forward that have no default, and the runs that it
-    calls alike in training and in evaluation, given just those."""
+    calls both in training and in evaluation, given just those."""
     parameters = inspect.signature(module.forward).parameters.values()
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD, p.KEYWORD_ONLY) for p in parameters):
         raise TypeError("*args, **kwargs and keyword-only arguments are not read")
