@@ -244,8 +244,8 @@ def _questions() -> Iterable[tuple[str, Any, Any]]:
     geometry, tile = Geometry(2, 4, 4, 16, 8, 8, 16, 2, 1), Tile(32, 16, 16, warps=1, stages=1)
     for op, epilogue, more in (
         ("conv", "statistics", {"split": 2}),
-        ("conv_transposed", "store", {"descriptors": True}),
-        ("weight_gradient", "store", {"descriptors": True}),
+        ("conv_transposed", "store", {"engine": "descriptors"}),
+        ("weight_gradient", "store", {"engine": "descriptors"}),
     ):
         task = Task(op, geometry, torch.float32, "none", epilogue, 1)
         yield f"{op}, {', '.join(more)}", task, replace(tile, **more)

@@ -125,6 +125,5 @@ def _plan(block: Block, target: Target) -> tuple[str, bool]:
             blocks.conv_act(inputs, spec)
     task = next(one for one in asked if isinstance(one, Task))
     tile = choose.tile_for(task, target)
-    words = f"tile {tile.rows}x{tile.columns}x{tile.depth}, {tile.warps} warps"
-    words += " by descriptors" if tile.descriptors else ""
+    words = f"tile {tile.rows}x{tile.columns}x{tile.depth}, {tile.warps} warps, by {tile.engine}"
     return words, choice.measured and bool(measured.stored(task, target.device))

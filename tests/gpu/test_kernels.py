@@ -104,10 +104,10 @@ def test_descriptors_and_pointers_agree(transposed, groups):
     task = Task(op, geometry, x.dtype, "none", "statistics", groups)
     tile = choose.tile_for(task, targets.target_of(torch.device(DEVICE, 0)))
     found, gradients = [], []
-    for descriptors in (True, False):
+    for engine in ("descriptors", "pointers"):
         given = {
             "transposed": transposed, "groups": groups,
-            "tile": replace(tile, descriptors=descriptors, split=1),
+            "tile": replace(tile, engine=engine, split=1),
         }  # fmt: skip
         result = blocks.convolve(
             Operand(x), weight, geometry, epilogue=Epilogue("statistics"), **given

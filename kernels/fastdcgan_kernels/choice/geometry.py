@@ -7,10 +7,12 @@ A layer joins a small side [N, CS, P, Q] and a large side [N, CL, H, W] by the 1
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+
+Engine: TypeAlias = Literal["pointers", "descriptors"]
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,8 @@ class Shape(NamedTuple):
 @dataclass(frozen=True)
 class Tile:
     """rows x columns of the result a program makes, `depth` of the sum it takes at a time, parts
-    the sum is split into, and what the compiler is told. `descriptors`: loads are by tensor
-    descriptors, where the tensors fit them; else by pointers."""
+    the sum is split into, what the compiler is told, and the engine: which kernel makes it, by what
+    loads. An engine that does not take the tensors leaves them to pointers, which take all."""
 
     rows: int
     columns: int
@@ -73,7 +75,7 @@ class Tile:
     split: int = 1
     warps: int = 4
     stages: int = 3
-    descriptors: bool = False
+    engine: Engine = "pointers"
 
 
 def cdiv(a: int, b: int) -> int:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from .geometry import Tile, cdiv
+from .geometry import Engine, Tile, cdiv
 from .types import Target, Task
 
 WITHOUT_SPLIT = ("image_conv", "image_conv_transposed")  # their sums are one part
@@ -55,7 +55,8 @@ def neighbours(task: Task, target: Target) -> list[Tile]:
         del steps["split"]
     found = [replace(first, warps=12 - first.warps)]
     if target.descriptors and not task.op.startswith("image_"):
-        found.append(replace(first, descriptors=not first.descriptors))
+        other = "pointers" if first.engine == "descriptors" else "descriptors"
+        found.append(replace(first, engine=other))
     for name, (least, most) in steps.items():
         value = getattr(first, name)
         for other in (value - 1, value + 1) if name == "stages" else (value // 2, value * 2):
@@ -131,8 +132,10 @@ def default_tile(task: Task, target: Target) -> Tile:
     warps = 8 if along * size % 16 else _warps(task, rows, columns)
     # 8 also without 16-byte loads: the addresses of smaller ones take registers. And a prologue
     # works on registers: then the way through them is no detour.
-    descriptors = target.descriptors and not image and task.prologue == "none"
-    tile = Tile(rows, columns, depth, split, warps, 2 if busy else 3, descriptors)
+    engine: Engine = "pointers"
+    if target.descriptors and not image and task.prologue == "none":
+        engine = "descriptors"
+    tile = Tile(rows, columns, depth, split, warps, 2 if busy else 3, engine)
     while shared_bytes(task, tile) > target.shared_bytes * 3 // 4:
         if tile.stages > 2:
             tile = replace(tile, stages=tile.stages - 1)

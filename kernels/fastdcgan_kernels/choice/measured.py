@@ -19,10 +19,10 @@ from typing import Any, get_args
 
 import torch
 
-from .geometry import Geometry, Tile
+from .geometry import Engine, Geometry, Tile
 from .types import Answer, Block, How, Question, Task
 
-FORMAT = 2  # of the file: change it when kernels change so much that old measurements mislead
+FORMAT = 3  # of the file: change it when kernels change so much that old measurements mislead
 PATIENCE = 60  # seconds to wait for another process that stores
 # What a file may raise that somebody else wrote, or half wrote; RuntimeError: nesting without end.
 USELESS = (ValueError, TypeError, KeyError, AttributeError, RuntimeError)
@@ -125,9 +125,11 @@ def _answers(rows: dict[str, Any]) -> dict[Question, Answer]:
         shapes = Geometry(**given["geometry"])
         given |= {"geometry": shapes, "dtype": getattr(torch, given["dtype"])}
         if "op" in given:
-            if not all(isinstance(number, int) for number in value.values()):
+            tile = Tile(**value)
+            *numbers, engine = asdict(tile).values()
+            if not all(isinstance(n, int) for n in numbers) or engine not in get_args(Engine):
                 raise ValueError(f"{value} is not a tile")
-            found[Task(**given)] = Tile(**value)
+            found[Task(**given)] = tile
         elif value in get_args(How):
             found[Block(**given)] = value
         else:

@@ -22,7 +22,8 @@ def takes(
     box of the large side holds two taps."""
     whole_taps = transposed or geometry.CL % tile.depth == 0
     tensors = source.value, source.aux, weight
-    return tile.descriptors and whole_taps and fits_descriptors(precision, *tensors)
+    by_descriptors = tile.engine == "descriptors"
+    return by_descriptors and whole_taps and fits_descriptors(precision, *tensors)
 
 
 def convolve(

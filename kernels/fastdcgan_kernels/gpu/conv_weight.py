@@ -28,7 +28,7 @@ def weight_gradient(
     loads: dict[str, Any] = {"small": small.loaded, "large": large.loaded}
     whole_boxes = groups == 1 or g.N // groups % box_of(tile.depth, g)[0] == 0
     tensors = small.value, small.aux, large.value, large.aux
-    if tile.descriptors and whole_boxes and fits_descriptors(precision, *tensors):
+    if tile.engine == "descriptors" and whole_boxes and fits_descriptors(precision, *tensors):
         kernel = weight_gradient_descriptors
         loads = described("small", small, g, False, tile.depth, tile.rows)
         loads |= described("large", large, g, True, tile.depth, tile.columns)

@@ -84,9 +84,9 @@ def words_of(candidate: Any) -> str:
         return candidate
     if isinstance(candidate, tuple):
         return " and ".join(candidate)
-    tile, loads = candidate, " by descriptors" if candidate.descriptors else ""
+    tile = candidate
     size = f"{tile.rows}x{tile.columns}x{tile.depth}"
-    return f"{size}, split {tile.split}, {tile.warps} warps, {tile.stages} stages{loads}"
+    return f"{size}, split {tile.split}, {tile.warps} warps, {tile.stages} stages, by {tile.engine}"
 
 
 def name_of(asked: Question | Pair) -> str:

@@ -105,9 +105,9 @@ def test_neighbours_of_a_wide_tile_do_not_spill(monkeypatch):
 
 def test_neighbours_try_the_other_way_to_load_where_there_is_one():
     task = next(task for task in tasks(128) if task.op == "conv_transposed")
-    for name, ways in (("sm_80", {False}), ("sm_90", {False, True})):
+    for name, ways in (("sm_80", {"pointers"}), ("sm_90", {"pointers", "descriptors"})):
         tiles = heuristics.neighbours(task, TARGETS[name])
-        assert {tile.descriptors for tile in tiles} == ways
+        assert {tile.engine for tile in tiles} == ways
 
 
 def test_larger_tiles_where_there_is_work():
@@ -115,7 +115,7 @@ def test_larger_tiles_where_there_is_work():
     target = TARGETS["sm_90"]
     geometry = Geometry(512, 16, 16, 128, 32, 32, 64, 2, 1)
     task = Task("conv", geometry, torch.bfloat16, "none", "statistics", 1)
-    assert choose.tile_for(task, target) == Tile(128, 128, 64, 1, 8, 3, descriptors=True)
+    assert choose.tile_for(task, target) == Tile(128, 128, 64, 1, 8, 3, engine="descriptors")
     small = choose.tile_for(replace(task, geometry=replace(geometry, N=1)), target)
     assert small.rows * small.columns < 128 * 128
     assert small.split > 1

@@ -20,7 +20,7 @@ GPU = "Some GPU (80 GB)"
 MID = Geometry(4, 4, 2, 6, 8, 4, 5, 2, 1)
 TASK = Task("conv_transposed", MID, torch.float32, "none", "store", 1)
 BLOCK = Block(False, MID, torch.float32, True, 1)
-TILE = Tile(32, 16, 16, 2, 4, 3, True)
+TILE = Tile(32, 16, 16, 2, 4, 3, "descriptors")
 
 
 @pytest.fixture(autouse=True)

@@ -132,16 +132,16 @@ def test_signs_are_stored_beside_the_output(activation, dtype):
 
 
 @pytest.mark.parametrize("split", [1, 3])
-@pytest.mark.parametrize("descriptors", [False, True])
+@pytest.mark.parametrize("engine", ["pointers", "descriptors"])
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
-def test_a_gradient_by_signs(activation, descriptors, split):
+def test_a_gradient_by_signs(activation, engine, split):
     g, draw = layer(2, 4, 2, 40, 24), Draw(torch.float32)
     x, weight, o = Operand(draw.normal(2, 40, 4, 2)), draw.weight(g), draw.normal(2, 24, 8, 4)
     epilogue = Epilogue("signed", None, packed(o), None, activation, exact.SLOPE)
-    tile = Tile(16, 16, 16, split=split, descriptors=descriptors)
+    tile = Tile(16, 16, 16, split=split, engine=engine)
     options = {"transposed": True, "tile": tile}
-    assert conv_tma.takes(x, weight, g, precision="ieee", **options) == descriptors
-    run = (conv_tma if descriptors else conv_pointers).convolve
+    assert conv_tma.takes(x, weight, g, precision="ieee", **options) == (engine == "descriptors")
+    run = (conv_tma if engine == "descriptors" else conv_pointers).convolve
     result = run(x, weight, g, epilogue=epilogue, **options)
     truth = F.conv_transpose2d(x.value.double(), weight.double(), None, 2, 1)
     exact.close(result.value, exact.act_backward(truth, o.double(), activation))

@@ -29,7 +29,7 @@ KINDS = {
     "collapse": (False, layer(6, 1, 1, 8, 32, stride=1)),
     "project": (True, layer(6, 1, 1, 24, 40, stride=1)),
 }
-tile_of = partial(Tile, descriptors=True)
+tile_of = partial(Tile, engine="descriptors")
 
 
 def convolve(source, weight, g, *, transposed, tile, **more):

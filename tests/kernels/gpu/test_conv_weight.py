@@ -49,14 +49,14 @@ def test_every_prologue_by_descriptors(stride, p, monkeypatch):
     prologues = PROLOGUES[p], PROLOGUES[(p + 1) % 4]
     activations = ACTIVATIONS[p], ACTIVATIONS[(p + 2) % 4]
     g, dtype = DESCRIBED[stride], DTYPES[p % 3]
-    tile = Tile(32, 32, 16, split=1 + p // 2, descriptors=True)
+    tile = Tile(32, 32, 16, split=1 + p // 2, engine="descriptors")
     check(g, dtype, prologues, activations, 1, tile, out_dtype=dtype)
 
 
 def test_groups_by_descriptors(monkeypatch):
     """A box of 16 pixels is 4 images here: all of a group."""
     monkeypatch.setattr(conv_weight, "weight_gradient_pointers", None)
-    tile, prologues = Tile(32, 32, 16, split=2, descriptors=True), ("normgrad", "activate")
+    tile, prologues = Tile(32, 32, 16, split=2, engine="descriptors"), ("normgrad", "activate")
     check(layer(8, 2, 6, 24, 40), torch.float32, prologues, ("none", "tanh"), 2, tile)
 
 
@@ -83,7 +83,7 @@ layers = st.builds(
 )  # fmt: skip
 tiles = st.builds(
     Tile, st.just(64), st.sampled_from([32, 64]), st.sampled_from([16, 32]),
-    st.integers(1, 3), descriptors=st.booleans(),
+    st.integers(1, 3), engine=st.sampled_from(["pointers", "descriptors"]),
 )  # fmt: skip
 
 

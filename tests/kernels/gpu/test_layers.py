@@ -59,5 +59,5 @@ def test_layers_of_the_generator(name, dtype):
 @pytest.mark.parametrize("name", DISCRIMINATOR)
 def test_layers_of_the_discriminator(name, dtype):
     """By descriptors, but for 3 channels and 1; operands as they are."""
-    tile = Tile(128, 256, 64, descriptors=True)
+    tile = Tile(128, 256, 64, engine="descriptors")
     check_layer(DISCRIMINATOR[name], False, dtype, tile, ("none", "statistics"), ("none", "store"))

@@ -25,7 +25,7 @@ def test_tf32_is_loaded_by_descriptors_where_triton_rounds_it(dtype, setting, ve
     rounded to TF32 is as it was."""
     monkeypatch.setattr(triton, "__version__", version)
     monkeypatch.setattr(descriptors, "triton_version", descriptors.triton_version.__wrapped__)
-    tile = Tile(64, 64, 32, 1, 8, 2, descriptors=True)
+    tile = Tile(64, 64, 32, 1, 8, 2, engine="descriptors")
     monkeypatch.setattr(
         measured, "stored", lambda asked, device: tile if isinstance(asked, Task) else None
     )

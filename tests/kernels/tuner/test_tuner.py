@@ -27,7 +27,7 @@ IMAGE = replace(MID, CL=3)
 END = Geometry(4, 1, 1, 6, 4, 4, 5, 1, 0)
 TASK = Task("conv_transposed", MID, torch.float32, "none", "store", 1)
 BLOCK = Block(False, MID, torch.float32, True, 1)
-TILE = Tile(32, 16, 16, 2, 4, 3, True)
+TILE = Tile(32, 16, 16, 2, 4, 3, "descriptors")
 PAIRS = {  # whose launches are shared, and where
     "image": ([Geometry(4, 8, 4, 8, 16, 8, 3, 2, 1), Geometry(4, 4, 2, 6, 8, 4, 8, 2, 1)],
               (False, True), (conv_image, "weight_gradient_through")),
@@ -296,7 +296,7 @@ def test_a_wrong_kernel_is_dropped_though_it_is_the_fastest(monkeypatch):
         candidates=lambda asked, target: [first, second, third],
     )  # fmt: skip
     assert found == {TASK: second}
-    assert "dropped 32x16x32, split 1, 1 warps, 1 stages: wrong, " in said[0]
+    assert "dropped 32x16x32, split 1, 1 warps, 1 stages, by pointers: wrong, " in said[0]
     assert choose.tile_for(TASK, INTERPRETER) == second
 
 
