@@ -1,5 +1,10 @@
 """The convolutions of conv_pointers.py with loads by tensor descriptors (TMA).
 
+The product is the other way round: its rows are output channels, its columns the box of pixels. So
+Hopper's and Blackwell's matrix instructions take both operands from shared memory as TMA leaves
+them there (only the second operand's box may have more than two axes), and the sums of statistics
+are along a thread's own values.
+
 Not here: the descriptors and their boxes (descriptors.py); tensors that do not fit them.
 """
 
@@ -58,10 +63,11 @@ def gather_descriptors(
     ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (row tiles * phases * column tiles, groups, SPLIT). A box has BLOCK_M pixels; but for
-    the transposed convolution BLOCK_K divides CL."""
+    """Grid: (row tiles * phases * column tiles, groups, SPLIT). A box has BLOCK_M pixels, a tile of
+    the product is [BLOCK_N, BLOCK_M]; but for the transposed convolution BLOCK_K divides CL."""
     CHUNKS: tl.constexpr = (S.CI + BLOCK_K - 1) // BLOCK_K
-    STEPS: tl.constexpr = S.SIDE * S.SIDE * CHUNKS
+    TAPS: tl.constexpr = S.SIDE * S.SIDE
+    STEPS: tl.constexpr = TAPS * CHUNKS
     SHARE: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
     row_tile, phase, column_tile, group, split = program(S, BLOCK_N)
     n0, p0, q0, image, p, q = box_pixels(row_tile, group, images, S, BOX)
@@ -70,40 +76,39 @@ def gather_descriptors(
     channel = col0 + tl.arange(0, BLOCK_N)
     channel_mask = channel < S.CO
     r, s = phase // S.PHASE, phase % S.PHASE
+    if S.STRIDE > 1:
+        top, left, first_tap = p0 - 1 + r, q0 - 1 + s, (15 - 4 * r - s) * S.CL + col0
+    else:
+        top, left, first_tap = p0, q0, (4 * r + s) * S.CL + col0
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for step in range(split * SHARE, min(split * SHARE + SHARE, STEPS)):
-        tap = step // CHUNKS
-        c0 = step % CHUNKS * BLOCK_K
-        th, tw = tap // S.SIDE, tap % S.SIDE
-        if S.TRANSPOSED and S.STRIDE > 1:
-            top, left = th - 1 + r, tw - 1 + s
-            kh, kw = 3 - 2 * th - r, 3 - 2 * tw - s
-            at = n0, p0 + top, q0 + left, c0
-            h, v = p + top, q + left
-        elif S.TRANSPOSED:
-            kh, kw, h, v = r, s, p, q
-            at = n0, p0, q0, c0
-        else:
-            kh, kw = th, tw
-            at = large_box(n0, p0, q0, kh, kw, c0, S)
-            h, v = p * S.STRIDE - S.PAD + kh, q * S.STRIDE - S.PAD + kw
-        a, second = load_box(x, x_aux, at, BLOCK_M, BLOCK_K, PROLOGUE)
+        if S.TRANSPOSED:
+            tap, c0 = step % TAPS, step // TAPS * BLOCK_K
+            th, tw = tap // S.SIDE, tap % S.SIDE
+            at = n0, top + th, left + tw, c0
+            a = w.load([c0, first_tap - (8 * th + 2 * tw) * S.CL])
+            h, v = p + (top - p0) + th, q + (left - q0) + tw
+        else:  # a row of taps is one row of 4 * CL channels, here as in the weight
+            kh, along = step // (4 * CHUNKS), step % (4 * CHUNKS) * BLOCK_K
+            at = large_box(n0, p0, q0, kh, along, S)
+            a = w.load([col0, step * BLOCK_K])
+            h, v = p * S.STRIDE - S.PAD + kh, q * S.STRIDE - S.PAD + along // S.CL
+            c0 = along % S.CL
+        b, second = load_box(x, x_aux, at, BLOCK_M, BLOCK_K, PROLOGUE)
         inside = (h >= 0) & (h < S.HI) & (v >= 0) & (v < S.WI) & row_mask
         c = c0 + tl.arange(0, BLOCK_K)
-        a = apply(
-            Loaded(x, x_aux, x_coef + group * S.CI), x_slope, groups * S.CI, a, second,
+        b = apply(
+            Loaded(x, x_aux, x_coef + group * S.CI), x_slope, groups * S.CI, b, second,
             inside[:, None] & (c < S.CI)[None, :], c[None, :], (c < S.CI)[None, :], PROLOGUE,
             X_ACTIVATION,
         )  # fmt: skip
         if S.TRANSPOSED:
-            b = w.load([c0, (kh * 4 + kw) * S.CL + col0])
-        else:
-            b = tl.trans(w.load([col0, (kh * 4 + kw) * S.CL + c0]))
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+            a = tl.trans(a)
+        acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
 
     n = (group * images + image).to(tl.int64)
     store_pixels(
         acc, out, n, p, q, r, s, row_mask, channel, channel_mask, end, slope, groups, images, S,
-        SPLIT, HAS_BIAS, EPILOGUE, ACTIVATION,
+        SPLIT, HAS_BIAS, EPILOGUE, ACTIVATION, ROWS=1,
     )  # fmt: skip

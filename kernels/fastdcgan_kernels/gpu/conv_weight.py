@@ -149,7 +149,7 @@ def sum_pixels(
                     m_mask[:, None] & cs_mask[None, :], cs[None, :], cs_mask[None, :],
                     SMALL_PROLOGUE, SMALL_ACTIVATION,
                 )  # fmt: skip
-                at = large_box(n0, p0, q0, kh, kw, l_tile * BLOCK_N, S)
+                at = large_box(n0, p0, q0, kh, kw * S.CL + l_tile * BLOCK_N, S)
                 b, second = load_box(large.value, large.aux, at, BLOCK_K, BLOCK_N, LARGE_PROLOGUE)
                 b = apply(
                     of_group(large, group, S.CL), large_slope, groups * S.CL, b, second,

@@ -93,11 +93,12 @@ def load_box(x, aux, at, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PROLOGUE: tl
 
 
 @triton.jit
-def large_box(n, p, q, kh, kw, c, S: tl.constexpr):
+def large_box(n, p, q, kh, along, S: tl.constexpr):
     """Where in the large side's descriptor the box is that small pixels from (n, p, q) on meet at
-    tap (kh, kw), from channel c on. Past channel CL it holds a neighbour."""
+    the kernel's row kh, at channel `along` of its taps' kw * CL + c. Past a tap's last channel a
+    box holds a neighbour."""
     if S.STRIDE == 2:
-        row, odd = p + (kh + 1) // 2 - 1, (kh + 1) % 2
-        return n, row, odd, q + (kw + 1) // 2 - 1, (kw + 1) % 2 * S.CL + c
+        at = S.CL + along
+        return n, p + (kh + 1) // 2 - 1, (kh + 1) % 2, q + at // (2 * S.CL) - 1, at % (2 * S.CL)
     else:
-        return n, p + kh, q + kw, c
+        return n, p + kh, q + along // S.CL, along % S.CL

@@ -289,45 +289,54 @@ def apply(
 @triton.jit
 def store_signs(
     signs,  # pointer, uint8: bit c % 8 of byte c // 8 of a pixel is channel c's; C divides by 8
-    o, offsets, mask,  # [BM, BN]: an activation's output
+    o, offsets, mask,  # an activation's output: rows along the axis ROWS, channels along the other
     channels,  # [BN]
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """Where o is positive, a bit for each."""
-    bits = (o > 0).to(tl.int32) << (channels % 8)[None, :]
-    eight: tl.constexpr = (o.shape[0], o.shape[1] // 8, 8)
-    byte = tl.sum(bits.reshape(eight), axis=2, keep_dims=True)
+    bits = (o > 0).to(tl.int32) << tl.expand_dims(channels % 8, ROWS)
+    if ROWS == 0:
+        eight: tl.constexpr = (o.shape[0], o.shape[1] // 8, 8)
+    else:
+        eight: tl.constexpr = (o.shape[0] // 8, 8, o.shape[1])
+    byte = tl.sum(bits.reshape(eight), axis=2 - ROWS, keep_dims=True)
     byte = tl.broadcast_to(byte, eight).reshape(o.shape[0], o.shape[1])
-    first = (channels % 8 == 0)[None, :]
+    first = tl.expand_dims(channels % 8 == 0, ROWS)
     tl.store(signs + offsets // 8, byte.to(tl.uint8), mask=mask & first)
 
 
 @triton.jit
-def signs_derivative(signs, offsets, mask, channels, slope, ACTIVATION: tl.constexpr):
-    """act'(z) [BM, BN] from what `store_signs` stored of act(z); relu and leaky_relu."""
+def signs_derivative(
+    signs, offsets, mask, channels, slope, ACTIVATION: tl.constexpr, ROWS: tl.constexpr = 0
+):
+    """act'(z) from what `store_signs` stored of act(z); relu and leaky_relu."""
     byte = tl.load(signs + offsets // 8, mask=mask, other=0).to(tl.int32)
-    return activation_derivative((byte >> (channels % 8)[None, :]) & 1, slope, ACTIVATION)
+    bit = byte >> tl.expand_dims(channels % 8, ROWS)
+    return activation_derivative(bit & 1, slope, ACTIVATION)
 
 
 @triton.jit
 def store_gradient(
     result, out, offsets, mask, channels, channel_mask, y, coef, plane, slope,
-    ACTIVATION: tl.constexpr,
+    ACTIVATION: tl.constexpr, ROWS: tl.constexpr = 0,
 ):  # fmt: skip
     """With result d act(z), z = scale * (y - mean) + shift, and dz = result * act'(z): stores
-    scale * dz; returns sum dz and sum dz * (y - mean) of each column."""
+    scale * dz; returns sum dz and sum dz * (y - mean) of each channel."""
     mean, scale, shift = coefficients(coef, plane, channels, channel_mask)
-    apart = tl.load(y + offsets, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
-    o = activate(scale[None, :] * apart + shift[None, :], slope, ACTIVATION)
+    mean, shift = tl.expand_dims(mean, ROWS), tl.expand_dims(shift, ROWS)
+    scale = tl.expand_dims(scale, ROWS)
+    apart = tl.load(y + offsets, mask=mask, other=0.0).to(tl.float32) - mean
+    o = activate(scale * apart + shift, slope, ACTIVATION)
     dz = tl.where(mask, result * activation_derivative(o, slope, ACTIVATION), 0.0)
-    tl.store(out + offsets, (scale[None, :] * dz).to(out.dtype.element_ty), mask=mask)
-    return tl.sum(dz, axis=0), tl.sum(dz * apart, axis=0)
+    tl.store(out + offsets, (scale * dz).to(out.dtype.element_ty), mask=mask)
+    return tl.sum(dz, axis=ROWS), tl.sum(dz * apart, axis=ROWS)
 
 
 @triton.jit
 def store_tile(
-    result,  # [BM, BN] fp32
+    result,  # fp32 [BM, BN]; or [BN, BM], where ROWS is 1
     out,  # pointer
-    offsets,  # [BM, BN] int64, the same for out and aux
+    offsets,  # int64 like result, the same for out and aux
     row_mask,  # [BM]
     channels,  # [BN]: output channel of each column
     channel_mask,  # [BN]
@@ -336,6 +345,7 @@ def store_tile(
     tile, tiles,  # which of the group's tiles this is, [] or [BN]
     C: tl.constexpr,  # channels of out
     HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr,
+    ROWS: tl.constexpr = 0,  # the axis that the rows are along
 ):  # fmt: skip
     """One tile of a result to memory:
 
@@ -352,31 +362,33 @@ def store_tile(
     plane = groups * C
     at = (group * tiles + tile) * C + channels
     next_plane = groups * tiles * C
-    mask = row_mask[:, None] & channel_mask[None, :]
+    there = tl.expand_dims(row_mask, 1 - ROWS)
+    mask = there & tl.expand_dims(channel_mask, ROWS)
     if HAS_BIAS:
-        result += tl.load(end.bias + channels, mask=channel_mask, other=0.0).to(tl.float32)[None, :]
+        bias = tl.load(end.bias + channels, mask=channel_mask, other=0.0).to(tl.float32)
+        result += tl.expand_dims(bias, ROWS)
     count = tl.sum(row_mask.to(tl.float32), axis=0)
     if EPILOGUE == "store" or EPILOGUE == "signs":
         stored = activate(result, slope, ACTIVATION).to(out.dtype.element_ty)
         tl.store(out + offsets, stored, mask=mask)
         if EPILOGUE == "signs":
-            store_signs(end.aux, stored, offsets, mask, channels)
+            store_signs(end.aux, stored, offsets, mask, channels, ROWS)
     elif EPILOGUE == "signed":
-        result *= signs_derivative(end.aux, offsets, mask, channels, slope, ACTIVATION)
+        result *= signs_derivative(end.aux, offsets, mask, channels, slope, ACTIVATION, ROWS)
         tl.store(out + offsets, result.to(out.dtype.element_ty), mask=mask)
     elif EPILOGUE == "statistics":
         stored = result.to(out.dtype.element_ty)
         tl.store(out + offsets, stored, mask=mask)
-        y = tl.where(row_mask[:, None], stored.to(tl.float32), 0.0)
-        mean = tl.sum(y, axis=0) / tl.maximum(count, 1.0)
-        apart = tl.where(row_mask[:, None], y - mean[None, :], 0.0)
-        m2 = tl.sum(apart * apart, axis=0)
+        y = tl.where(there, stored.to(tl.float32), 0.0)
+        mean = tl.sum(y, axis=ROWS) / tl.maximum(count, 1.0)
+        apart = tl.where(there, y - tl.expand_dims(mean, ROWS), 0.0)
+        m2 = tl.sum(apart * apart, axis=ROWS)
         tl.store(end.partials + at, mean, mask=channel_mask)
         tl.store(end.partials + next_plane + at, m2, mask=channel_mask)
     elif EPILOGUE == "gradient":
         s1, s2 = store_gradient(
             result, out, offsets, mask, channels, channel_mask, end.aux, coef, plane, slope,
-            ACTIVATION,
+            ACTIVATION, ROWS,
         )  # fmt: skip
         tl.store(end.partials + at, s1, mask=channel_mask)
         tl.store(end.partials + next_plane + at, s2, mask=channel_mask)
@@ -385,27 +397,29 @@ def store_tile(
 
 @triton.jit
 def store_pixels(
-    acc,  # [BM, BN] fp32: rows are small pixels, or the pixels of one phase of the large side
+    acc,  # as `store_tile`: rows are small pixels, or the pixels of one phase of the large side
     out,
     n, p, q, r, s,  # [BM]: image, row and column of the small pixel; phase
     row_mask, channel, channel_mask, end, slope, groups, images, S: tl.constexpr,
     SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr,
+    ROWS: tl.constexpr = 0,
 ):  # fmt: skip
     """A tile of a convolution, that of this program, to memory; with SPLIT > 1 to this part's copy
     of `out`."""
-    row_tile, phase, column_tile, group, split = program(S, acc.shape[1])
+    COLUMNS: tl.constexpr = acc.shape[1 - ROWS]
+    row_tile, phase, column_tile, group, split = program(S, COLUMNS)
     if S.TRANSPOSED:
         out_row = (n * S.HO + (S.STRIDE * p + r)) * S.WO + (S.STRIDE * q + s)
     else:
         out_row = (n * S.HO + p) * S.WO + q
-    offsets = (out_row * S.CO)[:, None] + channel[None, :]
+    offsets = tl.expand_dims(out_row * S.CO, 1 - ROWS) + tl.expand_dims(channel, ROWS)
     if SPLIT > 1:
         offsets += split * (groups * images).to(tl.int64) * (S.HO * S.WO * S.CO)
     tile = row_tile * (S.PHASE * S.PHASE) + phase
-    tiles = tl.num_programs(0) // ((S.CO + acc.shape[1] - 1) // acc.shape[1])
+    tiles = tl.num_programs(0) // ((S.CO + COLUMNS - 1) // COLUMNS)
     count = store_tile(
         acc, out, offsets, row_mask, channel, channel_mask, end, slope, group, groups, tile, tiles,
-        S.CO, HAS_BIAS, EPILOGUE, ACTIVATION,
+        S.CO, HAS_BIAS, EPILOGUE, ACTIVATION, ROWS,
     )  # fmt: skip
     if EPILOGUE == "statistics" and column_tile == 0:
         tl.store(end.counts + group * tiles + tile, count)
