@@ -393,7 +393,7 @@ def _products(name: str, grid: tuple[int, ...], given: dict[str, Any]) -> tuple[
     def loaded(prologue: str) -> int:
         return 2 if given[prologue] in ("normgrad", "actgrad") else 1
 
-    rows, columns = given["BLOCK_M"], given.get("BLOCK_N", 64)
+    rows, columns = given["BLOCK_M"], given.get("BLOCK_N", 64) * given.get("TAPS", 1)
     images = given["groups"] * given["images"]
     pixels = given["images"] * given["P"] * given["Q"]
     depth = given.get("BLOCK_K", 64)

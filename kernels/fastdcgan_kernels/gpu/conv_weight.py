@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..choice.geometry import Geometry, Tile, box_of, cdiv, empty
-from .descriptors import box_pixels, described, fits_descriptors, large_box, load_box
+from ..choice.heuristics import bucket
+from .descriptors import box_pixels, described, descriptor, fits_descriptors, large_box, load_box
 from .launch import Launch
 from .tile import Loaded, Operand, apply, load_operand, of_group, parts_like, pixels, reduce
 
@@ -23,27 +24,41 @@ def weight_gradient(
 ) -> Tensor:  # fmt: skip
     """d weight [CS, CL, 4, 4] in `dtype`: per tap, small^T large over all pixels. `tile.rows` are
     of CS, `tile.columns` of CL, `tile.depth` pixels at a time; `tile.split` parts, summed in their
-    order."""
-    g, kernel = geometry, weight_gradient_pointers
+    order. By descriptors a tile of more columns than CL has two taps side by side."""
+    g, columns = geometry, min(tile.columns, max(16, bucket(geometry.CL)))
+    kernel, taps = weight_gradient_pointers, 1
     loads: dict[str, Any] = {"small": small.loaded, "large": large.loaded}
-    whole_boxes = groups == 1 or g.N // groups % box_of(tile.depth, g)[0] == 0
-    tensors = small.value, small.aux, large.value, large.aux
-    if tile.engine == "descriptors" and whole_boxes and fits_descriptors(precision, *tensors):
-        kernel = weight_gradient_descriptors
-        loads = described("small", small, g, False, tile.depth, tile.rows)
-        loads |= described("large", large, g, True, tile.depth, tile.columns)
+    if takes_descriptors(small, large, g, tile, groups, precision):
+        kernel, taps = weight_gradient_descriptors, 2 if tile.columns > columns else 1
+        loads = described("large", large, g, True, tile.depth, columns) | {"TAPS": taps}
+        rows, block = [g.N * g.P * g.Q, g.CS], [tile.depth, tile.rows]
+        loads["small"], loads["small_aux"] = (descriptor(t, rows, block) for t in small.loaded[:2])
+        loads["small_coef"] = small.loaded.coef
     out = empty(g.CS, g.CL, 4, 4, small.value, dtype)
     store = parts_like(out, tile.split)
     Launch(
-        kernel, (16 * cdiv(g.CS, tile.rows) * cdiv(g.CL, tile.columns), tile.split), {
+        kernel, (16 // taps * cdiv(g.CS, tile.rows) * cdiv(g.CL, columns), tile.split), {
             **loads, "out": store, "groups": groups, "images": g.N // groups,
             "small_slope": float(small.slope), "large_slope": float(large.slope), "S": g.shape(),
             "SMALL_PROLOGUE": small.prologue, "SMALL_ACTIVATION": small.activation,
             "LARGE_PROLOGUE": large.prologue, "LARGE_ACTIVATION": large.activation,
-            "SPLIT": tile.split, "BLOCK_M": tile.rows, "BLOCK_N": tile.columns,
-            "BLOCK_K": tile.depth, "PRECISION": precision,
+            "SPLIT": tile.split, "BLOCK_M": tile.rows, "BLOCK_N": columns, "BLOCK_K": tile.depth,
+            "PRECISION": precision,
         }, tile.warps, tile.stages).run(out.device)  # fmt: skip
     return out if tile.split == 1 else reduce(store, out).value
+
+
+def takes_descriptors(
+    small: Operand, large: Operand, geometry: Geometry, tile: Tile, groups: int, precision: str
+) -> bool:
+    """Whether loads are by descriptors: the tile is for them, the tensors fit them, a box has one
+    group's pixels, which follow one another in the small side's memory."""
+    g, (images, rows, columns) = geometry, box_of(tile.depth, geometry)
+    in_a_row = columns == g.Q or images == rows == 1
+    whole = (rows == g.P or images == 1) and (groups == 1 or g.N // groups % images == 0)
+    tensors = small.value, small.aux, large.value, large.aux
+    by_descriptors = tile.engine == "descriptors" and in_a_row and whole
+    return by_descriptors and fits_descriptors(precision, *tensors)
 
 
 @triton.jit(do_not_specialize=["images"])
@@ -68,7 +83,7 @@ def weight_gradient_pointers(
 
 @triton.jit(do_not_specialize=["images"])
 def weight_gradient_descriptors(
-    small,  # descriptor of [N, P, Q, CS]; what each side is: as by pointers
+    small,  # descriptor of [N * P * Q, CS]; what each side is: as by pointers
     small_aux,
     small_coef,  # [3, groups, CS] fp32
     large,  # descriptor of the large side
@@ -78,16 +93,18 @@ def weight_gradient_descriptors(
     groups, images,  # N / groups
     small_slope, large_slope, S: tl.constexpr, BOX: tl.constexpr, SMALL_PROLOGUE: tl.constexpr,
     SMALL_ACTIVATION: tl.constexpr, LARGE_PROLOGUE: tl.constexpr, LARGE_ACTIVATION: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, TAPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The same grid. A block is a box of BLOCK_K pixels; BOX's images divide a group's unless
-    there is one group: no box holds another group's pixels."""
+    """The same grid, where TAPS is 2 with half the programs: each has two taps of a row. A block is
+    a box of BLOCK_K pixels; BOX's images divide a group's unless there is one group: no box holds
+    another group's pixels. The small side is a matrix, so that matrix instructions read both
+    operands from shared memory, as in conv_tma.py."""
     sum_pixels(
         Loaded(small, small_aux, small_coef), Loaded(large, large_aux, large_coef), small_slope,
         large_slope, out, groups, images, S, BOX,
         SMALL_PROLOGUE, SMALL_ACTIVATION, LARGE_PROLOGUE, LARGE_ACTIVATION, SPLIT, BLOCK_M, BLOCK_N,
-        BLOCK_K, PRECISION,
+        BLOCK_K, PRECISION, TAPS,
     )  # fmt: skip
 
 
@@ -96,14 +113,14 @@ def sum_pixels(
     small, large, small_slope, large_slope, out, groups, images, S: tl.constexpr, BOX: tl.constexpr,
     SMALL_PROLOGUE: tl.constexpr, SMALL_ACTIVATION: tl.constexpr, LARGE_PROLOGUE: tl.constexpr,
     LARGE_ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, TAPS: tl.constexpr = 1,
 ):  # fmt: skip
     """One program of either kernel; BOX is None by pointers."""
     L_TILES: tl.constexpr = (S.CL + BLOCK_N - 1) // BLOCK_N
     pid = tl.program_id(0)
     l_tile = pid % L_TILES
-    tap = (pid // L_TILES) % 16
-    s_tile = pid // (L_TILES * 16)
+    tap = (pid // L_TILES) % (16 // TAPS) * TAPS
+    s_tile = pid // (L_TILES * (16 // TAPS))
     kh, kw = tap // 4, tap % 4
     split = tl.program_id(1)
 
@@ -118,6 +135,7 @@ def sum_pixels(
     first = split * share
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    next_acc = acc  # of the next tap
     for group in range(groups):
         start = group * blocks
         for block in range(max(first, start) - start, min(first + share - start, blocks)):
@@ -128,6 +146,7 @@ def sum_pixels(
                 m_mask = image < images
             h, v = p * S.STRIDE - S.PAD + kh, q * S.STRIDE - S.PAD + kw
             inside = m_mask & (h >= 0) & (h < S.H) & (v >= 0) & (v < S.W)
+            large_group = of_group(large, group, S.CL)
             if BOX is None:
                 a = load_operand(
                     of_group(small, group, S.CS), small_slope, groups * S.CS,
@@ -136,13 +155,13 @@ def sum_pixels(
                     SMALL_PROLOGUE, SMALL_ACTIVATION,
                 )  # fmt: skip
                 b = load_operand(
-                    of_group(large, group, S.CL), large_slope, groups * S.CL,
+                    large_group, large_slope, groups * S.CL,
                     (((n * S.H + h) * S.W + v) * S.CL)[:, None] + cl[None, :],
                     inside[:, None] & cl_mask[None, :], cl[None, :], cl_mask[None, :],
                     LARGE_PROLOGUE, LARGE_ACTIVATION,
                 )  # fmt: skip
             else:
-                at = n0, p0, q0, s_tile * BLOCK_M
+                at = (n0 * S.P + p0) * S.Q + q0, s_tile * BLOCK_M
                 a, second = load_box(small.value, small.aux, at, BLOCK_K, BLOCK_M, SMALL_PROLOGUE)
                 a = apply(
                     of_group(small, group, S.CS), small_slope, groups * S.CS, a, second,
@@ -152,12 +171,27 @@ def sum_pixels(
                 at = large_box(n0, p0, q0, kh, kw * S.CL + l_tile * BLOCK_N, S)
                 b, second = load_box(large.value, large.aux, at, BLOCK_K, BLOCK_N, LARGE_PROLOGUE)
                 b = apply(
-                    of_group(large, group, S.CL), large_slope, groups * S.CL, b, second,
+                    large_group, large_slope, groups * S.CL, b, second,
                     inside[:, None] & cl_mask[None, :], cl[None, :], cl_mask[None, :],
                     LARGE_PROLOGUE, LARGE_ACTIVATION,
                 )  # fmt: skip
+                if TAPS == 2:
+                    at = large_box(n0, p0, q0, kh, (kw + 1) * S.CL + l_tile * BLOCK_N, S)
+                    c, second = load_box(
+                        large.value, large.aux, at, BLOCK_K, BLOCK_N, LARGE_PROLOGUE
+                    )
+                    inside = m_mask & (h >= 0) & (h < S.H) & (v + 1 >= 0) & (v + 1 < S.W)
+                    c = apply(
+                        large_group, large_slope, groups * S.CL, c, second,
+                        inside[:, None] & cl_mask[None, :], cl[None, :], cl_mask[None, :],
+                        LARGE_PROLOGUE, LARGE_ACTIVATION,
+                    )  # fmt: skip
+                    next_acc = tl.dot(tl.trans(a), c, next_acc, input_precision=PRECISION)
             acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
 
     offsets = (cs * (16 * S.CL) + tap * S.CL).to(tl.int64)[:, None] + cl[None, :]
     offsets += split.to(tl.int64) * (S.CS * 16 * S.CL)
-    tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=cs_mask[:, None] & cl_mask[None, :])
+    mask = cs_mask[:, None] & cl_mask[None, :]
+    tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=mask)
+    if TAPS == 2:
+        tl.store(out + offsets + S.CL, next_acc.to(out.dtype.element_ty), mask=mask)

@@ -26,8 +26,12 @@ check = partial(exact.check_weight_gradient, weight_gradient)
 PAIRS = list(product(PROLOGUES, PROLOGUES))
 # Ragged in both channels and in pixels, also in each of two groups.
 STRIDES = {"stride 2": layer(2, 3, 5, 20, 18), "stride 1": layer(6, 1, 1, 20, 18, stride=1)}
-# What tensor descriptors take: pixels of whole 16 bytes, and no box with pixels of two groups.
-DESCRIBED = {"stride 2": layer(4, 2, 6, 24, 40), "stride 1": layer(6, 1, 1, 24, 40, stride=1)}
+# What tensor descriptors take: pixels of whole 16 bytes, boxes that lie in a row in memory and have
+# pixels of one group. Boxes of 16 here: 4 images of 6, half an image, half a row; 16 images of 6.
+DESCRIBED = {
+    "images": layer(6, 2, 2, 24, 40), "rows": layer(3, 8, 4, 24, 40),
+    "columns": layer(2, 3, 32, 24, 40), "stride 1": layer(6, 1, 1, 24, 40, stride=1),
+}  # fmt: skip
 STRIDE = pytest.mark.parametrize("stride", STRIDES)
 
 
@@ -42,22 +46,37 @@ def test_every_pair_of_prologues(stride, prologues):
     check(STRIDES[stride], dtype, prologues, activations, 1 + second % 2, tile, out_dtype=dtype)
 
 
-@STRIDE
+@pytest.mark.parametrize("g", DESCRIBED.values(), ids=DESCRIBED)
 @pytest.mark.parametrize("p", range(4), ids=PROLOGUES)
-def test_every_prologue_by_descriptors(stride, p, monkeypatch):
+def test_every_prologue_by_descriptors(g, p, monkeypatch):
+    """With one tap a tile, and with two."""
     monkeypatch.setattr(conv_weight, "weight_gradient_pointers", None)
     prologues = PROLOGUES[p], PROLOGUES[(p + 1) % 4]
     activations = ACTIVATIONS[p], ACTIVATIONS[(p + 2) % 4]
-    g, dtype = DESCRIBED[stride], DTYPES[p % 3]
-    tile = Tile(32, 32, 16, split=1 + p // 2, engine="descriptors")
-    check(g, dtype, prologues, activations, 1, tile, out_dtype=dtype)
+    for columns in (32, 128):
+        tile = Tile(32, columns, 16, split=1 + p // 2, engine="descriptors")
+        check(g, DTYPES[p % 3], prologues, activations, 1, tile, out_dtype=DTYPES[p % 3])
 
 
 def test_groups_by_descriptors(monkeypatch):
     """A box of 16 pixels is 4 images here: all of a group."""
     monkeypatch.setattr(conv_weight, "weight_gradient_pointers", None)
     tile, prologues = Tile(32, 32, 16, split=2, engine="descriptors"), ("normgrad", "activate")
-    check(layer(8, 2, 6, 24, 40), torch.float32, prologues, ("none", "tanh"), 2, tile)
+    check(layer(8, 2, 2, 24, 40), torch.float32, prologues, ("none", "tanh"), 2, tile)
+
+
+@pytest.mark.parametrize(
+    ("g", "groups"),
+    [
+        (layer(4, 2, 6, 24, 40), 1),  # boxes of 2 columns of 6,
+        (layer(4, 6, 2, 24, 40), 1),  # of 2 rows of 6 in more than one image,
+        (layer(8, 2, 2, 24, 40), 4),  # of two groups' images
+    ],
+)
+def test_boxes_that_are_no_rows_of_one_group_are_left_to_pointers(g, groups, monkeypatch):
+    monkeypatch.setattr(conv_weight, "weight_gradient_descriptors", None)
+    tile = Tile(32, 64, 16, engine="descriptors")
+    check(g, torch.float32, ("none", "none"), ("none", "none"), groups, tile)
 
 
 @STRIDE
