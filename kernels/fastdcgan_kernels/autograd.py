@@ -28,6 +28,8 @@ def keep(ctx: Any, inputs: Inputs, spec: BlockSpec, **results: Tensor | None) ->
     ctx.set_materialize_grads(False)
     ctx.spec = spec
     tensors: dict[str, Any] = vars(inputs) | results
+    if not inputs.weight.requires_grad:  # which alone is made of it
+        tensors["x_activated"] = None
     ctx.save_for_backward(*SAVED.flatten(Saved(**tensors)))
 
 

@@ -185,11 +185,11 @@ def bce(
 
 def defers(x: Input, weight: Tensor, spec: BlockSpec, norm: bool = True) -> bool:
     """Whether the block that takes an x like this would rather apply its producer's activation
-    itself (the choice "prologue"). `norm`: it has one."""
+    itself (the choices "hybrid" and "prologue"). `norm`: it has one."""
     x = _cast(x)
     if unsupported(x, weight, spec) or not runs_kernels(_tensor(x).device):
         return False
-    return _how(x, weight, spec, norm) == "prologue"
+    return _how(x, weight, spec, norm) in ("hybrid", "prologue")
 
 
 def _how(x: Input, weight: Tensor, spec: BlockSpec, norm: bool) -> How:
@@ -197,7 +197,7 @@ def _how(x: Input, weight: Tensor, spec: BlockSpec, norm: bool) -> How:
     y = _tensor(x)
     target = target_of(y.device)
     if target is None:
-        return "materialised"
+        return choose.DEFAULT
     block = Block(spec.transposed, spec.geometry(y, weight), y.dtype, norm, spec.groups)
     return choose.choose(block, target).how
 
@@ -360,7 +360,7 @@ def with_norm(
             picture_working=layer.working, signs=layer.signs,
         )  # fmt: skip
         spec = replace(spec, x_activation=layer.activation, x_slope=layer.slope)
-    inputs = replace(inputs, working=_working(inputs))
+    inputs = replace(inputs, x_activated=_activated(x, how), working=_working(inputs))
     y, coef = ops.conv_bn(*SIGNATURES["conv_bn"].flatten(inputs, buffers, spec))
     of = (None, None) if spec.sync else (inputs.gamma, inputs.beta)
     deferred = Deferred(y, coef, spec.activation, spec.slope, *of)
@@ -389,12 +389,21 @@ def without_norm(x: Input, inputs: Inputs, spec: BlockSpec, defer: bool = False)
         and weight.shape[0] % 8 == 0 and spec.activation in ("relu", "leaky_relu")
         and torch.is_grad_enabled()
     )  # fmt: skip
-    inputs, spec = replace(inputs, working=_working(inputs)), replace(spec, signed=signed)
+    inputs = replace(inputs, x_activated=_activated(x, how), working=_working(inputs))
+    spec = replace(spec, signed=signed)
     out, signs = ops.conv_act(*SIGNATURES["conv_act"].flatten(inputs, spec))
     if not signed:
         return out
     left = inputs.x, weight, inputs.working, spec.activation, spec.slope
     return FromImage(out, signs, *left)
+
+
+def _activated(x: Tensor | Deferred, how: How) -> Tensor | None:
+    """What a hybrid block reads for a `Deferred` in place of its y, without gradients: those of y
+    and coef are the block's own."""
+    if how != "hybrid" or not isinstance(x, Deferred):
+        return None
+    return materialise(x._replace(y=x.y.detach(), coef=x.coef.detach()))
 
 
 def _output_shape(inputs: Inputs, spec: BlockSpec) -> torch.Size:

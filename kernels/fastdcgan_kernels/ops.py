@@ -126,7 +126,7 @@ _MADE_OF = "picture picture_weight picture_working signs"
 conv_bn = operator(
     "conv_bn",
     Signature(
-        "", (Inputs, f"x x_coef weight bias gamma beta working {_MADE_OF}"), (Buffers, ""),
+        "", (Inputs, f"x x_coef x_activated weight bias gamma beta working {_MADE_OF}"), (Buffers, ""),
         (BlockSpec, f"{LAYER} groups eps sync momentum"),
     ),
     "conv_bn", _fake_conv_bn, returns=2, changed=("running_mean", "running_var", "batches"),
@@ -134,7 +134,7 @@ conv_bn = operator(
 conv_bn_backward = gradients(
     "conv_bn_backward",
     Signature(
-        "gy gcoef?", (Saved, "x x_coef weight bias working y!"),
+        "gy gcoef?", (Saved, "x x_coef x_activated weight bias working y!"),
         (BlockSpec, f"{LAYER} groups sync"), NEED,
     ),
     "conv_bn_backward", GRADIENTS,
@@ -151,7 +151,7 @@ conv_bn_of_image_backward = gradients(
 conv_act = operator(
     "conv_act",
     Signature(
-        "", (Inputs, "x x_coef weight bias working x_gamma x_beta"),
+        "", (Inputs, "x x_coef x_activated weight bias working x_gamma x_beta"),
         (BlockSpec, f"{LAYER} activation slope signed"),
     ),
     "conv_act", _fake_conv_act, returns=2,
@@ -159,8 +159,8 @@ conv_act = operator(
 conv_act_backward = gradients(
     "conv_act_backward",
     Signature(
-        "g", (Saved, "x x_coef weight bias working out"), (BlockSpec, f"{LAYER} activation slope"),
-        NEED,
+        "g", (Saved, "x x_coef x_activated weight bias working out"),
+        (BlockSpec, f"{LAYER} activation slope"), NEED,
     ),
     "conv_act_backward", GRADIENTS,
 )

@@ -242,7 +242,7 @@ def fold(inputs: Inputs, buffers: Buffers, spec: BlockSpec) -> Inputs:
     if inputs.beta is not None:
         shift = shift + inputs.beta
     scale = scale[:, None, None] if spec.transposed else scale[:, None, None, None]
-    return Inputs(inputs.x, weight * scale, inputs.x_coef, shift)
+    return Inputs(inputs.x, weight * scale, inputs.x_coef, bias=shift)
 
 
 def conv_bn(inputs: Inputs, spec: BlockSpec) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ def kernels(monkeypatch):
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["materialised", "prologue", "vendor"])
+@pytest.fixture(params=["hybrid", "materialised", "prologue", "vendor"])
 def how(request):
     with choose.override(request.param):
         yield request.param

@@ -71,9 +71,9 @@ def test_steps_in_kernels_are_the_plain_steps(autocast):
     check(ours, plain, state, twin)
 
 
-def test_steps_with_all_in_loads_and_stores_are_the_plain_steps():
-    """The first layer of a D of 8 features leaves its gradients to the second."""
-    with choose.override("prologue"):
+@pytest.mark.parametrize("how", ["materialised", "prologue", "vendor"])
+def test_steps_in_any_other_way_are_the_plain_steps(how):
+    with choose.override(how):
         ours, state = made("triton", None, ndf=8)
     plain, twin = made("reference", None, ndf=8)
     check(ours, plain, state, twin)

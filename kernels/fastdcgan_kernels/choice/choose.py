@@ -1,22 +1,30 @@
 """Which implementation and which tile. Policy: no kernels here, and no Triton.
 
 A choice is one of
-    materialised  our GEMM; activations and gradients through the norm are passes of their own
+    hybrid        our GEMM on activated tensors; the gradient's GEMM undoes the activation as it
+                  stores, the gradient through the norm is a pass of its own
+    materialised  our GEMM; activations, their gradients and those of the norm are passes
     prologue      our GEMM, which normalises and activates its operands as it loads them
     vendor        PyTorch's convolution, with our statistics, normalise, activate and backward
     reference     plain PyTorch
 None of the defaults was timed on a GPU: they are predictions. The tuner measures on the user's
 device, and what it stored (measured.py) is taken before any default.
 
-By bytes and launches alone a prologue is better everywhere (benchmarks/cost_model.py: a step of 128
-images moves 1.1 GB in 76 launches, and 1.7 GB in 110 materialised). That counts no instructions. A
-prologue transforms each value once for every tap and column tile that reads it: by docs/inspect.md
-a sm_90 program with one has some 100 instructions for each matrix instruction in its loop, some 30
-without. A multiprocessor starts 4 warps' instructions a cycle and multiplies 2048 pairs of bf16, so
-8 warps with a 128x64x64 step need 97 * 4 * 8 / 4 = 780 cycles for 256 of products with a prologue,
-and with a 128x128x64 step 134 * 8 / 4 = 270 for 512 without. For D's third layer at batch 128 that
-is about 40 us more, and the pass over its input that it saves takes about 11. So the default is
-materialised, and where memory is slow beside arithmetic the tuner will say otherwise.
+By count (benchmarks/cost_model.py) a step of 128 images of the standard DCGAN moves
+
+    materialised  1.68 GB in 110 launches
+    hybrid        1.52 GB in 100
+    prologue      1.10 GB in 76
+
+That counts no instructions. An epilogue touches each value once, so it is nearly free beside the
+pass that it replaces. A prologue transforms each value once for every tap and column tile that reads
+it: by docs/inspect.md a sm_90 program with one has some 100 instructions for each matrix instruction
+in its loop, some 30 without. A multiprocessor starts 4 warps' instructions a cycle and multiplies
+2048 pairs of bf16, so 8 warps with a 128x64x64 step need 97 * 4 * 8 / 4 = 780 cycles for 256 of
+products with a prologue, and with a 128x128x64 step 134 * 8 / 4 = 270 for 512 without. For D's third
+layer at batch 128 that is about 40 us more, and the pass over its input that it saves takes about 11.
+So the default is hybrid on every target, and where memory is slow beside arithmetic the tuner will
+say otherwise.
 """
 
 from __future__ import annotations
@@ -38,6 +46,7 @@ from .types import Block, Choice, How, Pair, Question, Target, Task
 _overrides: list[Mapping[Block, How] | How] = []
 _recorders: list[dict[Question, None]] = []
 Asked = TypeVar("Asked", Block, Task)
+DEFAULT: How = get_args(How)[0]
 
 
 def override(how: How | Mapping[Block, How]) -> AbstractContextManager[object]:
@@ -61,8 +70,8 @@ def _recorded(asked: Asked) -> Asked:
 
 
 def choose(block: Block, target: Target) -> Choice:
-    """How this block runs here: as overridden, else as measured, else materialised. That default,
-    which was not timed, keeps loads free of arithmetic that 16 taps would repeat."""
+    """How this block runs here: as overridden, else as measured, else by DEFAULT, which was not
+    timed: it keeps loads free of arithmetic that 16 taps would repeat."""
     block = _recorded(block)
     if _overrides:
         given = _overrides[-1]
@@ -74,7 +83,7 @@ def choose(block: Block, target: Target) -> Choice:
     numbers = (g.N, g.P, g.Q, g.CS, g.H, g.W, g.CL, g.stride, g.pad)
     sizes = tuple([operator.index(n) for n in numbers])  # torch.compile may have symbols there
     stored = _stored(target.device, block.transposed, sizes, block.dtype, block.norm, block.groups)
-    return Choice(stored, measured=True) if stored else Choice("materialised")
+    return Choice(stored, measured=True) if stored else Choice(DEFAULT)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

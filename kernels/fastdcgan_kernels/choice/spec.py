@@ -37,13 +37,14 @@ class BlockSpec:
 @dataclass
 class Inputs:
     """Tensors of a block. Its x may be the raw output of a block before it, with the coefficients
-    x_coef [5, groups, C]; then the gradient of x is that through the norm of x_gamma and x_beta,
+    x_coef [5, groups, C], and with x_activated where that is normalised and activated already; then the gradient of x is that through the norm of x_gamma and x_beta,
     too, if these are given. Or x may be a constant, with what it was made of: x = act(conv2d(
     picture, picture_weight)) and its signs. `working`: a weight as the kernels take it."""
 
     x: Tensor
     weight: Tensor
     x_coef: Tensor | None = None
+    x_activated: Tensor | None = None
     bias: Tensor | None = None
     gamma: Tensor | None = None
     beta: Tensor | None = None

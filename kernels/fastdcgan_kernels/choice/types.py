@@ -10,7 +10,7 @@ import torch
 
 from .geometry import Geometry, Tile
 
-How = Literal["materialised", "prologue", "vendor", "reference"]
+How = Literal["hybrid", "materialised", "prologue", "vendor", "reference"]  # the default first
 
 
 @dataclass(frozen=True)

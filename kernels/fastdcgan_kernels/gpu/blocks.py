@@ -243,8 +243,9 @@ def _how(geometry: Geometry, x: Tensor, spec: BlockSpec, norm: bool, groups: int
 
 def _source(inputs: Inputs, spec: BlockSpec) -> Operand:
     """A block's input: a tensor as it is, or a producer's raw output with its coefficients."""
-    x = inputs.x.contiguous(memory_format=CHANNELS_LAST)
-    if inputs.x_coef is None:
+    x = inputs.x if inputs.x_activated is None else inputs.x_activated
+    x = x.contiguous(memory_format=CHANNELS_LAST)
+    if inputs.x_coef is None or inputs.x_activated is not None:
         return Operand(x)
     coef = inputs.x_coef.contiguous()
     return Operand(x, "activate", None, coef, spec.x_activation, spec.x_slope)
@@ -292,30 +293,29 @@ def _convolution_backward(
         found["bias"] = batchnorm.column_sum(dy, groups)
     # On an image's few channels, and where all taps of a value are one tile, a prologue repeats
     # next to nothing.
-    cheap = how == "materialised" and _is_image(geometry) and (transposed or not need.x)
+    cheap = how != "vendor" and _is_image(geometry) and (transposed or not need.x)
     if how != "prologue" and not cheap:
         dy = Operand(_materialise(dy, groups))
-    dtype = gradient_dtype(saved.weight)
+    dtype, raw = gradient_dtype(saved.weight), saved.x.contiguous(memory_format=CHANNELS_LAST)
+    coef = None if saved.x_coef is None else saved.x_coef.contiguous()
+    act: Any = (spec.x_activation, spec.x_slope)
     if how == "vendor":
         values = _materialise(source, groups) if need.weight else source.value
         gx, gw = _vendor_gradients(dy.value, values, weight, spec, need)
         if gw is not None:
             found["weight"] = gw.to(dtype)
-        if gx is not None and source.coef is not None:
+        if gx is not None and coef is not None:
             gx = gx.contiguous(memory_format=CHANNELS_LAST)
-            gx, partials = batchnorm.activation_backward(
-                gx, source.value, source.coef, spec.x_activation, spec.x_slope, groups
-            )
-            found["x_coef"] = batchnorm.finalize_gradient(partials, source.coef)
+            gx, partials = batchnorm.activation_backward(gx, raw, coef, *act, groups)
+            found["x_coef"] = batchnorm.finalize_gradient(partials, coef)
         return found if gx is None else found | {"x": gx}
     back: Any = {"transposed": not transposed, "groups": groups}
-    if need.x and source.coef is None:
+    if need.x and coef is None:
         found["x"] = convolve(dy, weight, geometry, **back).value
     elif need.x:
-        epilogue = Epilogue(
-            "gradient", None, source.value, source.coef, spec.x_activation, spec.x_slope
-        )
-        if need.weight and transposed and _is_image(geometry):
+        assert coef is not None
+        epilogue = Epilogue("gradient", None, raw, coef, *act)
+        if how == "prologue" and need.weight and transposed and _is_image(geometry):
             target = _target(dy.value.device)
             tile = _tile("conv", geometry, dy.value, dy.prologue, "gradient", groups)
             result, found["weight"] = conv_image.both_gradients(
@@ -326,9 +326,8 @@ def _convolution_backward(
         else:
             result = convolve(dy, weight, geometry, epilogue=epilogue, **back)
         assert result.partials is not None
-        assert source.coef is not None
         found["x"] = result.value
-        found["x_coef"] = batchnorm.finalize_gradient(result.partials, source.coef)
+        found["x_coef"] = batchnorm.finalize_gradient(result.partials, coef)
     if need.weight and "weight" not in found:
         found["weight"] = weight_gradient(
             source, dy, geometry, transposed=transposed, dtype=dtype, groups=groups

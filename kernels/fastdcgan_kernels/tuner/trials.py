@@ -162,7 +162,7 @@ class BlockTrial(_Trial):
     def fused(self, how: How, x: Tensor, coef: Tensor | None, *parameters: Any) -> Tensor:
         """By the public functions, which run kernels here."""
         given: functional.Input = x if coef is None else Deferred(x, coef, ACTIVATION, SLOPE)
-        given = given if how == "prologue" else functional.materialise(given)
+        given = given if how in ("hybrid", "prologue") else functional.materialise(given)
         more = {"stat_groups": self.block.groups} if self.block.norm else {}
         out: Tensor = _call(functional, self.block, given, *parameters, self.activation, **more)
         return out

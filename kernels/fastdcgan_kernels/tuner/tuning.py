@@ -115,7 +115,7 @@ def questions(model: nn.Module, *inputs: Any) -> list[Question]:
         return value
 
     every: dict[Question, None] = {}
-    hows: tuple[How, ...] = ("materialised", "prologue")
+    hows: tuple[How, ...] = ("hybrid", "materialised", "prologue")
     for how in hows:
         twin = copy.deepcopy(model).requires_grad_()
         kept, unlaunched = choose.recording(), launch.recording()

@@ -47,14 +47,14 @@ def test_stored_choices_come_before_defaults_and_after_overrides(monkeypatch):
 
 def test_override_is_the_innermost_and_ends():
     target = TARGETS["sm_90"]
-    assert choose.choose(BLOCK, target) == Choice("materialised")
+    assert choose.choose(BLOCK, target) == Choice("hybrid")
     with choose.override("vendor"):
         with choose.override("reference"):
             assert choose.choose(BLOCK, target).how == "reference"
         assert choose.choose(BLOCK, target).how == "vendor"
-    assert choose.choose(BLOCK, target).how == "materialised"
+    assert choose.choose(BLOCK, target).how == "hybrid"
 
 
 def test_override_names_what_it_takes():
-    with pytest.raises(ValueError, match=r"how='cudnn'.*materialised, prologue, vendor, reference"):
+    with pytest.raises(ValueError, match=r"how='cudnn'.*hybrid, materialised, prologue, vendor, reference"):
         choose.override("cudnn")
