@@ -26,7 +26,7 @@ COMPILER = (
     "install a C++ compiler (Debian: apt install g++) or point CXX to one; until then train "
     "without --compile"
 )
-LAYER, ARCH = "G2 forward, materialised", "sm_90"
+LAYER, ARCH = "G2 forward, hybrid", "sm_90"
 
 
 class Apart:
@@ -230,14 +230,14 @@ def _questions() -> Iterable[tuple[str, Any, Any]]:
     from fastdcgan_kernels.choice.geometry import Geometry, Tile
     from fastdcgan_kernels.choice.types import Block, Task
 
-    every, plain = ("materialised", "prologue", "vendor"), ("materialised",)
+    every, plain = ("hybrid", "materialised", "prologue", "vendor"), ("hybrid",)
     for name, transposed, geometry, norm, ways in (
         ("project", True, Geometry(2, 1, 1, 16, 4, 4, 8, 1, 0), True, plain),
         ("transposed", True, Geometry(2, 2, 2, 16, 4, 4, 8, 2, 1), True, every),
-        ("to an image", True, Geometry(2, 4, 4, 8, 8, 8, 3, 2, 1), False, every[:2]),
+        ("to an image", True, Geometry(2, 4, 4, 8, 8, 8, 3, 2, 1), False, every[:3]),
         ("from an image", False, Geometry(2, 4, 4, 8, 8, 8, 3, 2, 1), False, plain),
         ("convolution", False, Geometry(2, 2, 2, 16, 4, 4, 8, 2, 1), True, every),
-        ("collapse", False, Geometry(2, 1, 1, 1, 4, 4, 16, 1, 0), False, every[:2]),
+        ("collapse", False, Geometry(2, 1, 1, 1, 4, 4, 16, 1, 0), False, every[:3]),
     ):
         for how in ways:
             yield f"{name}, {how}", Block(transposed, geometry, torch.float32, norm, 1), how

@@ -6,19 +6,17 @@ from functools import partial
 
 import torch
 
-from fastdcgan.diagnosis.layers import batch_for, layers, pairs
+from fastdcgan.diagnosis.layers import batch_for, layers
 from fastdcgan.diagnosis.machine import dtypes, short
 from fastdcgan.diagnosis.rows import Row, guarded
-from fastdcgan_kernels.choice.types import Block, Pair
-from fastdcgan_kernels.functional import runs_kernels
+from fastdcgan_kernels.choice.types import Block
 
 TITLE = "Blocks, forward and all gradients, against float64: relative RMS errors"
 CPU_BATCH = 4  # float64 takes its time
 
 
 def check_blocks(device: torch.device) -> list[Row]:
-    """A row for each of the ten layers, all native dtypes in it; and where kernels run, for each
-    two layers that may share a launch, with that launch."""
+    """A row for each of the ten layers, all native dtypes in it."""
     if device.type not in ("cpu", "cuda"):
         return [Row("blocks", "not possible here", f"{device.type} has no float64 to compare with")]
     try:
@@ -31,24 +29,15 @@ def check_blocks(device: torch.device) -> list[Row]:
     for name in every[torch.float32]:
         blocks = [found[name] for found in every.values()]
         rows += guarded(name, partial(_check, name, blocks, device))
-    try:
-        kernels = runs_kernels(device)
-    except ValueError:  # FASTDCGAN_IMPL=triton without a GPU: each row says so
-        kernels = False
-    if kernels:
-        both = [pairs(found) for found in every.values()]
-        for name in both[0]:
-            asked = [found[name] for found in both]
-            rows += guarded(name, partial(_check, name, asked, device))
     return rows
 
 
-def _check(name: str, asked: Sequence[Block | Pair], device: torch.device) -> Iterable[Row]:
-    from fastdcgan.diagnosis.trial import NetTrial, SharedTrial, error
+def _check(name: str, asked: Sequence[Block], device: torch.device) -> Iterable[Row]:
+    from fastdcgan.diagnosis.trial import NetTrial, error
 
     ways, wrong, errors = [], [], {}
     for one in asked:
-        trial = NetTrial(one, device) if isinstance(one, Block) else SharedTrial(one, device)
+        trial = NetTrial(one, device)
         raw, dtype = trial.run(), short(one.dtype)
         why, errors[dtype] = trial.wrong(raw), error(trial, raw)
         ways.append(trial.how)

@@ -1,13 +1,11 @@
 """The ten layers of the 64-pixel DCGAN as questions about kernels. Not here: what is answered
 (expectations.py), and whether that computes right (blocks.py)."""
 
-from dataclasses import replace
-
 import torch
 
 from fastdcgan_kernels import dcgan
 from fastdcgan_kernels.choice import choose, targets
-from fastdcgan_kernels.choice.types import Block, Pair
+from fastdcgan_kernels.choice.types import Block
 from fastdcgan_kernels.cpu import blocks as cpu
 from fastdcgan_kernels.functional import runs_cpu_kernels, runs_kernels
 
@@ -30,13 +28,6 @@ def layers(batch: int, dtype: torch.dtype) -> dict[str, Block]:
         groups = groups if layer.norm else 1
         found[layer.name] = Block(layer.transposed, geometry, dtype, layer.norm, groups)
     return found
-
-
-def pairs(found: dict[str, Block]) -> dict[str, Pair]:
-    """Those of `layers` that may share a launch, as kernels are asked for them: D5 works on what
-    D4 has normalised by groups."""
-    last = replace(found["D5"], groups=found["D4"].groups)
-    return {"D1+D2": Pair(found["D1"], found["D2"]), "D4+D5": Pair(found["D4"], last)}
 
 
 def way_of(block: Block, device: torch.device) -> str:

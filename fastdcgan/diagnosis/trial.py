@@ -1,4 +1,4 @@
-"""One block or pair on this device, run as training runs it: an experiment of the tuner's
+"""One block on this device, run as training runs it: an experiment of the tuner's
 (trials.py of the kernels) with its data, what is right, and how far from that a run may be. Needs
 Triton."""
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from fastdcgan.diagnosis.layers import way_of
 from fastdcgan_kernels import reference
 from fastdcgan_kernels.choice.types import Block, How
-from fastdcgan_kernels.tuner.trials import ACTIVATION, SLOPE, BlockTrial, PairTrial
+from fastdcgan_kernels.tuner.trials import ACTIVATION, SLOPE, BlockTrial
 
 
 class NetTrial(BlockTrial):
@@ -35,18 +35,7 @@ class NetTrial(BlockTrial):
             return self.fused("materialised", x, None, *parameters)
 
 
-class SharedTrial(PairTrial):
-    """By kernels and with the launch that both layers may share, also where the plan's choice is
-    another."""
-
-    how = "one launch"
-
-    def run(self) -> list[Tensor]:
-        """The result, and the gradients of weights, gamma, shift, and of a first norm's input."""
-        return self.prepare(("prologue", "prologue"))()
-
-
-def error(trial: NetTrial | SharedTrial, raw: list[Tensor]) -> float:
+def error(trial: NetTrial, raw: list[Tensor]) -> float:
     """The largest RMS error among results, each relative to the RMS of what is right."""
     return max(
         _rms(ours.double() - truth) / (_rms(truth) + 1e-30)

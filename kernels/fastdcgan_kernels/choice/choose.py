@@ -13,24 +13,24 @@ device, and what it stored (measured.py) is taken before any default.
 By count (benchmarks/cost_model.py) a step of 128 images of the standard DCGAN moves
 
     materialised  1.68 GB in 110 launches
-    hybrid        1.52 GB in 100
-    prologue      1.10 GB in 76
+    hybrid        1.49 GB in 99
+    prologue      1.24 GB in 79
 
-That counts no instructions. An epilogue touches each value once, so it is nearly free beside the
-pass that it replaces. A prologue transforms each value once for every tap and column tile that reads
-it: by docs/inspect.md a sm_90 program with one has some 100 instructions for each matrix instruction
-in its loop, some 30 without. A multiprocessor starts 4 warps' instructions a cycle and multiplies
-2048 pairs of bf16, so 8 warps with a 128x64x64 step need 97 * 4 * 8 / 4 = 780 cycles for 256 of
-products with a prologue, and with a 128x128x64 step 134 * 8 / 4 = 270 for 512 without. For D's third
-layer at batch 128 that is about 40 us more, and the pass over its input that it saves takes about 11.
-So the default is hybrid on every target, and where memory is slow beside arithmetic the tuner will
-say otherwise.
+That counts no instructions. An epilogue touches each value once, and is nearly free beside the pass
+that it replaces. A prologue transforms each value once for every tap and column tile that reads it:
+by docs/inspect.md a sm_90 program with one has some 100 instructions for each matrix instruction in
+its loop, some 30 without. A multiprocessor starts 4 warps' instructions a cycle and multiplies 2048
+pairs of bf16, so 8 warps with a 128x64x64 step need 97 * 4 * 8 / 4 = 780 cycles for 256 of products
+with a prologue, and with a 128x128x64 step 134 * 8 / 4 = 270 for 512 without. For D's third layer
+at batch 128 that is about 40 us more, and the pass over its input that it saves takes about 11. So
+the default is hybrid on every target, and where memory is slow beside arithmetic the tuner will say
+otherwise.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TypeVar, get_args
@@ -41,7 +41,7 @@ from . import measured
 from .geometry import Geometry, Tile
 from .heuristics import bucket, default_tile
 from .targets import pushed
-from .types import Block, Choice, How, Pair, Question, Target, Task
+from .types import Block, Choice, How, Question, Target, Task
 
 _overrides: list[Mapping[Block, How] | How] = []
 _recorders: list[dict[Question, None]] = []
@@ -103,39 +103,3 @@ def tile_for(task: Task, target: Target) -> Tile:
     task = _recorded(task)
     tile: Tile | None = measured.stored(task, target.device)
     return tile or default_tile(task, target)
-
-
-def pairs(asked: Iterable[Question]) -> list[Pair]:
-    """Those layers among these that share a launch: a discriminator's last two, and its first two
-    in a step of its own, where they see two batches at once. (With one batch it is G that learns,
-    from the gradient of the image.)"""
-    blocks = [one for one in asked if isinstance(one, Block) and not one.transposed]
-    return [
-        Pair(one, two)
-        for one in blocks
-        for two in blocks
-        if (two.geometry.N, two.geometry.CL, two.geometry.H, two.geometry.W)
-        == (one.geometry.N, one.geometry.CS, one.geometry.P, one.geometry.Q)
-        and one.dtype == two.dtype
-        and (_through_image(one, two) or _through_norm(one, two))
-    ]
-
-
-def _through_image(one: Block, two: Block) -> bool:
-    g = one.geometry
-    image = g.stride == 2 and g.CL <= 4 and g.CS % 8 == 0
-    return image and not one.norm and two.norm and two.groups > 1 and two.geometry.stride == 2
-
-
-def _through_norm(one: Block, two: Block) -> bool:
-    number = two.geometry.stride == 1 and two.geometry.CS == 1
-    return one.norm and number and not two.norm and one.groups == two.groups
-
-
-def ways(pair: Pair, target: Target) -> list[tuple[How, How]]:
-    """How both layers of a pair may run: as they are to, the launch shared, and not."""
-    first, second = (choose(block, target).how for block in (pair.first, pair.second))
-    hows: tuple[How, ...] = ("prologue", "materialised")
-    # How a first layer with a norm runs is another question.
-    every = [(first, second), *((first if pair.first.norm else how, how) for how in hows)]
-    return list(dict.fromkeys(every))

@@ -53,21 +53,6 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Two convolutions, one behind the other, that share a launch in the backward pass where the
-    second, or both of the first two, run by "prologue" (docs/fused-blocks.md). Each has its own
-    choice; what they gain is seen on both together."""
-
-    first: Block
-    second: Block
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of both."""
-        return self.first.dtype
-
-
-@dataclass(frozen=True)
 class Choice:
     """`how` a block runs; `measured`: by the tuner, on this device."""
 

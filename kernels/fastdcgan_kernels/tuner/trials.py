@@ -1,4 +1,4 @@
-"""The tuner's experiments: a block, a pair of them or a kernel on random data, what is right, and
+"""The tuner's experiments: a block or a kernel on random data, what is right, and
 how long it takes. Not here: which candidate wins, and where that is kept (tuning.py).
 
 Right is what plain PyTorch computes in float64. A candidate may be twice as far from it as plain
@@ -20,8 +20,7 @@ from torch.nn.grad import conv2d_weight
 from .. import functional, reference
 from ..choice.choose import override
 from ..choice.geometry import Tile
-from ..choice.spec import BlockSpec
-from ..choice.types import Block, How, Pair, Question, Task
+from ..choice.types import Block, How, Question, Task
 from ..functional import Deferred
 from ..gpu import blocks
 from ..gpu.tile import Epilogue, Operand, Result
@@ -179,58 +178,6 @@ class BlockTrial(_Trial):
         return run
 
 
-class PairTrial(_Trial):
-    """Two layers of a discriminator forward and backward, as in a step of its own: nobody asks for
-    the picture's gradient."""
-
-    def __init__(self, pair: Pair, device: torch.device) -> None:
-        self.pair, self.blocks = pair, (pair.first, pair.second)
-        (g, h), draw = (b.geometry for b in self.blocks), _Draw(device, pair.dtype)
-        self.x = draw.image(g.N, g.CL, g.H, g.W)
-        self.weights = [draw.normal(k.CS, k.CL, 4, 4, scale=(16 * k.CL) ** -0.5) for k in (g, h)]
-        channels = g.CS if pair.first.norm else h.CS
-        self.norm = [1 + draw.normal(channels, scale=0.1), draw.shift(channels)]
-        if not pair.first.norm:  # no shift: the picture's mean and the filters' takes its place
-            self.x = self.x / 2 + 1
-            self.weights[0] += (draw.shift(g.CS) / (8 * g.CL))[:, None, None, None]
-        self.gradient = draw.image(h.N, h.CS, h.P, h.Q)
-        self._expect(pair.dtype, lambda dtype: self.outcome(_plain, dtype))
-
-    def outcome(self, layer: Callable[..., Any], dtype: torch.dtype | None = None) -> list[Tensor]:
-        """The result, and the gradients of weights, gamma, shift, and of a first norm's input."""
-        picture = self.x.double() if dtype == torch.float64 else self.x
-
-        def forward(
-            one: Tensor, two: Tensor, gamma: Tensor, shift: Tensor, h: Any = picture
-        ) -> Tensor:
-            for block, weight in zip(self.blocks, (one, two), strict=True):
-                activation = ACTIVATION if block.norm or block.geometry.CL <= 4 else "none"
-                norm = (gamma, shift) if block.norm else (None, None)
-                h = layer(block, h, weight, *norm, activation)
-            return functional.materialise(h)
-
-        given = [*self.weights, *self.norm, *([self.x] if self.pair.first.norm else [])]
-        return _differentiate(forward, given, self.gradient, dtype)
-
-    def fused(self, block: Block, x: functional.Input, weight: Tensor, *rest: Any) -> Any:
-        """A layer by the public functions, in the way that fused nets call them (fusion.py)."""
-        g, groups = block.geometry, block.groups
-        spec = BlockSpec(False, g.stride, g.pad, groups=groups)
-        if isinstance(x, Deferred) and not functional.defers(x, weight, spec, block.norm):
-            x = functional.materialise(x)
-        more = {"stat_groups": groups} if block.norm else {}
-        return _call(functional, block, x, weight, *rest, defer=True, **more)
-
-    def prepare(self, hows: tuple[How, How]) -> Callable[[], list[Tensor]]:
-        """What to run for this candidate."""
-
-        def run() -> list[Tensor]:
-            with override(dict(zip(self.blocks, hows, strict=True))):
-                return self.outcome(self.fused)
-
-        return run
-
-
 class TileTrial(_Trial):
     """One kernel with its prologue and epilogue; and the sum of its parts, where it is split."""
 
@@ -317,10 +264,8 @@ def _transformed(operand: Operand, dtype: torch.dtype) -> Tensor:
     return changed[operand.prologue]()
 
 
-def trial_of(asked: Question | Pair, device: torch.device) -> _Trial:
+def trial_of(asked: Question, device: torch.device) -> _Trial:
     """The experiment for a question."""
-    if isinstance(asked, Pair):
-        return PairTrial(asked, device)
     return BlockTrial(asked, device) if isinstance(asked, Block) else TileTrial(asked, device)
 
 

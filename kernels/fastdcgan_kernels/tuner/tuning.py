@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..choice import choose, heuristics, measured
 from ..choice.targets import target_of
-from ..choice.types import Answer, Block, How, Pair, Question, Target, Task
+from ..choice.types import Answer, Block, How, Question, Target, Task
 from ..gpu import launch
 
 GAIN = 0.02  # share of the default's time that a candidate must save; less is noise
@@ -37,10 +37,8 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def candidates_for(asked: Question | Pair, target: Target) -> Sequence[Any]:
+def candidates_for(asked: Question, target: Target) -> Sequence[Any]:
     """What is tried, the default first."""
-    if isinstance(asked, Pair):
-        return choose.ways(asked, target)
     return heuristics.neighbours(asked, target) if isinstance(asked, Task) else get_args(How)
 
 
@@ -79,20 +77,16 @@ def contest(name: str, candidates: Sequence[Any], trial: Any, timer: Timer, say:
 
 
 def words_of(candidate: Any) -> str:
-    """A candidate for people: one of How, two of them, or a tile."""
+    """A candidate for people: one of How, or a tile."""
     if isinstance(candidate, str):
         return candidate
-    if isinstance(candidate, tuple):
-        return " and ".join(candidate)
     tile = candidate
     size = f"{tile.rows}x{tile.columns}x{tile.depth}"
     return f"{size}, split {tile.split}, {tile.warps} warps, {tile.stages} stages, by {tile.engine}"
 
 
-def name_of(asked: Question | Pair) -> str:
+def name_of(asked: Question) -> str:
     """A question for people."""
-    if isinstance(asked, Pair):
-        return f"{name_of(asked.first)}, then {name_of(asked.second)}"
     g, dtype = asked.geometry, str(asked.dtype).removeprefix("torch.")
     if isinstance(asked, Task):
         what, rest = asked.op, [asked.prologue, asked.epilogue]
@@ -135,10 +129,9 @@ def tune(
     """Measure how the fused blocks of a model run best on this GPU, and store it.
 
     Measured are the tiles of every kernel that a forward and a backward pass ask for, then the
-    implementation of every block, then of those that may share a launch (`choose.pairs`). Tune
-    before torch.compile, which takes choices for constants; under torch.autocast, if the model runs
-    under it; and a discriminator under `stat_groups(2)`, too, if it sees two batches at once. A
-    batch counts as the next power of two.
+    implementation of every block. Tune before torch.compile, which takes choices for constants;
+    under torch.autocast, if the model runs under it; and a discriminator under `stat_groups(2)`,
+    too, if it sees two batches at once. A batch counts as the next power of two.
 
     Args:
         model: that `fuse` or ConvBlock made blocks of, on the GPU.
@@ -165,8 +158,8 @@ def tune(
 
 def tune_questions(
     asked: Iterable[Question], device: torch.device, *, again: bool = False, say: Say = _say,
-    timer: Timer | None = None, candidates: Callable[[Question | Pair, Target],
-    Sequence[Any]] = candidates_for, trial_of: Callable[[Question | Pair, torch.device],
+    timer: Timer | None = None, candidates: Callable[[Question, Target],
+    Sequence[Any]] = candidates_for, trial_of: Callable[[Question, torch.device],
     Any] | None = None,
 ) -> dict[Question, Answer]:  # fmt: skip
     """As `tune`, for questions as `choose` is asked them; each answer is stored as it is found."""
@@ -182,28 +175,19 @@ def tune_questions(
     for one in asked:
         if one not in new:
             say(f"{name_of(one)}: measured before")
-    # A pair is new where one of its layers is: its answer is in theirs.
-    both = [pair for pair in choose.pairs(asked) if {pair.first, pair.second} & {*new}]
-    for experiment in [*new, *both]:
-        name = name_of(experiment)
+    for question in new:
+        name = name_of(question)
         try:
-            trial = (trial_of or trials.trial_of)(experiment, device)
+            trial = (trial_of or trials.trial_of)(question, device)
         except Exception as error:  # out of memory, say
             say(f"{name}: not measured: {type(error).__name__}: {error}")
             continue
-        answer = contest(name, candidates(experiment, target), trial, timer, say)
+        answer = contest(name, candidates(question, target), trial, timer, say)
         if answer is None:
             continue
-        answers: dict[Question, Answer]
-        if isinstance(experiment, Pair):  # what changes for each layer
-            layers = zip((experiment.first, experiment.second), answer, strict=True)
-            answers = {one: how for one, how in layers if choose.choose(one, target).how != how}
-        else:
-            answers = {experiment: answer}
-        found |= answers
+        found[question] = answer
         try:
-            if answers:
-                measured.store(answers, target.device)
+            measured.store({question: answer}, target.device)
         except (OSError, RuntimeError) as error:
             say(f"{name}: in use, but not stored: {type(error).__name__}: {error}")
     return found

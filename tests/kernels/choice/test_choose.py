@@ -56,5 +56,7 @@ def test_override_is_the_innermost_and_ends():
 
 
 def test_override_names_what_it_takes():
-    with pytest.raises(ValueError, match=r"how='cudnn'.*hybrid, materialised, prologue, vendor, reference"):
+    with pytest.raises(
+        ValueError, match=r"how='cudnn'.*hybrid, materialised, prologue, vendor, reference"
+    ):
         choose.override("cudnn")

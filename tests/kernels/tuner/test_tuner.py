@@ -6,6 +6,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ from fastdcgan_kernels import ConvBlock, fuse
 from fastdcgan_kernels.choice import choose, heuristics, measured
 from fastdcgan_kernels.choice.geometry import Geometry, Tile
 from fastdcgan_kernels.choice.targets import INTERPRETER
-from fastdcgan_kernels.choice.types import Block, Choice, Pair, Task
-from fastdcgan_kernels.gpu import batchnorm, blocks, conv_image, conv_pointers, logit
+from fastdcgan_kernels.choice.types import Block, Choice, How, Task
+from fastdcgan_kernels.gpu import batchnorm, blocks, conv_pointers
 from fastdcgan_kernels.gpu.launch import watching
 from fastdcgan_kernels.tuner import trials, tuning
 from fastdcgan_kernels.tuner.__main__ import main
@@ -28,12 +29,6 @@ END = Geometry(4, 1, 1, 6, 4, 4, 5, 1, 0)
 TASK = Task("conv_transposed", MID, torch.float32, "none", "store", 1)
 BLOCK = Block(False, MID, torch.float32, True, 1)
 TILE = Tile(32, 16, 16, 2, 4, 3, "descriptors")
-PAIRS = {  # whose launches are shared, and where
-    "image": ([Geometry(4, 8, 4, 8, 16, 8, 3, 2, 1), Geometry(4, 4, 2, 6, 8, 4, 8, 2, 1)],
-              (False, True), (conv_image, "weight_gradient_through")),
-    "norm": ([Geometry(4, 4, 4, 6, 8, 8, 5, 2, 1), Geometry(4, 1, 1, 1, 4, 4, 6, 1, 0)],
-             (True, False), (logit, "backward")),
-}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -135,7 +130,7 @@ def test_plain_pytorch_is_stored_where_the_default_is_wrong_or_slower():
 # The experiments
 
 
-@pytest.mark.parametrize("how", ["materialised", "prologue", "vendor", "reference"])
+@pytest.mark.parametrize("how", get_args(How))
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize(
     ("transposed", "geometry"),
@@ -152,75 +147,6 @@ def test_statistics_of_groups_are_their_own():
     )
     assert two.wrong(two.prepare("prologue")()) == ""
     assert "wrong" in one.wrong(two.prepare("prologue")())
-
-
-def pair_of(name, dtype=torch.float32, groups=1):
-    geometries, norms, _ = PAIRS[name]
-    first, second = (
-        Block(False, g, dtype, norm, groups if norm or name == "norm" else 1)
-        for g, norm in zip(geometries, norms, strict=True)
-    )
-    return Pair(first, second)
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", PAIRS)
-def test_a_pair_is_right_in_every_way_and_its_launch_is_shared(name, dtype, groups, monkeypatch):
-    pair, (module, launch), shared = pair_of(name, dtype, groups), PAIRS[name][2], []
-    run = getattr(module, launch)
-    monkeypatch.setattr(module, launch, lambda *a, **k: shared.append(1) or run(*a, **k))
-    trial = trials.PairTrial(pair, CPU)
-    both = choose.pairs([TASK, pair.second, pair.first, Block(True, MID, dtype, True, groups)])
-    assert both == ([pair] if name == "norm" or groups == 2 else [])  # one batch: G's step
-    every = choose.ways(pair, INTERPRETER)
-    assert len(every) == 2  # as they are is materialised
-    for hows in [*every, ("vendor", "vendor"), ("reference", "reference")]:
-        shared.clear()
-        assert trial.wrong(trial.prepare(hows)()) == "", hows
-        assert bool(shared) == (hows[1] == "prologue")
-
-
-@pytest.mark.parametrize("fault", ["wrong", "raises", "slow", "none"])
-@pytest.mark.parametrize("name", PAIRS)
-def test_a_shared_launch_is_chosen_where_it_is_right_and_faster(name, fault, monkeypatch):
-    """Then both layers' own choices say so, and a net's launches are shared; else each keeps its
-    own choice."""
-    pair, (module, launch) = pair_of(name, groups=2), PAIRS[name][2]
-    blocks_of, run = [pair.first, pair.second], getattr(module, launch)
-
-    def changed(*args, **options):
-        if fault == "raises":
-            raise RuntimeError("an illegal instruction")
-        found = run(*args, **options)
-        if fault != "wrong":
-            return found
-        return found * 1.01 if name == "image" else (found[0], found[1] * 1.01)
-
-    monkeypatch.setattr(module, launch, changed)
-
-    def trial_of(asked, device):
-        if asked == pair:
-            return trials.PairTrial(pair, device)
-        return SimpleNamespace(prepare=lambda how: lambda: how, wrong=lambda raw: "")
-
-    of_shared = {"slow": [4.0], "none": [1.0]}.get(fault, [])  # what is wrong is not timed
-    seconds, said = [5.0, 5.0, 3.0, *of_shared, 3.5], []
-    found = tuning.tune_questions(
-        blocks_of, CPU, say=said.append, timer=lambda run: seconds.pop(0), trial_of=trial_of,
-        candidates=lambda one, target: choose.ways(one, target) if one == pair else ["vendor"],
-    )  # fmt: skip
-    hows = [choose.choose(block, INTERPRETER).how for block in blocks_of]
-    assert hows == [found[block] for block in blocks_of]
-    alone = ["vendor", "vendor"]
-    shared = ["prologue"] * 2 if name == "image" else ["vendor", "prologue"]
-    assert hows == (shared if fault == "none" else alone)
-    lost = alone if fault == "none" else shared
-    why = {"wrong": "wrong, ", "raises": "RuntimeError: an illegal", "slow": "40", "none": "30"}
-    assert any(f": dropped {' and '.join(lost)}: {why[fault]}" in line for line in said)
-    said.clear()
-    assert tuning.tune_questions(blocks_of, CPU, say=said.append) == {}
-    assert len(said) == 2  # nothing of the pair
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -380,7 +306,7 @@ def test_tune_finds_measures_and_stores_what_a_model_runs(monkeypatch):
     }
     assert {
         ("image_conv", "none", "store"), ("image_conv_transposed", "none", "store"),
-        ("image_conv_transposed", "actgrad", "store"), ("image_weight_gradient", "both", "store"),
+        ("image_weight_gradient", "none", "store"), ("conv_transposed", "none", "gradient"),
         ("conv", "none", "statistics"), ("conv_transposed", "normgrad", "store"),
         ("weight_gradient", "none", "store"), ("weight_gradient", "both", "store"),
     } <= tasks  # fmt: skip
@@ -428,8 +354,8 @@ def test_an_operator_that_raises_leaves_the_default(monkeypatch):
     monkeypatch.setattr(blocks, "conv_bn", refused)
     said = []
     assert tuning.tune_questions([BLOCK], CPU, say=said.append, timer=backwards) == {}
-    assert "(materialised, prologue, vendor raised); nothing stored" in said[-1]
-    assert choose.choose(BLOCK, INTERPRETER) == Choice("materialised", measured=False)
+    assert "(hybrid, materialised, prologue, vendor raised); nothing stored" in said[-1]
+    assert choose.choose(BLOCK, INTERPRETER) == Choice("hybrid", measured=False)
     assert not measured.stored(BLOCK, "interpreter")
 
 
