@@ -325,10 +325,8 @@ def _epilogue(given: dict[str, Any]) -> tuple[list[str], list[str]]:
     if given["EPILOGUE"] == "gradient":
         reads += ["end_aux", "end_coef"]
         writes.append("end_partials")
-    if given["EPILOGUE"] == "signed":
+    if given["EPILOGUE"] == "actgrad":
         reads.append("end_aux")
-    if given["EPILOGUE"] == "signs":
-        writes.append("end_aux")
     if given["EPILOGUE"] == "statistics":
         writes += ["end_partials", "end_counts"]
     return reads, writes
@@ -342,8 +340,6 @@ def traffic(name: str, given: dict[str, Any]) -> tuple[list[str], list[str]]:
     if name == "image_gradients":
         reads = [*_operand("x", given, given["PROLOGUE"]), "w", "end_aux", "end_coef"]
         return reads, ["out", "end_partials", "gw"]
-    if name == "logit_gradients":
-        return ["g", "w", "x", "x_coef"], ["out", "parts"]
     if name == "image_weight_gradient_through":
         return [*_operand("x", given, given["PROLOGUE"]), "w", "signs", "image"], ["gw"]
     if "weight_gradient" in name:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .functional import (
         Deferred,
-        FromImage,
         conv_act,
         conv_bn_act,
         conv_transpose_act,
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from .tuner import tune
 
 __all__ = [
-    "ConvBlock", "Deferred", "Finding", "FromImage", "conv_act", "conv_bn_act",
+    "Activated", "ConvBlock", "Deferred", "Finding", "conv_act", "conv_bn_act",
     "conv_transpose_act", "conv_transpose_bn_act", "findings", "fuse", "materialise", "tune",
     "unfuse",
 ]  # fmt: skip

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from . import ops as operators
 from . import reference
-from .choice.geometry import gradient_dtype
 from .choice.spec import BlockSpec, Inputs, Need, Saved, Signature
-from .ops import GRADIENTS, OF_IMAGE, SIGNATURES, ops
+from .ops import GRADIENTS, SIGNATURES, ops
 
 SAVED, INPUTS = Signature("", (Saved, "")), Signature("", (Inputs, ""))
 
@@ -50,9 +49,8 @@ def handed_back(
 def needs_of(ctx: Any, name: str) -> Need:
     """Which gradients of this operator's arguments are asked for."""
     needs = SIGNATURES[name].named(ctx.needs_input_grad)
-    names = ("x", "weight", "bias", "picture", "picture_weight")
-    x, *others = (needs.get(of, False) for of in names)
-    return Need(x or needs.get("x_coef", False), *others)
+    x, x_coef, weight, bias = (needs.get(of, False) for of in ("x", "x_coef", "weight", "bias"))
+    return Need(x or x_coef, weight, bias)
 
 
 def by_reference(
@@ -124,27 +122,14 @@ def _conv_bn_gradient(
         gy = torch.zeros_like(saved.y)
     if torch.is_grad_enabled():
         return by_reference(ctx, "conv_bn", reference.conv_bn, saved, (gy, gcoef))
-    name, names = "conv_bn_backward", GRADIENTS
-    if saved.picture is not None:
-        name, names = "conv_bn_of_image_backward", OF_IMAGE
-        if gcoef is None:
-            gcoef = gy.new_zeros((5, spec.groups, gy.shape[1]), dtype=torch.float32)
-    given = SIGNATURES[name].flatten(gy, gcoef, saved, spec, needs_of(ctx, "conv_bn"))
-    grads = dict(zip(names, getattr(ops, name)(*given), strict=True))
+    need = needs_of(ctx, "conv_bn")
+    given = SIGNATURES["conv_bn_backward"].flatten(gy, gcoef, saved, spec, need)
+    grads = dict(zip(GRADIENTS, ops.conv_bn_backward(*given), strict=True))
     if gcoef is not None:  # summed with the coefficients' already (gpu.batchnorm.sum_partials)
         for of, plane in (("gamma", 3), ("beta", 4)):
             parameter = getattr(saved, of)
             grads[of] = None if parameter is None else gcoef[plane, 0].to(parameter.dtype)
     return handed_back(ctx, "conv_bn", grads)
-
-
-def by_operator(
-    ctx: Any, name: str, backward: str, names: Sequence[str], saved: Saved, g: Tensor
-) -> tuple[Tensor | None, ...]:
-    """Gradients by the operator that gives those of `names`."""
-    given = SIGNATURES[backward].flatten(g, saved, ctx.spec, needs_of(ctx, name))
-    found = getattr(ops, backward)(*given)
-    return handed_back(ctx, name, dict(zip(names, found, strict=True)))
 
 
 def gradient_of(
@@ -156,36 +141,24 @@ def gradient_of(
         saved, _spec = kept(ctx)
         if torch.is_grad_enabled():
             return by_reference(ctx, name, twin, saved, (g,))
-        return by_operator(ctx, name, backward, names, saved, g)
+        given = SIGNATURES[backward].flatten(g, saved, ctx.spec, needs_of(ctx, name))
+        grads = dict(zip(names, getattr(ops, backward)(*given), strict=True))
+        return handed_back(ctx, name, grads)
 
     return gradient
 
 
 def save_conv_act(ctx: Any, name: str, inputs: Any, out: Tensor) -> None:
-    """Without an activation the output is not needed, and may be changed in place by its taker."""
+    """Without an activation, or if its taker undoes that, the output is not needed. Without one the
+    taker may change it in place, too."""
     given, spec = SIGNATURES[name].restore(inputs)
+    if spec.undone:
+        spec = replace(spec, activation="none")
     keep(ctx, given, spec, out=None if spec.activation == "none" else out)
 
 
 def _save_conv_act(ctx: Any, inputs: Any, output: Any) -> None:
-    out, _ = output
-    save_conv_act(ctx, "conv_act", inputs, out)
-
-
-def _conv_act_gradient(ctx: Any, g: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    (saved, spec), need = kept(ctx), needs_of(ctx, "conv_act")
-    if torch.is_grad_enabled():
-        return by_reference(ctx, "conv_act", reference.conv_act_of, saved, (g,))
-    if saved.x_gamma is None or saved.x_beta is None or not need.x:
-        return by_operator(ctx, "conv_act", "conv_act_backward", GRADIENTS, saved, g)
-    gx, sums = ops.logit_backward(*SIGNATURES["logit_backward"].flatten(g, saved, spec))
-    grads = {"x": gx}
-    if need.weight:
-        taps = sums[:16].view(1, 4, 4, -1).permute(0, 3, 1, 2)
-        grads["weight"] = taps.to(gradient_dtype(saved.weight))
-    grads["x_gamma"] = sums[16].to(saved.x_gamma.dtype)
-    grads["x_beta"] = sums[17].to(saved.x_beta.dtype)
-    return handed_back(ctx, "conv_act", grads)
+    save_conv_act(ctx, "conv_act", inputs, output)
 
 
 def _save_activate(ctx: Any, inputs: Any, output: Any) -> None:
@@ -214,5 +187,8 @@ def _activate_gradient(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
 # are buffers, which have none. test_ops.py and test_functional.py (compiling, training) hold it.
 operators.conv_bn._setup_context_fn = _save_conv_bn
 operators.conv_bn._backward_fn = _conv_bn_gradient
-operators.conv_act.register_autograd(_conv_act_gradient, setup_context=_save_conv_act)
+operators.conv_act.register_autograd(
+    gradient_of("conv_act", "conv_act_backward", GRADIENTS, reference.conv_act_of),
+    setup_context=_save_conv_act,
+)
 operators.activate.register_autograd(_activate_gradient, setup_context=_save_activate)

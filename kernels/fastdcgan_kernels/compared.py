@@ -132,26 +132,8 @@ def _conv_bn_backward(
     return _gradients(found, _through_norm(gy, gcoef, saved.y, spec), saved, spec, need)
 
 
-def _conv_bn_of_image_backward(
-    gy: Tensor, gcoef: Tensor, saved: Saved, spec: BlockSpec, need: Need, *found: Tensor
-) -> Expected:
-    dy = _through_norm(gy, gcoef, saved.y, spec)
-    gx, gw = _convolution_gradients(dy, saved.x, saved.weight, spec)
-    g = gx * _derivative(saved.x.float(), spec.x_activation, spec.x_slope)
-    gpicture, gfirst = _convolution_gradients(g, saved.picture, saved.picture_weight, spec)
-    names = ("gradient of the image", "gradient of its weight", "gradient of the weight")
-    wanted = zip((gpicture, gfirst, gw), (need.picture, need.picture_weight, need.weight),
-                 strict=True)  # fmt: skip
-    right = (r if n else None for r, n in wanted)
-    return dict(zip(names, zip(found, right, strict=True), strict=True))
-
-
-def _conv_act(inputs: Inputs, spec: BlockSpec, out: Tensor, signs: Tensor) -> Expected:
-    expected: Expected = {"result": (out, _convolution(inputs, spec))}
-    if signs.numel():
-        bits = signs[..., None].bitwise_right_shift(torch.arange(8, device=signs.device)) & 1
-        expected["signs"] = bits.flatten(-2).permute(0, 3, 1, 2).float(), (out > 0).float()
-    return expected
+def _conv_act(inputs: Inputs, spec: BlockSpec, out: Tensor) -> Expected:
+    return {"result": (out, _convolution(inputs, spec))}
 
 
 def _conv_act_backward(
@@ -161,18 +143,6 @@ def _conv_act_backward(
     if saved.out is not None:
         dy = dy * _derivative(saved.out.float(), spec.activation, spec.slope)
     return _gradients(found, dy, saved, spec, need)
-
-
-def _logit_backward(g: Tensor, saved: Saved, spec: BlockSpec, gy: Tensor, sums: Tensor) -> Expected:
-    y = saved.x  # [N, C, 4, 4]; stride 1 and no padding are the spec's defaults
-    gx, gw = _convolution_gradients(g, _source(saved, spec).to(y.dtype), saved.weight, spec)
-    gx, gcoef = _activation_gradients(gx, y, saved.x_coef, spec.x_activation, spec.x_slope)
-    return {
-        "gradient of y": (gy, _through_norm(gx, gcoef, y, spec)),
-        "gradient of the weight": (sums[:16], gw.permute(0, 2, 3, 1).reshape(16, -1)),
-        "gradient of gamma": (sums[16], gcoef[3, 0]),
-        "gradient of beta": (sums[17], gcoef[4, 0]),
-    }
 
 
 def _activate(y: Tensor, coef: Tensor, spec: BlockSpec, out: Tensor) -> Expected:
@@ -190,8 +160,8 @@ def _activate_backward(
 TWINS: dict[str, Callable[..., Expected]] = {
     twin.__name__.removeprefix("_"): twin
     for twin in (
-        _conv_bn, _conv_bn_backward, _conv_bn_of_image_backward, _conv_act, _conv_act_backward,
-        _logit_backward, _activate, _activate_backward,
+        _conv_bn, _conv_bn_backward, _conv_act, _conv_act_backward, _activate,
+        _activate_backward,
     )
 }  # fmt: skip
 
@@ -213,6 +183,8 @@ def _gradients(
             gx, saved.x, saved.x_coef, spec.x_activation, spec.x_slope
         )
         expected |= _planes(ours["x_coef"], gcoef)
+    elif need.x:
+        gx = gx * _derivative(saved.x.float(), spec.x_activation, spec.x_slope)
     if need.x:
         expected["gradient of x"] = ours["x"], gx
     return expected

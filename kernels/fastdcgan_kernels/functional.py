@@ -34,14 +34,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class Deferred(NamedTuple):
     """A block's output of which the activation is left to its consumer: raw y [N, C, P, Q],
     coef [5, groups, C] (mean, scale, shift, and two for the way back), and the activation of
-    scale * (y - mean) + shift; gamma and beta, if that is what coef was made of, here alone."""
+    scale * (y - mean) + shift."""
 
     y: Tensor
     coef: Tensor
     activation: str
     slope: float
-    gamma: Tensor | None = None
-    beta: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -49,16 +47,11 @@ class Deferred(NamedTuple):
         return self.y.shape
 
 
-class FromImage(NamedTuple):
-    """The output y = act(conv2d(image, weight)) of a layer with what its consumer needs to work out
-    the gradients of image and weight itself: signs of y, uint8 [N, P, Q, CO / 8], and the weight as
-    the kernels take it, or None."""
+class Activated(NamedTuple):
+    """The output y = act(z) of a block without a norm, for a consumer that gives the gradient of z
+    for it."""
 
     y: Tensor
-    signs: Tensor
-    image: Tensor
-    weight: Tensor
-    working: Tensor | None
     activation: str
     slope: float
 
@@ -68,7 +61,7 @@ class FromImage(NamedTuple):
         return self.y.shape
 
 
-Input: TypeAlias = "Tensor | Deferred | FromImage"
+Input: TypeAlias = "Tensor | Deferred | Activated"
 
 
 def conv_bn_act(
@@ -130,27 +123,26 @@ def conv_act(
     activation: Activation, slope: float = 0.0, working: Tensor | None = None, defer: bool = False,
 ) -> Any:  # fmt: skip
     """act(conv2d(x, weight) + bias); as `reference.conv_act`, dtypes and x as `conv_bn_act`.
-    defer: a layer from an image may return `FromImage`. Default False."""
+    defer: `Activated` may be returned. Default False."""
     spec = BlockSpec(False, stride, padding, activation, slope)
     return without_norm(x, inputs_of(x, weight, bias, working), spec, defer)
 
 
 def conv_transpose_act(
     x: Input, weight: Tensor, bias: Tensor | None = None, *, stride: int, padding: int,
-    activation: Activation, slope: float = 0.0, working: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    activation: Activation, slope: float = 0.0, working: Tensor | None = None, defer: bool = False,
+) -> Any:  # fmt: skip
     """act(conv_transpose2d(x, weight) + bias); else as `conv_act`."""
     spec = BlockSpec(True, stride, padding, activation, slope)
-    out: Tensor = without_norm(x, inputs_of(x, weight, bias, working), spec)
-    return out
+    return without_norm(x, inputs_of(x, weight, bias, working), spec, defer)
 
 
 def materialise(x: Input) -> Tensor:
-    """The output that a `Deferred` or `FromImage` stands for; a tensor as it is."""
+    """The output that a `Deferred` or `Activated` stands for; a tensor as it is."""
     if isinstance(x, Tensor):
         return x
-    if isinstance(x, FromImage):
-        return x.y
+    if isinstance(x, Activated):
+        return reference.undone(*x)
     spec = BlockSpec(activation=x.activation, slope=x.slope)
     out: Tensor = ops.activate(*SIGNATURES["activate"].flatten(x.y, x.coef, spec))
     return out
@@ -228,11 +220,8 @@ def unsupported(x: Input, weight: Tensor, spec: BlockSpec) -> str:
     return ""
 
 
-def _cast(x: Input) -> Tensor | Deferred:
-    """x in the autocast dtype, where autocast is on and would cast it; without the layer before
-    it."""
-    if isinstance(x, FromImage):
-        return x.y
+def _cast(x: Input) -> Input:
+    """x in the autocast dtype, where autocast is on and would cast it."""
     if not isinstance(x, Tensor):
         return x
     kind = x.device.type
@@ -301,6 +290,8 @@ def _given(x: Input, inputs: Inputs, spec: BlockSpec) -> tuple[Inputs, BlockSpec
     if isinstance(x, Deferred):
         spec = replace(spec, x_activation=x.activation, x_slope=x.slope)
         return replace(inputs, x=x.y, x_coef=x.coef), spec
+    if isinstance(x, Activated):
+        spec = replace(spec, x_activation=x.activation, x_slope=x.slope)
     return replace(inputs, x=_tensor(x)), spec
 
 
@@ -310,12 +301,12 @@ def inputs_of(x: Input, weight: Tensor, bias: Tensor | None, working: Tensor | N
 
 
 def with_norm(
-    layer: Input, inputs: Inputs, buffers: Buffers, spec: BlockSpec, training: bool,
+    x: Input, inputs: Inputs, buffers: Buffers, spec: BlockSpec, training: bool,
     momentum: float | Tensor, defer: bool,
 ) -> Any:  # fmt: skip
     """A block with a norm, by whatever runs it here: the C++ of a CPU, kernels or plain PyTorch."""
     reference.check_activation(spec.activation)
-    x, weight, groups = _cast(layer), inputs.weight, spec.groups
+    x, weight, groups = _cast(x), inputs.weight, spec.groups
     inputs, spec = _given(x, inputs, spec)
     tracked = buffers.running_mean is not None and buffers.running_var is not None
 
@@ -353,17 +344,9 @@ def with_norm(
         buffers = replace(buffers, momenta=momentum)
     else:
         spec = replace(spec, momentum=momentum)
-    taken = how == "prologue" and inputs.bias is None and spec.stride == 2 and not spec.transposed
-    if isinstance(layer, FromImage) and taken:
-        inputs = replace(
-            inputs, x=inputs.x.detach(), picture=layer.image, picture_weight=layer.weight,
-            picture_working=layer.working, signs=layer.signs,
-        )  # fmt: skip
-        spec = replace(spec, x_activation=layer.activation, x_slope=layer.slope)
     inputs = replace(inputs, x_activated=_activated(x, how), working=_working(inputs))
     y, coef = ops.conv_bn(*SIGNATURES["conv_bn"].flatten(inputs, buffers, spec))
-    of = (None, None) if spec.sync else (inputs.gamma, inputs.beta)
-    deferred = Deferred(y, coef, spec.activation, spec.slope, *of)
+    deferred = Deferred(y, coef, spec.activation, spec.slope)
     return deferred if defer else materialise(deferred)
 
 
@@ -380,25 +363,14 @@ def without_norm(x: Input, inputs: Inputs, spec: BlockSpec, defer: bool = False)
     if how == "reference":
         inputs = _like(inputs) if kernels else inputs
         return reference.block_without_norm(replace(inputs, x=materialise(x)), spec)
-    plain = not spec.transposed and inputs.bias is None and how == "prologue"
-    to_a_number = spec.stride == 1 and weight.shape[0] == 1 and spec.activation == "none"
-    if isinstance(x, Deferred) and plain and to_a_number and x.gamma is not None:
-        inputs = replace(inputs, x_gamma=x.gamma, x_beta=x.beta)
-    signed = (
-        defer and plain and isinstance(x, Tensor) and spec.stride == 2 and x.shape[1] <= 4
-        and weight.shape[0] % 8 == 0 and spec.activation in ("relu", "leaky_relu")
-        and torch.is_grad_enabled()
-    )  # fmt: skip
     inputs = replace(inputs, x_activated=_activated(x, how), working=_working(inputs))
-    spec = replace(spec, signed=signed)
-    out, signs = ops.conv_act(*SIGNATURES["conv_act"].flatten(inputs, spec))
-    if not signed:
-        return out
-    left = inputs.x, weight, inputs.working, spec.activation, spec.slope
-    return FromImage(out, signs, *left)
+    undoes = how in ("hybrid", "prologue") and spec.activation != "none"
+    spec = replace(spec, undone=defer and undoes and torch.is_grad_enabled())
+    out = ops.conv_act(*SIGNATURES["conv_act"].flatten(inputs, spec))
+    return Activated(out, spec.activation, spec.slope) if spec.undone else out
 
 
-def _activated(x: Tensor | Deferred, how: How) -> Tensor | None:
+def _activated(x: Input, how: How) -> Tensor | None:
     """What a hybrid block reads for a `Deferred` in place of its y, without gradients: those of y
     and coef are the block's own."""
     if how != "hybrid" or not isinstance(x, Deferred):

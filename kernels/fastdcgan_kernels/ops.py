@@ -98,18 +98,6 @@ def _fake_conv_bn(inputs: Inputs, buffers: Buffers, spec: BlockSpec) -> tuple[Te
     return y, y.new_empty((5, spec.groups, y.shape[1]), dtype=torch.float32)
 
 
-def _fake_conv_act(inputs: Inputs, spec: BlockSpec) -> tuple[Tensor, Tensor]:
-    out = output(inputs, spec)
-    n, channels, height, width = out.shape
-    shape = (n, height, width, channels // 8) if spec.signed else (0,)
-    return out, out.new_empty(shape, dtype=torch.uint8)
-
-
-def _fake_logit(g: Tensor, saved: Saved, spec: BlockSpec) -> tuple[Tensor, Tensor]:
-    sums = g.new_empty((18, saved.x.shape[1]), dtype=torch.float32)
-    return torch.empty_like(saved.x, memory_format=CHANNELS_LAST), sums
-
-
 def _fake_activate_backward(
     g: Tensor, y: Tensor, coef: Tensor, spec: BlockSpec
 ) -> tuple[Tensor, Tensor]:
@@ -119,14 +107,12 @@ def _fake_activate_backward(
 LAYER = "transposed stride padding x_activation x_slope"
 NEED = (Need, "x weight bias")
 GRADIENTS: tuple[str, ...] = ("x", "x_coef", "weight", "bias")
-OF_IMAGE: tuple[str, ...] = ("picture", "picture_weight", "weight")
-_MADE_OF = "picture picture_weight picture_working signs"
 
 # fmt: off
 conv_bn = operator(
     "conv_bn",
     Signature(
-        "", (Inputs, f"x x_coef x_activated weight bias gamma beta working {_MADE_OF}"), (Buffers, ""),
+        "", (Inputs, "x x_coef x_activated weight bias gamma beta working"), (Buffers, ""),
         (BlockSpec, f"{LAYER} groups eps sync momentum"),
     ),
     "conv_bn", _fake_conv_bn, returns=2, changed=("running_mean", "running_var", "batches"),
@@ -139,22 +125,13 @@ conv_bn_backward = gradients(
     ),
     "conv_bn_backward", GRADIENTS,
 )
-conv_bn_of_image_backward = gradients(
-    "conv_bn_of_image_backward",
-    Signature(
-        "gy gcoef",
-        (Saved, "x weight working y! picture! picture_weight! picture_working signs!"),
-        (BlockSpec, f"{LAYER} groups sync"), (Need, "picture picture_weight weight"),
-    ),
-    "conv_bn_of_image_backward", OF_IMAGE,
-)
 conv_act = operator(
     "conv_act",
     Signature(
-        "", (Inputs, "x x_coef x_activated weight bias working x_gamma x_beta"),
-        (BlockSpec, f"{LAYER} activation slope signed"),
+        "", (Inputs, "x x_coef x_activated weight bias working"),
+        (BlockSpec, f"{LAYER} activation slope undone"),
     ),
-    "conv_act", _fake_conv_act, returns=2,
+    "conv_act", output, returns=1,
 )
 conv_act_backward = gradients(
     "conv_act_backward",
@@ -163,11 +140,6 @@ conv_act_backward = gradients(
         (BlockSpec, f"{LAYER} activation slope"), NEED,
     ),
     "conv_act_backward", GRADIENTS,
-)
-logit_backward = operator(
-    "logit_backward",
-    Signature("g", (Saved, "x x_coef! weight working"), (BlockSpec, "x_activation x_slope")),
-    "logit_backward", _fake_logit, returns=2,
 )
 activate = operator(
     "activate", Signature("y coef", (BlockSpec, "activation slope")), "activate",

@@ -163,6 +163,40 @@ def act(z: Tensor, activation: str, slope: float) -> Tensor:
     return torch.tanh(z) if activation == "tanh" else z
 
 
+def act_backward(g: Tensor, o: Tensor, activation: str, slope: float) -> Tensor:
+    """The gradient of z from that of o = act(z)."""
+    aten = torch.ops.aten
+    found: Tensor = g
+    if activation == "relu":
+        found = aten.threshold_backward(g, o, 0)
+    elif activation == "leaky_relu":
+        found = aten.leaky_relu_backward(g, o, slope, True)
+    elif activation == "tanh":
+        found = aten.tanh_backward(g, o)
+    return found
+
+
+def undone(o: Tensor, activation: str, slope: float) -> Tensor:
+    """o = act(z) itself, for a producer that takes the gradient of z for that of o."""
+    found: Tensor = _Undone.apply(o, activation, slope)
+    return found
+
+
+class _Undone(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, o: Tensor, activation: str, slope: float) -> Tensor:
+        ctx.save_for_backward(o)
+        ctx.act = activation, slope
+        return o.view_as(o)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        (o,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            o = undone(o, *ctx.act)
+        return act_backward(g, o, *ctx.act), None, None
+
+
 def statistics(y: Tensor, groups: int = 1, sync: str = "") -> Tensor:
     """[3, groups, C]: mean, biased variance and count of each channel of y [N, C, P, Q], in float32
     (float64 for a float64 y), differentiable; the batch is `groups` equal batches in a row, and
@@ -247,11 +281,6 @@ def fold(inputs: Inputs, buffers: Buffers, spec: BlockSpec) -> Inputs:
 
 def conv_bn(inputs: Inputs, spec: BlockSpec) -> tuple[Tensor, Tensor]:
     """Twin of the operator conv_bn, without its running buffers: (y, coef)."""
-    if inputs.picture is not None:  # x is made again, for the gradients of what it is made of
-        assert inputs.picture_weight is not None
-        first = BlockSpec(False, 2, 1, spec.x_activation, spec.x_slope)
-        x = conv_act_of(Inputs(inputs.picture, inputs.picture_weight), first)
-        inputs = replace(inputs, x=x)
     y = conv_act_of(inputs, replace(spec, activation="none"))
     return y, coefficients(
         statistics(y, spec.groups, spec.sync), inputs.gamma, inputs.beta, spec.eps
@@ -263,6 +292,8 @@ def conv_act_of(inputs: Inputs, spec: BlockSpec) -> Tensor:
     x, bias = inputs.x, inputs.bias
     if inputs.x_coef is not None:
         x = activate(x, inputs.x_coef, spec.x_activation, spec.x_slope)
+    elif spec.x_activation != "none":
+        x = undone(x, spec.x_activation, spec.x_slope)
     bias = None if bias is None else bias.to(x.dtype)
     return act(_convolve(x, inputs.weight.to(x.dtype), bias, spec), spec.activation, spec.slope)
 

@@ -23,7 +23,7 @@ from fastdcgan_kernels.gpu.tile import Epilogue, Operand
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PROLOGUES = ["none", "activate", "normgrad", "actgrad"]
-EPILOGUES = ["store", "statistics", "gradient"]
+EPILOGUES = ["store", "statistics", "gradient", "actgrad"]
 ACTIVATIONS = ["relu", "leaky_relu", "tanh", "none"]
 SLOPE = 0.2
 TILE = Tile(rows=32, columns=32, depth=64)  # the interpreter is slow: few of them for small shapes
@@ -84,7 +84,11 @@ class Draw:
         return Operand(value, prologue, aux, coef, activation, SLOPE)
 
     def epilogue(self, shape, groups, kind, activation):
-        bias = None if kind == "gradient" else self.normal(shape[1])
+        bias = self.normal(shape[1]) if kind in ("store", "statistics") else None
+        if kind == "actgrad":
+            aux = self.normal(*shape)
+            aux.copy_(act(aux.clone(), activation))
+            return Epilogue(kind, bias, aux, None, activation, SLOPE)
         if kind == "gradient":
             aux, coef = self.normal(*shape), self.coef(groups, shape[1])
             return Epilogue(kind, bias, aux, coef, activation, SLOPE)
@@ -141,6 +145,8 @@ def finish(result, epilogue, dtype):
     """(stored value, partials or None) of a convolution's result; `dtype` is the one to work in."""
     if epilogue.bias is not None:
         result = result + epilogue.bias.to(dtype)[:, None, None]
+    if epilogue.kind == "actgrad":
+        return act_backward(result, epilogue.aux.to(dtype), epilogue.activation), None
     if epilogue.kind != "gradient":
         return act(result, epilogue.activation), None
     mean, scale, shift = planes(epilogue.coef.to(dtype), result.shape[0])

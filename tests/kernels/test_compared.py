@@ -18,17 +18,14 @@ from fastdcgan_kernels.gpu import (
     conv_image,
     conv_pointers,
     conv_weight,
-    logit,
 )
+from fastdcgan_kernels.gpu.tile import Result
 from fastdcgan_kernels.modules.block import stat_groups
 from fastdcgan_kernels.ops import ops
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CHANNELS_LAST = torch.channels_last
-PRODUCTS = (
-    "y", "result", "gradient of x", "gradient of the weight", "gradient of the image",
-    "gradient of its weight",
-)  # fmt: skip
+PRODUCTS = ("y", "result", "gradient of x", "gradient of the weight")
 """Results that are sums over taps."""
 
 
@@ -62,7 +59,7 @@ def dcgan(w, norm=True):
 
 def step(dtype, how="materialised", *, norm=True):
     """(error, whose) of all operators in a step of both nets, the largest first."""
-    width, batch = 8 if how == "prologue" else 4, 2  # 8: then all launches that may be are shared
+    width, batch = 4, 2
     torch.manual_seed(0)
     netG, netD = (fuse(net.to(memory_format=CHANNELS_LAST)) for net in dcgan(width, norm))
     smooth = F.interpolate(torch.rand(batch, 3, 4, 4) * 2 - 1, scale_factor=4.0)
@@ -84,15 +81,16 @@ def step(dtype, how="materialised", *, norm=True):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("how", ["materialised", "prologue", "vendor"])
+@pytest.mark.parametrize("how", ["hybrid", "materialised", "prologue", "vendor"])
 def test_right_operators_are_within_a_quarter_of_what_is_allowed(how, dtype):
     errors = step(dtype, how)
     print(f"{dtype} {how}: right {errors[0]}")
     assert errors[0][0] < ALLOWED[dtype] / 4
     seen = {whose.split()[0] for _, whose in errors}
     ways = {
+        "hybrid": {*TWINS} - {"activate_backward"},
+        "materialised": {*TWINS},
         "prologue": {name for name in TWINS if not name.startswith("activate")},
-        "materialised": {name for name in TWINS if "image" not in name and "logit" not in name},
     }
     assert seen >= ways.get(how, set())
     assert any("of 0.weight" in whose for _, whose in errors)
@@ -158,6 +156,8 @@ def scaled(result):
     """5 % off: gradients in a tuple, or the value of a convolution."""
     if isinstance(result, tuple):
         return (result[0] * 1.05, *result[1:])
+    if isinstance(result, Result):
+        return replace(result, value=result.value * 1.05)
     return result * 1.05
 
 
@@ -167,8 +167,8 @@ MISTAKES = {  # where, in which way, what the error is said of
     "activation": (batchnorm, "activation_backward", "materialised", "gradient of y"),
     "sums": (batchnorm, "finalize_gradient", "materialised", "gradient of gamma"),
     "biases": (batchnorm, "column_sum", "materialised", "gradient of the bias"),
-    "logit": (logit, "backward", "prologue", "logit_backward"),
-    "through": (conv_image, "weight_gradient_through", "prologue", "gradient of its weight"),
+    "activated": (batchnorm, "pointwise", "hybrid", "activate of"),
+    "undone": (conv_pointers, "convolve", "hybrid", "gradient of x"),
 }
 
 

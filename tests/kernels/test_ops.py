@@ -34,16 +34,11 @@ def leaf(*shape):
     return torch.randn(shape, requires_grad=True)
 
 
-def signs(*shape):
-    return torch.randint(256, shape, dtype=torch.uint8)
-
-
 # What each case of each operator is given; optional arguments that are not named are None.
 DOWN = {"transposed": False, "stride": 2, "padding": 1}
 LAYER = {**DOWN, "x_activation": "none", "x_slope": 0.0}
 DEFERRED = {**DOWN, "x_activation": "leaky_relu", "x_slope": 0.2}
 CPU_LAYER = {**DOWN, "groups": 2, "eps": 1e-5, "slope": 0.2}
-NEEDED = ("need_picture", "need_picture_weight", "need_weight")
 CASES = {
     "conv_bn": {
         "alone": lambda: {
@@ -61,11 +56,14 @@ CASES = {
             "sync": "", "running_mean": normal(5), "running_var": torch.rand(5), "momentum": 0.0,
             "momenta": torch.rand(2),
         },
-        "of an image": lambda: {
-            **DEFERRED, "x": normal(2, 8, 4, 4), "weight": leaf(6, 8, 4, 4), "gamma": leaf(6),
-            "beta": leaf(6), "groups": 2, "eps": 1e-5, "sync": "", "momentum": 0.0,
-            "picture": leaf(2, 3, 8, 8), "picture_weight": leaf(8, 3, 4, 4),
-            "picture_working": normal(8, 3, 4, 4), "signs": signs(2, 4, 4, 1),
+        "on what is activated already": lambda: {
+            **DEFERRED, "x": leaf(4, 5, 4, 4), "x_coef": leaf(5, 2, 5),
+            "x_activated": normal(4, 5, 4, 4), "weight": leaf(6, 5, 4, 4), "groups": 2, "eps": 1e-5,
+            "sync": "", "momentum": 0.0,
+        },
+        "whose activation it undoes": lambda: {
+            **DEFERRED, "x": leaf(4, 5, 4, 4), "weight": leaf(6, 5, 4, 4), "groups": 2, "eps": 1e-5,
+            "sync": "", "momentum": 0.0,
         },
     },
     "conv_bn_backward": {
@@ -80,6 +78,19 @@ CASES = {
             "bias": normal(6), "y": normal(4, 6, 2, 2), "groups": 2, "sync": "",
             "need_x": True, "need_weight": True, "need_bias": True,
         },
+        "on what is activated already": lambda: {
+            **DEFERRED, "gy": normal(4, 6, 2, 2), "x": normal(4, 5, 4, 4),
+            "x_coef": normal(5, 2, 5), "x_activated": normal(4, 5, 4, 4),
+            "weight": normal(6, 5, 4, 4), "gcoef": normal(5, 2, 6), "y": normal(4, 6, 2, 2),
+            "groups": 2, "sync": "",
+            "need_x": True, "need_weight": True, "need_bias": False,
+        },
+        "undoing an activation": lambda: {
+            **DEFERRED, "gy": normal(4, 6, 2, 2), "x": normal(4, 5, 4, 4),
+            "weight": normal(6, 5, 4, 4), "gcoef": normal(5, 2, 6), "y": normal(4, 6, 2, 2),
+            "groups": 2, "sync": "",
+            "need_x": True, "need_weight": False, "need_bias": False,
+        },
         "with nothing asked for": lambda: {
             **DEFERRED, "gy": normal(4, 6, 2, 2), "gcoef": normal(5, 2, 6), "x": normal(4, 5, 4, 4),
             "x_coef": normal(5, 2, 5), "weight": normal(6, 5, 4, 4), "bias": normal(6),
@@ -87,40 +98,26 @@ CASES = {
             "need_x": False, "need_weight": False, "need_bias": False,
         },
     },
-    "conv_bn_of_image_backward": {
-        f"working {given}, need {need}": lambda given=given, need=need: {
-            "gy": normal(2, 6, 2, 2), "gcoef": normal(5, 2, 6), "picture": normal(2, 3, 8, 8),
-            "picture_weight": normal(8, 3, 4, 4), "signs": signs(2, 4, 4, 1),
-            "x": normal(2, 8, 4, 4), "weight": normal(6, 8, 4, 4), "y": normal(2, 6, 2, 2),
-            **DOWN, "groups": 2, "x_activation": "relu", "x_slope": 0.0, "sync": "",
-            **dict(zip(NEEDED, need, strict=True)),
-            **({"picture_working": normal(8, 3, 4, 4), "working": normal(6, 8, 4, 4)} if given
-               else {}),
-        }
-        for given, need in ((True, [True] * 3), (False, [False, True, False]), (False, [False] * 3))
-    },
     "conv_act": {
         "alone": lambda: {
             "x": leaf(2, 5, 4, 4), "weight": leaf(5, 3, 4, 4), "transposed": True,
             "stride": 2, "padding": 1,
             "x_activation": "none", "x_slope": 0.0, "activation": "tanh", "slope": 0.0,
-            "signed": False,
+            "undone": False,
         },
         "with bias and working": lambda: {
             **DEFERRED, "x": leaf(4, 5, 4, 4), "x_coef": leaf(5, 2, 5), "weight": leaf(6, 5, 4, 4),
             "working": normal(6, 5, 4, 4), "bias": leaf(6), "activation": "relu", "slope": 0.0,
-            "signed": False,
+            "undone": False,
         },
-        "with signs": lambda: {
+        "on what is activated already": lambda: {
+            **DEFERRED, "x": leaf(4, 5, 4, 4), "x_coef": leaf(5, 2, 5),
+            "x_activated": normal(4, 5, 4, 4), "weight": leaf(6, 5, 4, 4), "activation": "none",
+            "slope": 0.0, "undone": False,
+        },
+        "whose activation is undone": lambda: {
             **LAYER, "x": leaf(2, 3, 8, 4), "weight": leaf(8, 3, 4, 4), "activation": "relu",
-            "slope": 0.0, "signed": True,
-        },
-        "to a number": lambda: {
-            "x": leaf(4, 5, 4, 4), "x_coef": leaf(5, 2, 5), "weight": leaf(1, 5, 4, 4),
-            "transposed": False,
-            "stride": 1, "padding": 0, "x_activation": "relu", "x_slope": 0.0,
-            "activation": "none", "slope": 0.0,
-            "signed": False, "x_gamma": leaf(5), "x_beta": leaf(5),
+            "slope": 0.0, "undone": True,
         },
     },
     "conv_act_backward": {
@@ -135,20 +132,23 @@ CASES = {
             "bias": normal(6), "activation": "tanh", "slope": 0.0,
             "need_x": True, "need_weight": True, "need_bias": True,
         },
+        "on what is activated already": lambda: {
+            **DEFERRED, "g": normal(4, 6, 2, 2), "x": normal(4, 5, 4, 4),
+            "x_coef": normal(5, 2, 5), "x_activated": normal(4, 5, 4, 4),
+            "weight": normal(6, 5, 4, 4), "activation": "none", "slope": 0.0,
+            "need_x": True, "need_weight": True, "need_bias": False,
+        },
+        "undoing an activation": lambda: {
+            **DEFERRED, "g": normal(4, 6, 2, 2), "x": normal(4, 5, 4, 4),
+            "weight": normal(6, 5, 4, 4), "activation": "none", "slope": 0.0,
+            "need_x": True, "need_weight": False, "need_bias": False,
+        },
         "with nothing asked for": lambda: {
             **DEFERRED, "g": normal(4, 6, 2, 2), "out": normal(4, 6, 2, 2), "x": normal(4, 5, 4, 4),
             "x_coef": normal(5, 2, 5), "weight": normal(6, 5, 4, 4), "bias": normal(6),
             "activation": "tanh", "slope": 0.0,
             "need_x": False, "need_weight": False, "need_bias": False,
         },
-    },
-    "logit_backward": {
-        f"working {given}": lambda given=given: {
-            "g": normal(4, 1, 1, 1), "x": normal(4, 5, 4, 4), "x_coef": normal(5, 2, 5),
-            "weight": normal(1, 5, 4, 4), "x_activation": "relu", "x_slope": 0.0,
-            **({"working": normal(1, 5, 4, 4)} if given else {}),
-        }
-        for given in (False, True)
     },
     "activate": {
         "alone": lambda: {

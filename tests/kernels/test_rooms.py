@@ -28,10 +28,10 @@ FLOORS = [
 ]
 SHARED = {"gpu.tile", "gpu.launch", "gpu.descriptors"}  # by all families of kernels
 PUBLIC = [
+    "Activated",
     "ConvBlock",
     "Deferred",
     "Finding",
-    "FromImage",
     "conv_act",
     "conv_bn_act",
     "conv_transpose_act",

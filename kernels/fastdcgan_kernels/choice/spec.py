@@ -25,9 +25,11 @@ class BlockSpec:
     groups: int = 1  # equal batches in a row, each with its own statistics
     sync: str = ""  # name of the process group whose batches are normalised as one
     momentum: float = 0.0  # share of the batch in the running buffers, unless there are momenta
-    x_activation: str = "none"  # that of the block before, where x is its raw output
+    # That of the block before, which this one undoes on the way back: x is its raw output, with
+    # coefficients, or its result.
+    x_activation: str = "none"
     x_slope: float = 0.0
-    signed: bool = False  # the signs of the output are stored, too
+    undone: bool = False  # the next block does so with this one's result; for one without a norm
 
     def geometry(self, x: Tensor, weight: Tensor) -> Geometry:
         """Of this block on x."""
@@ -37,9 +39,8 @@ class BlockSpec:
 @dataclass
 class Inputs:
     """Tensors of a block. Its x may be the raw output of a block before it, with the coefficients
-    x_coef [5, groups, C], and with x_activated where that is normalised and activated already; then the gradient of x is that through the norm of x_gamma and x_beta,
-    too, if these are given. Or x may be a constant, with what it was made of: x = act(conv2d(
-    picture, picture_weight)) and its signs. `working`: a weight as the kernels take it."""
+    x_coef [5, groups, C], and with x_activated where that is normalised and activated already.
+    `working`: a weight as the kernels take it."""
 
     x: Tensor
     weight: Tensor
@@ -49,12 +50,6 @@ class Inputs:
     gamma: Tensor | None = None
     beta: Tensor | None = None
     working: Tensor | None = None
-    picture: Tensor | None = None
-    picture_weight: Tensor | None = None
-    picture_working: Tensor | None = None
-    signs: Tensor | None = None
-    x_gamma: Tensor | None = None
-    x_beta: Tensor | None = None
 
 
 @dataclass
@@ -85,8 +80,6 @@ class Need:
     x: bool = False
     weight: bool = False
     bias: bool = False
-    picture: bool = False
-    picture_weight: bool = False
 
 
 class Signature:

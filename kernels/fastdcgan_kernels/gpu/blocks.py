@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..choice import choose, heuristics
+from ..choice import choose
 from ..choice.geometry import Geometry, Tile, gradient_dtype
 from ..choice.spec import BlockSpec, Buffers, Inputs, Need, Saved
 from ..choice.targets import target_of
 from ..choice.types import Block, How, Target, Task
-from . import batchnorm, conv_image, conv_pointers, conv_tma, conv_weight, logit
+from . import batchnorm, conv_image, conv_pointers, conv_tma, conv_weight
 from .tile import Epilogue, Operand, Result
 
 CHANNELS_LAST = torch.channels_last
@@ -62,47 +62,6 @@ def conv_bn_backward(
     return _convolution_backward(dy, saved, spec, need, spec.groups, norm=True)
 
 
-def conv_bn_of_image_backward(
-    gy: Tensor, gcoef: Tensor, saved: Saved, spec: BlockSpec, need: Need
-) -> dict[str, Tensor]:
-    """Gradients of picture, its weight and weight, through a `conv_bn` and the layer before it,
-    x = act(conv2d(picture, picture_weight)), of which there are `signs`; both are convolutions of
-    stride 2."""
-    picture, first_weight, signs = saved.picture, saved.picture_weight, saved.signs
-    assert picture is not None
-    assert first_weight is not None
-    assert signs is not None
-    dy = _through_norm(gy, gcoef, saved, spec)
-    geometry, first = spec.geometry(saved.x, saved.weight), spec.geometry(picture, first_weight)
-    weight, groups, found = working_weight(saved), spec.groups, {}
-    picture = picture.contiguous(memory_format=CHANNELS_LAST)
-    act: Any = {"activation": spec.x_activation, "slope": spec.x_slope}
-    dtype = gradient_dtype(first_weight)
-    if need.picture:
-        epilogue = Epilogue("signed", aux=signs, **act)
-        given: Any = {"transposed": True, "epilogue": epilogue, "groups": groups}
-        g = Operand(convolve(dy, weight, geometry, **given).value)
-        working = saved.picture_working
-        if working is None:
-            working = _as_working(first_weight, saved.x.dtype)
-        found["picture"] = convolve(g, working, first, transposed=True).value
-        if need.picture_weight:
-            found["picture_weight"] = weight_gradient(Operand(picture), g, first, dtype=dtype)
-    elif need.picture_weight:  # the gradient between the layers is not stored
-        found["picture_weight"] = conv_image.weight_gradient_through(
-            dy, weight, geometry, signs, spec.x_activation, spec.x_slope, picture,
-            tile=_tile("conv_transposed", geometry, dy.value, dy.prologue, "store", groups),
-            parts=heuristics.parts(_target(saved.x.device), groups), dtype=dtype, groups=groups,
-            precision=precision_of(saved.x),
-        )  # fmt: skip
-    if need.weight:
-        dtype = gradient_dtype(saved.weight)
-        found["weight"] = weight_gradient(
-            Operand(saved.x), dy, geometry, dtype=dtype, groups=groups
-        )
-    return found
-
-
 def _through_norm(gy: Tensor, gcoef: Tensor | None, saved: Saved, spec: BlockSpec) -> Operand:
     """The gradient of the raw output, from that of y by itself and that of coef."""
     gy = _like(gy, saved.y)
@@ -112,9 +71,8 @@ def _through_norm(gy: Tensor, gcoef: Tensor | None, saved: Saved, spec: BlockSpe
     return Operand(gy, "normgrad", aux=saved.y, coef=dcoef)
 
 
-def conv_act(inputs: Inputs, spec: BlockSpec) -> tuple[Tensor, Tensor]:
-    """act(convolution + bias); and its signs, uint8 [N, P, Q, C / 8], where spec.signed says so, of
-    a layer from an image, else [0]."""
+def conv_act(inputs: Inputs, spec: BlockSpec) -> Tensor:
+    """act(convolution + bias)."""
     source, weight = _source(inputs, spec), working_weight(inputs)
     geometry, groups = spec.geometry(inputs.x, inputs.weight), _groups(inputs)
     act: dict[str, Any] = {"activation": spec.activation, "slope": spec.slope}
@@ -125,15 +83,11 @@ def conv_act(inputs: Inputs, spec: BlockSpec) -> tuple[Tensor, Tensor]:
         coef = torch.stack([zero, zero + one, shift])[:, None]
         if inputs.bias is not None or spec.activation != "none":
             y = batchnorm.pointwise(Operand(y, "activate", coef=coef, **act), 1)
-        return y, y.new_empty(0, dtype=torch.uint8)
-    shape = (geometry.N, geometry.P, geometry.Q, geometry.CS // 8) if spec.signed else (0,)
-    signs = inputs.x.new_empty(shape, dtype=torch.uint8)
-    kind, aux = ("signs", signs) if spec.signed else ("store", None)
-    epilogue = Epilogue(kind, bias=inputs.bias, aux=aux, **act)
-    result = convolve(
+        return y
+    epilogue = Epilogue(bias=inputs.bias, **act)
+    return convolve(
         source, weight, geometry, transposed=spec.transposed, epilogue=epilogue, groups=groups
-    )
-    return result.value, signs
+    ).value
 
 
 def conv_act_backward(g: Tensor, saved: Saved, spec: BlockSpec, need: Need) -> dict[str, Tensor]:
@@ -142,12 +96,6 @@ def conv_act_backward(g: Tensor, saved: Saved, spec: BlockSpec, need: Need) -> d
     if spec.activation != "none":
         dy = Operand(dy.value, "actgrad", saved.out, activation=spec.activation, slope=spec.slope)
     return _convolution_backward(dy, saved, spec, need, _groups(saved), norm=False)
-
-
-def logit_backward(g: Tensor, saved: Saved, spec: BlockSpec) -> tuple[Tensor, Tensor]:
-    """`logit.backward` of a `conv_act` to one number without an activation."""
-    source, g = _source(saved, spec), g.to(saved.x.dtype).contiguous()
-    return logit.backward(g, working_weight(saved), source, _groups(saved))
 
 
 def activate(y: Tensor, coef: Tensor, spec: BlockSpec) -> Tensor:
@@ -174,7 +122,7 @@ def convolve(
     epilogue: Epilogue = Epilogue(), groups: int = 1, tile: Tile | None = None,
 ) -> Result:  # fmt: skip
     """The convolution with its epilogue, by the family that fits. tile: by default chosen."""
-    kind = "store" if epilogue.kind in ("signs", "signed") else epilogue.kind
+    kind = "store" if epilogue.kind == "actgrad" else epilogue.kind
     op = "conv_transposed" if transposed else "conv"
     tile = tile or _tile(op, geometry, source.value, source.prologue, kind, groups)
     given: Any = {"transposed": transposed, "tile": tile, "precision": precision_of(source.value)}
@@ -286,7 +234,8 @@ def _convolution_backward(
 ) -> dict[str, Tensor]:
     source, weight = _source(saved, spec), saved.weight
     geometry, transposed = spec.geometry(saved.x, weight), spec.transposed
-    how, found = _how(geometry, saved.x, spec, norm, groups), {}
+    how = _how(geometry, saved.x, spec, norm, groups)
+    found: dict[str, Tensor] = {}
     if need.x or how == "vendor":  # our kernels read it for the gradient of x alone
         weight = working_weight(saved)
     if need.bias:
@@ -296,39 +245,36 @@ def _convolution_backward(
     cheap = how != "vendor" and _is_image(geometry) and (transposed or not need.x)
     if how != "prologue" and not cheap:
         dy = Operand(_materialise(dy, groups))
-    dtype, raw = gradient_dtype(saved.weight), saved.x.contiguous(memory_format=CHANNELS_LAST)
+    dtype, act = gradient_dtype(saved.weight), (spec.x_activation, spec.x_slope)
+    raw = saved.x.contiguous(memory_format=CHANNELS_LAST)
     coef = None if saved.x_coef is None else saved.x_coef.contiguous()
-    act: Any = (spec.x_activation, spec.x_slope)
     if how == "vendor":
         values = _materialise(source, groups) if need.weight else source.value
         gx, gw = _vendor_gradients(dy.value, values, weight, spec, need)
         if gw is not None:
             found["weight"] = gw.to(dtype)
-        if gx is not None and coef is not None:
-            gx = gx.contiguous(memory_format=CHANNELS_LAST)
-            gx, partials = batchnorm.activation_backward(gx, raw, coef, *act, groups)
+        if gx is None:
+            return found
+        found["x"] = gx.contiguous(memory_format=CHANNELS_LAST)
+        if coef is not None:
+            found["x"], partials = batchnorm.activation_backward(
+                found["x"], raw, coef, *act, groups
+            )
             found["x_coef"] = batchnorm.finalize_gradient(partials, coef)
-        return found if gx is None else found | {"x": gx}
-    back: Any = {"transposed": not transposed, "groups": groups}
-    if need.x and coef is None:
-        found["x"] = convolve(dy, weight, geometry, **back).value
-    elif need.x:
-        assert coef is not None
-        epilogue = Epilogue("gradient", None, raw, coef, *act)
-        if how == "prologue" and need.weight and transposed and _is_image(geometry):
-            target = _target(dy.value.device)
-            tile = _tile("conv", geometry, dy.value, dy.prologue, "gradient", groups)
-            result, found["weight"] = conv_image.both_gradients(
-                dy, weight, geometry, tile=heuristics.tile_of_both(tile, target),
-                epilogue=epilogue, parts=heuristics.parts(target, groups), dtype=dtype,
-                groups=groups, precision=precision_of(dy.value),
-            )  # fmt: skip
-        else:
-            result = convolve(dy, weight, geometry, epilogue=epilogue, **back)
-        assert result.partials is not None
+        elif spec.x_activation != "none":
+            found["x"] = batchnorm.pointwise(Operand(found["x"], "actgrad", raw, None, *act))
+        return found
+    if need.x:
+        kind = "store" if spec.x_activation == "none" else "actgrad"
+        epilogue = Epilogue(kind if coef is None else "gradient", None, raw, coef, *act)
+        result = convolve(
+            dy, weight, geometry, transposed=not transposed, epilogue=epilogue, groups=groups
+        )
         found["x"] = result.value
-        found["x_coef"] = batchnorm.finalize_gradient(result.partials, coef)
-    if need.weight and "weight" not in found:
+        if result.partials is not None:
+            assert coef is not None
+            found["x_coef"] = batchnorm.finalize_gradient(result.partials, coef)
+    if need.weight:
         found["weight"] = weight_gradient(
             source, dy, geometry, transposed=transposed, dtype=dtype, groups=groups
         )

@@ -37,7 +37,7 @@ class Stored(NamedTuple):
     """What an epilogue reads and writes besides the result, as a kernel takes it."""
 
     bias: Any  # [C]; read where HAS_BIAS
-    aux: Any  # like the result: raw y, for gradient; or uint8 signs, for signs and signed
+    aux: Any  # like the result: raw y, for gradient; act(z), for actgrad
     coef: Any  # [3, groups, C] fp32, of aux; for gradient
     partials: Any  # [2, groups, tiles, C] fp32; for statistics and gradient
     counts: Any  # [groups, tiles] fp32: rows in each tile; for statistics
@@ -77,8 +77,8 @@ class Operand:
 
 @dataclass(frozen=True)
 class Epilogue:
-    """What happens to a result before it is stored (`store_tile`). `aux`: the raw y; or signs,
-    uint8 [N, P, Q, C / 8], which "signs" writes and "signed" reads."""
+    """What happens to a result before it is stored (`store_tile`). `aux`: raw y, for "gradient";
+    act(z), for "actgrad"."""
 
     kind: str = "store"
     bias: Tensor | None = None
@@ -287,25 +287,6 @@ def apply(
 
 
 @triton.jit
-def store_signs(
-    signs,  # pointer, uint8: bit c % 8 of byte c // 8 of a pixel is channel c's; C divides by 8
-    o, offsets, mask,  # an activation's output: rows along the axis ROWS, channels along the other
-    channels,  # [BN]
-    ROWS: tl.constexpr,
-):  # fmt: skip
-    """Where o is positive, a bit for each."""
-    bits = (o > 0).to(tl.int32) << tl.expand_dims(channels % 8, ROWS)
-    if ROWS == 0:
-        eight: tl.constexpr = (o.shape[0], o.shape[1] // 8, 8)
-    else:
-        eight: tl.constexpr = (o.shape[0] // 8, 8, o.shape[1])
-    byte = tl.sum(bits.reshape(eight), axis=2 - ROWS, keep_dims=True)
-    byte = tl.broadcast_to(byte, eight).reshape(o.shape[0], o.shape[1])
-    first = tl.expand_dims(channels % 8 == 0, ROWS)
-    tl.store(signs + offsets // 8, byte.to(tl.uint8), mask=mask & first)
-
-
-@triton.jit
 def signs_derivative(
     signs, offsets, mask, channels, slope, ACTIVATION: tl.constexpr, ROWS: tl.constexpr = 0
 ):
@@ -350,8 +331,7 @@ def store_tile(
     """One tile of a result to memory:
 
     store       act(result + bias)
-    signs       the same, and where it is positive, into end.aux
-    signed      result is d act(z), relu or leaky_relu: dz = result * act'(z), by the signs
+    actgrad     result is d act(z), and end.aux is act(z): dz = result * act'(z)
     statistics  y = result + bias; partials: per channel mean and M2 of y as rounded for storage
     gradient    result is d act(z), z = scale * (end.aux - mean) + shift: dz = result * act'(z);
                 scale * dz; partials: sum dz and sum dz * (end.aux - mean)
@@ -368,13 +348,12 @@ def store_tile(
         bias = tl.load(end.bias + channels, mask=channel_mask, other=0.0).to(tl.float32)
         result += tl.expand_dims(bias, ROWS)
     count = tl.sum(row_mask.to(tl.float32), axis=0)
-    if EPILOGUE == "store" or EPILOGUE == "signs":
+    if EPILOGUE == "store":
         stored = activate(result, slope, ACTIVATION).to(out.dtype.element_ty)
         tl.store(out + offsets, stored, mask=mask)
-        if EPILOGUE == "signs":
-            store_signs(end.aux, stored, offsets, mask, channels, ROWS)
-    elif EPILOGUE == "signed":
-        result *= signs_derivative(end.aux, offsets, mask, channels, slope, ACTIVATION, ROWS)
+    elif EPILOGUE == "actgrad":
+        o = tl.load(end.aux + offsets, mask=mask, other=0.0).to(tl.float32)
+        result *= activation_derivative(o, slope, ACTIVATION)
         tl.store(out + offsets, result.to(out.dtype.element_ty), mask=mask)
     elif EPILOGUE == "statistics":
         stored = result.to(out.dtype.element_ty)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +28,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def launches(arch: str, dtype: str, batch: int = BATCH) -> Iterator[tuple[str, Launch]]:
     """(layer and pass, launch) of every layer of the 64-pixel DCGAN, as the blocks make them for
     this target, each way that may be chosen; and of the rest of a step."""
-    hows: tuple[How, ...] = ("materialised", "prologue", "vendor")
+    hows: tuple[How, ...] = ("hybrid", "materialised", "prologue", "vendor")
     for how in hows:
         for layer in dcgan.layers():
             if how == "vendor" and layer.name != "G2":
                 continue  # one layer shows its kernels: they are the same everywhere
             with assume(TARGETS[arch]), override(how):
-                passes = _of_layer(layer, how == "prologue", batch, DTYPES[dtype])
+                passes = _of_layer(layer, how, batch, DTYPES[dtype])
             for when, recorded in zip(("forward", "backward"), passes, strict=True):
                 yield from ((f"{layer.name} {when}, {how}", launch) for launch in recorded)
     yield from (("step, all", launch) for launch in _of_step(DTYPES[dtype], batch))
@@ -49,45 +50,39 @@ def _few(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _of_layer(
-    layer: dcgan.Layer, deferred: bool, batch: int, dtype: torch.dtype
+    layer: dcgan.Layer, how: How, batch: int, dtype: torch.dtype
 ) -> tuple[list[Launch], list[Launch]]:
-    """Those of its forward and of its backward pass. `deferred`: the way "prologue"."""
-    g, name = layer.geometry(batch), layer.name
+    """Those of its forward and of its backward pass."""
+    g, name, deferred = layer.geometry(batch), layer.name, how in ("hybrid", "prologue")
+    undoes = "leaky_relu" if deferred and name == "D2" else layer.before
     spec = BlockSpec(
         layer.transposed, layer.stride, layer.pad, layer.after, 0.2, eps=1e-5, momentum=0.1,
-        x_activation=layer.before, x_slope=0.2, signed=deferred and name == "D1",
+        x_activation=undoes, x_slope=0.2,
     )  # fmt: skip
     x, weight = _image(batch, layer.ci, layer.side, dtype), _few(g.CS, g.CL, 4, 4)
     coef = _few(5, 1, layer.ci) if deferred and layer.before != "none" else None
+    given: dict[str, Any] = {"x": x, "weight": weight, "x_coef": coef}
+    if how == "hybrid" and coef is not None:
+        given["x_activated"] = x
     if not layer.norm:
         with recording() as forward:
-            y, _ = blocks.conv_act(Inputs(x, weight, coef), spec)
-        saved = Saved(x, weight, coef, out=y)
+            y = blocks.conv_act(Inputs(**given), spec)
+        if deferred and name == "D1":  # D2 undoes its activation
+            spec = replace(spec, activation="none")
         with recording() as backward:
-            blocks.conv_act_backward(y, saved, spec, Need(x=True, weight=True, bias=name == "D1"))
-            if deferred and name == "D5":
-                blocks.logit_backward(y, saved, spec)
+            need = Need(x=True, weight=True, bias=name == "D1")
+            blocks.conv_act_backward(y, Saved(**given, out=y), spec, need)
         return forward, backward
     gamma, mean, var = (_few(layer.co) for _ in range(3))
     buffers = Buffers(mean, var, batches=_few(dtype=torch.int64))
     with recording() as forward:
-        y, own = blocks.conv_bn(Inputs(x, weight, coef, gamma=gamma, beta=gamma), buffers, spec)
-        if not deferred:
+        y, own = blocks.conv_bn(Inputs(**given, gamma=gamma, beta=gamma), buffers, spec)
+        if how != "prologue":
             blocks.activate(y, own, spec)
-    saved, need = Saved(x, weight, coef, y=y), Need(x=True, weight=True)
     with recording() as backward:
         if not deferred:
             blocks.activate_backward(y, y, own, spec)
-        blocks.conv_bn_backward(y, own, saved, spec, need)
-        if deferred and name == "D4":  # behind it D5, by `logit_backward`
-            blocks.conv_bn_backward(y, None, saved, spec, need)
-        if deferred and name == "D2":  # with D1, in D's step and in G's
-            saved.picture = _image(batch, 3, 2 * layer.side, dtype)
-            saved.picture_weight = _few(layer.ci, 3, 4, 4)
-            saved.signs = _image(batch, layer.ci // 8, layer.side, torch.uint8)
-            spec = replace(spec, x_activation="leaky_relu")
-            for need in (Need(picture_weight=True), Need(picture=True)):
-                blocks.conv_bn_of_image_backward(y, own, saved, spec, need)
+        blocks.conv_bn_backward(y, own, Saved(**given, y=y), spec, Need(x=True, weight=True))
     return forward, backward
 
 

@@ -82,25 +82,24 @@ class ConvBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The block's output, (N, C, P, Q) channels_last."""
         if is_block(self.conv, self.norm, self.activation) and isinstance(x, Tensor):
-            return functional.materialise(run_block(self.conv, self.norm, self.activation, x))
+            result: Tensor = run_block(self.conv, self.norm, self.activation, x, False)
+            return result
         for part in (self.conv, self.norm, self.activation):
             x = x if part is None else part(x)
         return x
 
 
 def run_block(
-    conv: Convolution, norm: Norm | None, activation: nn.Module | None, x: Input
-) -> Input:
-    """What the modules compute one after the other; `Deferred` or `FromImage` where the block left
-    something to whoever takes the result."""
+    conv: Convolution, norm: Norm | None, activation: nn.Module | None, x: Input, defer: bool
+) -> Any:
+    """What the modules compute one after the other; with `defer`, `Deferred` or `Activated` where
+    the block left something to the one that takes the result."""
     found = activation_of(activation)
     assert found is not None
     spec = replace(spec_of(conv), activation=found[0], slope=found[1])
     inputs = functional.inputs_of(x, conv.weight, conv.bias, getattr(conv, "_working", None))
-    result: Input
     if norm is None:
-        result = functional.without_norm(x, inputs, spec, defer=True)
-        return result
+        return functional.without_norm(x, inputs, spec, defer)
     # As nn.BatchNorm2d.forward; the count stays on its device.
     groups = groups_now()
     momentum: float | Tensor = 0.0 if norm.momentum is None else norm.momentum
@@ -115,8 +114,7 @@ def run_block(
     mean, var = (norm.running_mean, norm.running_var) if moving else (None, None)
     training = norm.training or (norm.running_mean is None and norm.running_var is None)
     buffers = Buffers(mean, var, batches)
-    result = functional.with_norm(x, inputs, buffers, spec, training, momentum, defer=True)
-    return result
+    return functional.with_norm(x, inputs, buffers, spec, training, momentum, defer)
 
 
 def spec_of(conv: Convolution) -> BlockSpec:
@@ -247,8 +245,9 @@ class FusedSequential(nn.Sequential):
             conv, norm, activation = _parts(block)
             if isinstance(x, Deferred) and not _defers(x, conv, norm):
                 x = functional.materialise(x)
-            x = run_block(conv, norm, activation, x)
             at += len(block)
+            another = at < len(children) and bool(block_at(children, at))
+            x = run_block(conv, norm, activation, x, another)
         return functional.materialise(x)
 
 
@@ -388,7 +387,7 @@ def _convolve(conv: nn.Module, input: object) -> Tensor | None:
     if not isinstance(input, Tensor) or not is_block(whole, norm, activation):
         return None
     run.waiting = run.modules[1:]
-    result = functional.materialise(run_block(whole, norm, activation, input))
+    result: Tensor = run_block(whole, norm, activation, input, False)
     run.result = result
     return result
 

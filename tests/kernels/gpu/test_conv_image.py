@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdcgan_kernels.choice.geometry import Tile
-from fastdcgan_kernels.gpu import conv_image, conv_pointers, conv_tma
+from fastdcgan_kernels.gpu import conv_image
 from fastdcgan_kernels.gpu.tile import Epilogue, Operand
 from tests.kernels import exact
 from tests.kernels.exact import ACTIVATIONS, DTYPES, EPILOGUES, PROLOGUES, TILE, Draw, layer
@@ -108,43 +108,6 @@ def packed(o):
     """Signs of o [N, C, P, Q] as `tile.store_signs` has them."""
     bits = (o > 0).permute(0, 2, 3, 1).unflatten(-1, (-1, 8))
     return (bits * 2 ** torch.arange(8)).sum(-1).to(torch.uint8)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
-def test_signs_are_stored_beside_the_output(activation, dtype):
-    """And 0, -0 and NaN are not positive."""
-    g = layer(2, 3, 5, 24, 3)
-    draw = Draw(dtype)
-    x, weight = Operand(draw.normal(2, 3, 6, 10)), draw.weight(g)
-    x.value[0, :, :2, :2] = 0.0
-    x.value[1, 0, 0, 0] = torch.nan
-    bits = torch.full((2, 3, 5, 3), 255, dtype=torch.uint8)
-    found = [
-        conv_image.convolve(
-            x, weight, g, transposed=False, tile=Tile(16, 16, 32),
-            epilogue=Epilogue(kind, None, bits, None, activation, 0.2),
-        ).value
-        for kind in ("store", "signs")
-    ]  # fmt: skip
-    torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True)
-    assert torch.equal(bits, packed(found[0]))
-
-
-@pytest.mark.parametrize("split", [1, 3])
-@pytest.mark.parametrize("engine", ["pointers", "descriptors"])
-@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
-def test_a_gradient_by_signs(activation, engine, split):
-    g, draw = layer(2, 4, 2, 40, 24), Draw(torch.float32)
-    x, weight, o = Operand(draw.normal(2, 40, 4, 2)), draw.weight(g), draw.normal(2, 24, 8, 4)
-    epilogue = Epilogue("signed", None, packed(o), None, activation, exact.SLOPE)
-    tile = Tile(16, 16, 16, split=split, engine=engine)
-    options = {"transposed": True, "tile": tile}
-    assert conv_tma.takes(x, weight, g, precision="ieee", **options) == (engine == "descriptors")
-    run = (conv_tma if engine == "descriptors" else conv_pointers).convolve
-    result = run(x, weight, g, epilogue=epilogue, **options)
-    truth = F.conv_transpose2d(x.value.double(), weight.double(), None, 2, 1)
-    exact.close(result.value, exact.act_backward(truth, o.double(), activation))
 
 
 def check_through(g, ci, dtype, prologue, activation, groups=1, parts=2, tile=TILE, seed=0):
