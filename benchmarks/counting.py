@@ -337,11 +337,6 @@ def traffic(name: str, given: dict[str, Any]) -> tuple[list[str], list[str]]:
     if name in ("gather_pointers", "gather_descriptors", "image_down", "image_up"):
         reads, writes = _epilogue(given)
         return [*_operand("x", given, given["PROLOGUE"]), "w", *reads], writes
-    if name == "image_gradients":
-        reads = [*_operand("x", given, given["PROLOGUE"]), "w", "end_aux", "end_coef"]
-        return reads, ["out", "end_partials", "gw"]
-    if name == "image_weight_gradient_through":
-        return [*_operand("x", given, given["PROLOGUE"]), "w", "signs", "image"], ["gw"]
     if "weight_gradient" in name:
         small = _operand("small", given, given["SMALL_PROLOGUE"])
         return [*small, *_operand("large", given, given["LARGE_PROLOGUE"])], ["out"]
@@ -394,17 +389,6 @@ def _products(name: str, grid: tuple[int, ...], given: dict[str, Any]) -> tuple[
     pixels = given["images"] * given["P"] * given["Q"]
     depth = given.get("BLOCK_K", 64)
     useful = 2 * images * given["P"] * given["Q"] * given["CS"] * given["CL"] * 16
-    if name == "image_gradients":  # both are sums of windows, over taps and over pixels
-        made = 2 * grid[0] * grid[1] * columns * 64 * padded(pixels, rows)
-        # The weight stays, and the second product has the windows of the first.
-        first = Product(made, rows, columns, left=loaded("PROLOGUE"), right=0)
-        return [first, Product(made, columns, 64, right=0)], 2 * useful
-    if name == "image_weight_gradient_through":
-        # Going up, then the weight of what is below, which has 4 times as many small pixels.
-        tiles = 2 * grid[0] * grid[1] * 4 * padded(pixels, rows) * columns
-        up = Product(tiles * 4 * padded(given["CS"], depth), rows, columns, loaded("PROLOGUE"))
-        below = 2 * images * 4 * given["P"] * given["Q"] * given["CL"] * given["CI"] * 16
-        return [up, Product(tiles * 64, columns, 64, left=0)], useful + below
     if "weight_gradient" in name:
         made = 2 * grid[0] * rows * columns * given["groups"] * padded(pixels, depth)
         small, large = loaded("SMALL_PROLOGUE"), loaded("LARGE_PROLOGUE")

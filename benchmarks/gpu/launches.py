@@ -118,8 +118,6 @@ class _Places:
             net = next((one.layer[0] for one in reversed(seen) if one.layer[1:].isdigit()), "")
             return self._sizes.get((net, given["CS"], given["CL"]), ""), WEIGHT
         layer = self._weights.get(_memory(given["w"]), "")
-        if name == "image_weight_gradient_through":  # of the layer below
-            return layer[:1] + "1", WEIGHT
         transposed = given.get("TRANSPOSED")
         forward = transposed == self._transposed.get(layer) and "gradient" not in name
         return layer, FORWARD if forward else DATA

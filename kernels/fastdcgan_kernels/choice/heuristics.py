@@ -23,19 +23,6 @@ def bucket(n: int) -> int:
     return power
 
 
-def tile_of_both(tile: Tile, target: Target) -> Tile:
-    """That of both gradients of an image in one launch, from that of the features' alone; others
-    would spill (docs/inspect.md)."""
-    rows = 32 if target.name in ("sm_80", "sm_89", "sm_120") else 64
-    return replace(tile, rows=rows, stages=1 if target.name == "gfx942" else tile.stages)
-
-
-def parts(target: Target, groups: int) -> int:
-    """Programs of each group that go over its tiles and keep a sum: one for each multiprocessor in
-    all, because each writes its part of the sum, which is then read once more."""
-    return max(1, target.multiprocessors // groups)
-
-
 def shared_bytes(task: Task, tile: Tile) -> int:
     """Estimate of the shared memory that a program takes: its operands, in every stage."""
     operands = 2 if task.prologue != "none" else 1

@@ -5,10 +5,6 @@ would be nearly all padding here, so these kernels merge taps. Not here: wider l
 From the image, a kernel row of 4 pixels is 4 * CL values that lie together in memory: 4 rows of up
 to 16 values make one sum of 64. To the image, the four phases share a 3x3 window of small pixels:
 one GEMM, 9 * CS deep, with the columns (r, s, channel).
-
-The weight's gradient is small, and a program can sum it while a tile of its operands is there for
-something else: `image_gradients` and `image_weight_gradient_through` are PARTS programs that go
-over tiles, and each keeps its own sum.
 """
 
 from __future__ import annotations
@@ -20,18 +16,10 @@ from torch import Tensor
 
 from ..choice.geometry import Geometry, Shape, Tile, cdiv, empty
 from .launch import Launch
-from .tile import Epilogue, Loaded, Operand, Result, gather_sum, load_operand, of_group, parts_like
+from .tile import Epilogue, Operand, Result, load_operand, of_group, parts_like, pixels, program
 
 # isort: split
-from .tile import (
-    pixels,
-    program,
-    reduce,
-    signs_derivative,
-    store_gradient,
-    store_pixels,
-    store_tile,
-)
+from .tile import reduce, store_pixels, store_tile
 
 COLUMNS = 16  # to the image: four phases of up to 4 channels
 WINDOW = tl.constexpr(64)  # columns of a 4x4 window: 4 rows of up to 16 values
@@ -88,55 +76,6 @@ def weight_gradient(
     return out if tile.split == 1 else reduce(store, out).value
 
 
-def both_gradients(
-    source: Operand, weight: Tensor, geometry: Geometry, *, tile: Tile, epilogue: Epilogue,
-    parts: int, dtype: torch.dtype, groups: int = 1, precision: str = "ieee",
-) -> tuple[Result, Tensor]:  # fmt: skip
-    """With `source` the gradient of an image that was made from act(z): what `convolve` gives for
-    the epilogue "gradient", here with one tile a part, and d weight [CS, CL, 4, 4]. `tile.depth`
-    and `tile.split` are not read."""
-    g, shape = geometry, _shape(geometry)
-    assert epilogue.kind == "gradient"
-    result = epilogue.result(empty(g.N, g.CS, g.P, g.Q, source.value), groups, parts)
-    gradient = empty(g.CS, g.CL, 4, 4, source.value, dtype)
-    store = gradient.new_empty((groups * parts, gradient.numel()), dtype=torch.float32)
-    Launch(
-        image_gradients, (cdiv(g.CS, tile.columns), groups, parts), {
-            "x": source.loaded, "w": weight, "out": result.value,
-            "end": epilogue.arguments(result)["end"], "gw": store, "groups": groups,
-            "images": g.N // groups, "x_slope": float(source.slope),
-            "slope": float(epilogue.slope), "S": shape, "PROLOGUE": source.prologue,
-            "X_ACTIVATION": source.activation, "ACTIVATION": epilogue.activation, "PARTS": parts,
-            "BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "PRECISION": precision,
-        }, tile.warps, tile.stages).run(weight.device)  # fmt: skip
-    return result, reduce(store, gradient).value
-
-
-def weight_gradient_through(
-    source: Operand, weight: Tensor, geometry: Geometry, signs: Tensor, activation: str,
-    slope: float, picture: Tensor, *, tile: Tile, parts: int, dtype: torch.dtype, groups: int = 1,
-    precision: str = "ieee",
-) -> Tensor:  # fmt: skip
-    """d weight [CL, CI, 4, 4] of the layer from a picture [N, CI, 2H, 2W] to the large side of this
-    geometry. `signs` are those of act(z) there (`tile.store_signs`); `source` and `weight` give the
-    gradient there from the small side. `tile.split` is not read."""
-    g, channels = geometry, picture.shape[1]
-    assert tuple(picture.shape[2:]) == (2 * g.H, 2 * g.W)
-    gradient = empty(g.CL, channels, 4, 4, picture, dtype)
-    store = gradient.new_empty((groups * parts, gradient.numel()), dtype=torch.float32)
-    Launch(
-        image_weight_gradient_through, (cdiv(g.CL, tile.columns), groups, parts), {
-            "x": source.loaded, "w": weight, "signs": signs, "image": Operand(picture).loaded,
-            "gw": store, "groups": groups, "images": g.N // groups,
-            "x_slope": float(source.slope), "slope": float(slope),
-            "S": g.shape(True), "CI": channels, "PROLOGUE": source.prologue,
-            "X_ACTIVATION": source.activation, "ACTIVATION": activation, "PARTS": parts,
-            "BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth,
-            "PRECISION": precision,
-        }, tile.warps, tile.stages).run(picture.device)  # fmt: skip
-    return reduce(store, gradient).value
-
-
 @triton.jit
 def window_taps(k, C: tl.constexpr):
     """For columns k of `load_windows`: where in [4, 4, C] each one's weight is, and which columns
@@ -182,14 +121,6 @@ def load_taps(w, taps, used, channel, channel_mask, C: tl.constexpr):
         w + taps[:, None] + (channel * (16 * C))[None, :],
         mask=used[:, None] & channel_mask[None, :], other=0.0,
     )  # fmt: skip
-
-
-@triton.jit
-def store_taps(acc, gw, part, taps, used, channel, channel_mask, K: tl.constexpr, C: tl.constexpr):
-    """acc [channels, columns] to this part's copy of a weight's gradient, fp32 [K, 4, 4, C]."""
-    to = gw + part * (K * 16 * C)
-    to += (channel * (16 * C))[:, None] + taps[None, :]
-    tl.store(to, acc, mask=channel_mask[:, None] & used[None, :])
 
 
 @triton.jit(do_not_specialize=["images"])
@@ -324,97 +255,3 @@ def image_weight_gradient(
     offsets = (cs * (16 * S.CL)).to(tl.int64)[:, None] + taps[None, :]
     offsets += split.to(tl.int64) * (S.CS * 16 * S.CL)
     tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=cs_mask[:, None] & used[None, :])
-
-
-@triton.jit(do_not_specialize=["images"])
-def image_gradients(
-    x,  # Loaded: gradient of the image, [N, 2P, 2Q, CL]
-    w,  # [CS, 4, 4, CL]
-    out,  # [N, P, Q, CS]
-    end,  # Stored, like out: `aux` is raw y, `partials` [2, groups, PARTS, CS]
-    gw,  # fp32 [groups, PARTS, like w]
-    groups, images,  # N / groups
-    x_slope, slope, S: tl.constexpr, PROLOGUE: tl.constexpr, X_ACTIVATION: tl.constexpr,
-    ACTIVATION: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """For a layer from features act(z) to an image: `image_down` with EPILOGUE gradient, and parts
-    of the weight's gradient, act(z)^T x. Grid: (column tiles, groups, PARTS)."""
-    column_tile, group, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    channel = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    channel_mask = channel < S.CS
-    k = tl.arange(0, WINDOW)
-    taps, used = window_taps(k, S.CL)
-    b = load_taps(w, taps, used, channel, channel_mask, S.CL)
-    tiles = tl.cdiv(images * (S.P * S.Q), BLOCK_M)
-
-    gw_acc = tl.zeros((BLOCK_N, WINDOW), dtype=tl.float32)
-    s1 = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    s2 = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    for row_tile in range(part, tiles, PARTS):
-        n, p, q, row_mask = pixels(row_tile, group, images, S, BLOCK_M)
-        a = load_windows(
-            x, x_slope, group, groups, n, p, q, row_mask, k, S.P, S.Q, S.CL, PROLOGUE, X_ACTIVATION
-        )
-        a = tl.where(used[None, :], a, 0.0)
-        offsets = (((n * S.P + p) * S.Q + q) * S.CS)[:, None] + channel[None, :]
-        mask = row_mask[:, None] & channel_mask[None, :]
-        z = Loaded(end.aux, end.aux, end.coef + group * S.CS)
-        features = load_operand(
-            z, slope, groups * S.CS, offsets, mask, channel[None, :], channel_mask[None, :],
-            "activate", ACTIVATION,
-        )  # fmt: skip
-        gw_acc = tl.dot(tl.trans(features), a, gw_acc, input_precision=PRECISION)
-        dz, dz_apart = store_gradient(
-            tl.dot(a, b, input_precision=PRECISION), out, offsets, mask, channel, channel_mask,
-            end.aux, z.coef, groups * S.CS, slope, ACTIVATION,
-        )  # fmt: skip
-        s1, s2 = s1 + dz, s2 + dz_apart
-
-    own = (group * PARTS + part) * S.CS + channel
-    tl.store(end.partials + own, s1, mask=channel_mask)
-    tl.store(end.partials + tl.num_programs(1) * PARTS * S.CS + own, s2, mask=channel_mask)
-    store_taps(gw_acc, gw, group * PARTS + part, taps, used, channel, channel_mask, S.CS, S.CL)
-
-
-@triton.jit(do_not_specialize=["images"])
-def image_weight_gradient_through(
-    x,  # Loaded: gradient of the second layer's output, [N, P, Q, CS]
-    w,  # the second layer's weight, [CS, 4, 4, CL]
-    signs,  # of the first layer's output [N, 2P, 2Q, CL]: uint8, [N, 2P, 2Q, CL / 8]
-    image,  # Loaded, [N, 4P, 4Q, CI]
-    gw,  # fp32 [groups, PARTS, CL, 4, 4, CI]
-    groups, images,  # N / groups
-    x_slope, slope, S: tl.constexpr, CI: tl.constexpr, PROLOGUE: tl.constexpr,
-    X_ACTIVATION: tl.constexpr, ACTIVATION: tl.constexpr, PARTS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """For two layers that follow an image, the first with relu or leaky_relu and no norm: parts of
-    the gradient of the first one's weight. The gradient between the layers is that of
-    `gather_pointers` with EPILOGUE signed, a tile at a time, and is not stored. Grid: (column
-    tiles, groups, PARTS)."""
-    column_tile, group, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    channel = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    channel_mask = channel < S.CL
-    k = tl.arange(0, WINDOW)
-    taps, used = window_taps(k, CI)
-    tiles = 4 * tl.cdiv(images * (S.P * S.Q), BLOCK_M)
-
-    gw_acc = tl.zeros((BLOCK_N, WINDOW), dtype=tl.float32)
-    for tile in range(part, tiles, PARTS):
-        r, s = tile % 4 // 2, tile % 2
-        n, p, q, row_mask = pixels(tile // 4, group, images, S, BLOCK_M)
-        acc = gather_sum(
-            of_group(x, group, S.CS), x_slope, groups * S.CS, w, n, p, q, row_mask, r, s, channel,
-            channel_mask, 0, S, PROLOGUE, X_ACTIVATION, 1, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
-        )  # fmt: skip
-        h, v = 2 * p + r, 2 * q + s
-        offsets = (((n * S.H + h) * S.W + v) * S.CL)[:, None] + channel[None, :]
-        mask = row_mask[:, None] & channel_mask[None, :]
-        acc *= signs_derivative(signs, offsets, mask, channel, slope, ACTIVATION)
-        windows = load_windows(
-            image, slope, group, groups, n, h, v, row_mask, k, S.H, S.W, CI, "none", "none"
-        )
-        g = acc.to(windows.dtype)
-        gw_acc = tl.dot(tl.trans(g), windows, gw_acc, input_precision=PRECISION)
-    store_taps(gw_acc, gw, group * PARTS + part, taps, used, channel, channel_mask, S.CL, CI)

@@ -287,16 +287,6 @@ def apply(
 
 
 @triton.jit
-def signs_derivative(
-    signs, offsets, mask, channels, slope, ACTIVATION: tl.constexpr, ROWS: tl.constexpr = 0
-):
-    """act'(z) from what `store_signs` stored of act(z); relu and leaky_relu."""
-    byte = tl.load(signs + offsets // 8, mask=mask, other=0).to(tl.int32)
-    bit = byte >> tl.expand_dims(channels % 8, ROWS)
-    return activation_derivative(bit & 1, slope, ACTIVATION)
-
-
-@triton.jit
 def store_gradient(
     result, out, offsets, mask, channels, channel_mask, y, coef, plane, slope,
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr = 0,

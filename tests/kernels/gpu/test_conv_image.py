@@ -1,7 +1,6 @@
 """The kernels of the layers with an image side (in the interpreter) against plain PyTorch in
 float64: every prologue, epilogue and dtype, 1 to 4 channels, odd shapes, groups and splits."""
 
-from dataclasses import replace
 from functools import partial
 from itertools import product
 
@@ -66,84 +65,6 @@ def test_channels_of_either_side(cl, cs):
     for transposed, epilogue in [(False, "statistics"), (False, "gradient"), (True, "statistics")]:
         check_gather(transposed, g, torch.float32, "activate", epilogue, ("tanh", "leaky_relu"))
     check_weight_gradient(g, torch.float32, ("normgrad", "activate"), ("none", "tanh"))
-
-
-def check_both_gradients(g, dtype, prologue, activations, groups=1, parts=2, tile=TILE):
-    """One launch that makes both, against PyTorch."""
-
-    def run(source, weight, g, *, transposed, tile, epilogue, groups):
-        result, gw = conv_image.both_gradients(
-            source, weight, g, tile=tile, epilogue=epilogue, groups=groups, parts=parts,
-            dtype=torch.float32,
-        )  # fmt: skip
-        features = replace(Operand(epilogue.aux, "activate"), coef=epilogue.coef,
-                           activation=epilogue.activation, slope=epilogue.slope)  # fmt: skip
-        sides = exact.seen(source), weight.shape, exact.seen(features)
-        exact.close(gw, torch.nn.grad.conv2d_weight(*sides, 2, 1))
-        return result
-
-    exact.check_gather(run, False, g, dtype, prologue, "gradient", activations, groups, tile)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("prologue", PROLOGUES)
-def test_both_gradients_of_a_layer_up_to_an_image(prologue, dtype):
-    case = PROLOGUES.index(prologue)
-    check_both_gradients(SMALL, dtype, prologue, (ACTIVATIONS[case - 2], ACTIVATIONS[case]))
-
-
-# Groups, parts, channels of the image and small pixels: tiles of 16 pixels, of which a part gets
-# several, one or none.
-SHARES = [(1, 1, 1, 3, 5), (1, 3, 2, 1, 1), (2, 9, 3, 1, 6), (2, 2, 4, 6, 1)]
-
-
-@pytest.mark.parametrize(("groups", "parts", "cl", "p", "q"), SHARES)
-def test_parts_of_both_gradients(groups, parts, cl, p, q):
-    """20 channels are two tiles."""
-    g, tile = layer(4, p, q, 20, cl), Tile(16, 16, 64)
-    check_both_gradients(g, torch.float32, "actgrad", ("tanh", "relu"), groups, parts, tile)
-
-
-def packed(o):
-    """Signs of o [N, C, P, Q] as `tile.store_signs` has them."""
-    bits = (o > 0).permute(0, 2, 3, 1).unflatten(-1, (-1, 8))
-    return (bits * 2 ** torch.arange(8)).sum(-1).to(torch.uint8)
-
-
-def check_through(g, ci, dtype, prologue, activation, groups=1, parts=2, tile=TILE, seed=0):
-    """The first layer's weight gradient, from the second one's output gradient, against PyTorch."""
-    draw = Draw(dtype, seed)
-    small, large = draw.sides(g)
-    source = draw.operand(small, groups, prologue, "tanh")
-    weight, o = draw.weight(g), draw.normal(*large)
-    picture = draw.normal(g.N, ci, 2 * g.H, 2 * g.W)
-    ours = conv_image.weight_gradient_through(
-        source, weight, g, packed(o), activation, exact.SLOPE, picture, tile=tile, parts=parts,
-        dtype=torch.float32, groups=groups,
-    )  # fmt: skip
-
-    def plain(dtype):
-        between = F.conv_transpose2d(exact.seen(source).to(dtype), weight.to(dtype), None, 2, 1)
-        between = exact.act_backward(between, o.to(dtype), activation).double()
-        shape = (g.CL, ci, 4, 4)
-        return torch.nn.grad.conv2d_weight(picture.double(), shape, between, 2, 1)
-
-    eager = None if dtype == torch.float32 else plain(dtype)
-    exact.close(ours, plain(torch.float64), eager)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("prologue", PROLOGUES)
-def test_weight_gradient_of_a_first_layer_through_the_second(prologue, dtype):
-    activation = ("relu", "leaky_relu")[PROLOGUES.index(prologue) % 2]
-    check_through(layer(2, 3, 5, 7, 24), 3, dtype, prologue, activation)
-
-
-@pytest.mark.parametrize(("groups", "parts", "ci", "p", "q"), SHARES)
-def test_parts_of_a_weight_gradient_through_the_second_layer(groups, parts, ci, p, q):
-    """24 channels are two tiles, 20 two steps."""
-    g, tile = layer(4, p, q, 20, 24), Tile(16, 16, 16)
-    check_through(g, ci, torch.float32, "normgrad", "leaky_relu", groups, parts, tile)
 
 
 SHAPES = {
