@@ -114,6 +114,7 @@ def device_of(run: page.Summary, base: Device | None = None) -> Device:
 
 OURS = {
     "default": "ours, the plan's own choices",
+    "hybrid": "ours, hybrid",
     "prologue": "ours, prologue",
     "materialised": "ours, materialised",
     "vendor": "ours, vendor convolutions",

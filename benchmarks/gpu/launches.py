@@ -106,6 +106,8 @@ class _Places:
         if name in OF_STEP:
             return "step", OF_STEP[name]
         last = seen[-1] if seen else None
+        if name == "sum_partials" and last and last.of == DATA:  # undid the layer's before it
+            return f"{last.layer[0]}{int(last.layer[1:]) - 1}", OF_LAYER[name]
         if name in OF_LAYER:
             forward = name in ("merge_statistics", "partial_statistics") or (
                 name == "apply_prologue" and given["PROLOGUE"] in ("activate", "none")

@@ -34,7 +34,8 @@ def summary():
             "steps": steps(),
             "profile": {str(batch): profile(batch) for batch in (100, 800)},
             "ways": {f"{batch} {way}": {"batch": batch, "way": way, **timed(batch, 1.5)}
-                     for batch in (100, 800) for way in ("materialised", "prologue", "vendor")},
+                     for batch in (100, 800)
+                     for way in ("hybrid", "materialised", "prologue", "vendor")},
             "tiles": {"a": {"task": {}, "name": "up of 100 4x4x4", "kept": "64x64x64", "gain": 1.25,
                             "candidates": [{"tile": "64x64x64", "seconds": 1e-5, "why": None},
                                            {"tile": "8x8x8", "seconds": None, "why": "wrong"}]}},

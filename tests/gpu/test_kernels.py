@@ -60,7 +60,7 @@ def worse(ours, rival, truth):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("how", ["materialised", "prologue", "vendor"])
+@pytest.mark.parametrize("how", ["hybrid", "materialised", "prologue", "vendor"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_blocks(name, how, dtype, monkeypatch):
     """No further from float64 than twice PyTorch's own blocks in the same dtype, or a few
@@ -129,7 +129,7 @@ def small_net():
     return net.to(DEVICE, memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("how", ["materialised", "prologue"])
+@pytest.mark.parametrize("how", ["hybrid", "materialised", "prologue"])
 def test_small_net_for_the_sanitizer(how):
     plain = small_net().double()
     net = fuse(small_net())

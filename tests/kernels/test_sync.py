@@ -20,7 +20,7 @@ CI, CO, SIDE = 6, 5, 4
 CASES = {
     "down": (False, 1, "materialised"),
     "up": (True, 1, "prologue"),
-    "two batches": (False, 2, "materialised"),
+    "two batches": (False, 2, "hybrid"),
     "vendor": (True, 1, "vendor"),
 }
 NAMES = ("weight", "bias", "gamma", "beta")

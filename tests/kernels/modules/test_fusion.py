@@ -924,11 +924,12 @@ def test_deferred_results_never_leave(blocks_run):
     from fastdcgan_kernels.choice import choose
 
     plain, fused = fused_twin(SEQUENTIALS["up"][0]())
-    with choose.override("prologue"):
-        same(plain, fused, picture(2, 3, 4))
-        assert isinstance(fused[:2](picture(2, 3, 4)), torch.Tensor)
-    assert any(isinstance(call[3], functional.Deferred) for call in blocks_run)
-    blocks_run.clear()
+    for how in ("hybrid", "prologue"):
+        with choose.override(how):
+            same(plain, fused, picture(2, 3, 4))
+            assert isinstance(fused[:2](picture(2, 3, 4)), torch.Tensor)
+        assert any(isinstance(call[3], functional.Deferred) for call in blocks_run)
+        blocks_run.clear()
     with choose.override("materialised"):
         fused.train()(picture(2, 3, 4))
     assert blocks_run
