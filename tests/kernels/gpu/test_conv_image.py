@@ -130,8 +130,8 @@ seeds = st.integers(0, 1000)
 
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
-    st.booleans(), layers, st.sampled_from(PROLOGUES), st.sampled_from(EPILOGUES), two_activations,
-    tiles, st.booleans(), seeds,
+    st.booleans(), layers, st.sampled_from(PROLOGUES), st.sampled_from(EPILOGUES[:3]),
+    two_activations, tiles, st.booleans(), seeds,
 )  # fmt: skip
 def test_any_gather(transposed, g, prologue, epilogue, activations, tile, by_image, seed):
     groups = g.N if by_image else 1

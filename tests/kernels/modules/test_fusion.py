@@ -923,13 +923,14 @@ def test_converted_to_sync_batch_norm(build, before):
 def test_deferred_results_never_leave(blocks_run):
     from fastdcgan_kernels.choice import choose
 
-    plain, fused = fused_twin(SEQUENTIALS["up"][0]())
     for how in ("hybrid", "prologue"):
+        plain, fused = fused_twin(SEQUENTIALS["up"][0]())
+        blocks_run.clear()
         with choose.override(how):
             same(plain, fused, picture(2, 3, 4))
             assert isinstance(fused[:2](picture(2, 3, 4)), torch.Tensor)
         assert any(isinstance(call[3], functional.Deferred) for call in blocks_run)
-        blocks_run.clear()
+    blocks_run.clear()
     with choose.override("materialised"):
         fused.train()(picture(2, 3, 4))
     assert blocks_run
