@@ -137,8 +137,9 @@ def main_loop(
 ) -> dict[str, Any] | None:
     """The loop with the fewest instructions per matrix instruction: its instructions, those
     per matrix instruction, and how memory is read in it: the first kind of `copies` that occurs.
-    `registers` is a load into registers, stored to shared memory a step later. None: no such loop.
-    """
+    `registers` is a load into registers, stored to shared memory a step later. `through_registers`:
+    loads of operands from shared memory, which HGMMA and UTCHMMA need not; `fences`: what starts
+    HGMMAs and waits for them. None: no such loop."""
     counted = [(_count(loop, matrix), loop) for loop in loops]
     every = [(len(loop) / count, count, loop) for count, loop in counted if count]
     if not every:
@@ -152,6 +153,8 @@ def main_loop(
         "per_matrix_instruction": round(each, 1),
         "copies": kind,
         "copy_instructions": kinds.get(kind, 0),
+        "through_registers": _count(loop, r"\bLDSM\b|^ds_read"),
+        "fences": _count(loop, r"\bWARPGROUP\b"),
     }
 
 

@@ -79,7 +79,8 @@ def document(rows: list[dict[str, Any]]) -> str:
         f"DCGAN at batch {BATCH}. No GPU was used: these are the compiler's figures, and nothing "
         "here says how fast a kernel is. `blocks`: resident blocks that a multiprocessor has room "
         "for; `128-bit`: loads and stores of 16 bytes; `main loop`: instructions for each matrix "
-        "instruction, and how it reads memory.",
+        "instruction, how it reads memory, and loads of operands from shared memory into "
+        "registers.",
         "",
         "Made by `python -m fastdcgan_kernels.inspect`.",
         "",
@@ -98,7 +99,8 @@ def document(rows: list[dict[str, Any]]) -> str:
             f"{row['matrix_instructions']} {row['matrix_instruction']}".replace("0 ", "-"),
             row["wide_accesses"],
             "-" if loop is None else f"{loop['per_matrix_instruction']} a matrix instruction, "
-            f"{loop['copy_instructions']} {loop['copies']}",
+            f"{loop['copy_instructions']} {loop['copies']}, "
+            f"{loop['through_registers']} operands loaded",
         )  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)

@@ -121,6 +121,91 @@ def no_main_loop_waits_for_its_loads(rows, archs):
             assert (arch, "weight_gradient_descriptors") in seen
 
 
+COMPILE_TILES = """
+import json, torch
+from fastdcgan_kernels.choice import targets
+from fastdcgan_kernels.choice.geometry import Geometry, Tile
+from fastdcgan_kernels.gpu import blocks, launch
+from fastdcgan_kernels.gpu.tile import Epilogue, Operand
+from fastdcgan_kernels.inspect import assembly, compiling
+def compiled(arch, what, epilogue, tile, p, small_channels, large_channels):
+    # Memory is by layer: small side p x p, batch 256.
+    g = Geometry(256, p, p, small_channels, 2 * p, 2 * p, large_channels, 2, 1)
+    def made(*shape, dtype=torch.bfloat16):
+        return torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
+    weight = made(g.CS, g.CL, 4, 4)
+    small, large = made(g.N, g.CS, g.P, g.Q), made(g.N, g.CL, g.H, g.W)
+    with targets.assume(targets.TARGETS[arch]), launch.recording() as found:
+        if what == "weight":
+            blocks.weight_gradient(
+                Operand(large), Operand(small), g, tile=tile, dtype=torch.float32)
+        else:
+            up = what == "up"
+            x, y = (small, large) if up else (large, small)
+            coef = torch.empty((5, 1, y.shape[1]), device="meta")
+            bias = torch.empty(y.shape[1], device="meta")
+            ends = {
+                "store": {"bias": bias}, "statistics": {"bias": bias},
+                "gradient": {"aux": y, "coef": coef}, "actgrad": {"aux": y}}
+            act = {"activation": "leaky_relu", "slope": 0.2}
+            blocks.convolve(Operand(x), weight, g, transposed=up, tile=tile,
+                            epilogue=Epilogue(epilogue, **ends[epilogue], **act))
+    order = compiling.order_of(found[0])
+    row = compiling.compile_order(order, arch)
+    (more,) = assembly.describe_codes(row.pop("machine"), [row.pop("code")])
+    return row | more | {"kernel": order.kernel}
+TILES = {
+    "64x128": (128, 64, 64, 1, 4, 3), "128x128": (128, 128, 64, 1, 8, 3),
+    "128x256": (256, 128, 64, 1, 8, 4)}
+rows = []
+for arch in ("sm_90", "sm_100"):
+    for what in ("down", "up"):
+        for epilogue in ("store", "statistics", "gradient", "actgrad"):
+            for name, tile in TILES.items():
+                row = compiled(arch, what, epilogue, Tile(*tile, "descriptors"), 8, 256, 128)
+                rows.append(row | {"arch": arch, "what": what, "tile": name, "end": epilogue,
+                                   "stage": 128 * (tile[0] + tile[1]), "stages": tile[5]})
+    for name, size, sides in (
+        ("128x128", (128, 128), (8, 256, 128)), ("256x128", (256, 128), (4, 512, 256)),
+        ("2 taps", (128, 128), (16, 128, 64))):
+        row = compiled(arch, "weight", "", Tile(*size, 64, 4, 8, 4, "descriptors"), *sides)
+        rows.append(row | {"arch": arch, "what": "weight", "tile": name, "end": "",
+                           "stage": 128 * sum(size), "stages": 4})
+print(json.dumps(rows))
+"""
+# Instructions of a step of 128 x 128 x 64 in the main loop of sm_90, at most. 93 the way up, whose
+# four taps are no row of channels.
+STEP = {
+    ("down", "128x128"): 90, ("up", "128x128"): 96, ("weight", "128x128"): 90,
+    ("weight", "2 taps"): 135,
+}  # fmt: skip
+
+
+@pytest.mark.timeout(900)
+def test_matrix_instructions_read_both_operands_from_shared_memory(environment):
+    """The large tiles of descriptors, on Hopper and Blackwell, with every epilogue: nothing goes
+    through registers on its way to a product, all stages are there, nothing spills, and Hopper
+    starts and waits for its products once a step."""
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILE_TILES], env=environment, capture_output=True, text=True,
+        check=False, timeout=900,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    rows = json.loads(run.stdout)
+    assert len(rows) == 2 * (2 * 4 * 3 + 3)
+    for row in rows:
+        assert row["kernel"].endswith("descriptors")
+        loop = row["main_loop"]
+        assert row["spill_bytes"] == row["local_accesses"] == 0, row
+        assert loop["through_registers"] == 0, row
+        assert loop["copies"] == "TMA", row
+        assert row["shared_bytes"] >= row["stages"] * row["stage"], row
+        if row["arch"] == "sm_90":
+            assert loop["fences"] <= (3 if row["tile"] == "2 taps" else 2), row
+            limit = STEP.get((row["what"], row["tile"]), 110)
+            assert loop["instructions"] <= limit, row
+
+
 def test_what_is_wrong_is_said():
     loop = {"copies": "cp.async", "copy_instructions": 8}
     good = {
