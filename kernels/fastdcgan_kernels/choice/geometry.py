@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-Engine: TypeAlias = Literal["pointers", "descriptors"]
+Engine: TypeAlias = Literal["pointers", "descriptors", "gluon"]
 
 
 @dataclass(frozen=True)
