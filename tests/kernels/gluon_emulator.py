@@ -28,6 +28,7 @@ from fastdcgan_kernels.gpu import descriptors, tile
 
 SOURCE = Path(tile.__file__).with_name("conv_gluon.py")
 SWITCHES = 0.3  # how often another thread goes on after what one did
+SLOW = 0.3  # how many copies land only when nothing else can, the oldest last
 PATIENCE = 60  # seconds for a program; who waits in vain is found without it
 
 
@@ -43,6 +44,8 @@ class Ended(BaseException):
 
 
 class Partition(threading.Thread):
+    """A partition of warps, and what it has in flight."""
+
     def __init__(self, name, run):
         super().__init__(name=name, daemon=True)
         self.turn, self.ready, self.over = threading.Semaphore(0), lambda: True, False
@@ -65,11 +68,12 @@ class Partition(threading.Thread):
 
 
 class Program:
-    """One program of the grid: its partitions, and copies that have not landed."""
+    """One program of the grid: its partitions, and who of them goes on."""
 
     def __init__(self, place, chance):
         self.place, self.chance = place, chance
-        self.partitions, self.copies, self.error, self.running = [], [], None, None
+        self.partitions, self.error, self.running = [], None, None
+        self.copies, self.slow = [], []  # that have not landed
 
     def start(self, parts):
         for at, (function, args) in enumerate(parts):
@@ -98,6 +102,10 @@ class Program:
         if self.error is not None:
             raise Ended
 
+    def copy(self, land):
+        """Takes a copy, that lands some time."""
+        (self.slow if self.chance.random() < SLOW else self.copies).append(land)
+
     def go_on(self):
         """Picks who is next, until that is a partition."""
         while True:
@@ -107,6 +115,9 @@ class Program:
                     partition.turn.release()
                 return
             able = [p for p in alive if p.ready()]
+            if not able and not self.copies:
+                self.copies = self.slow[-1:]
+                del self.slow[-1:]
             if not able and not self.copies:
                 if alive:
                     names = ", ".join(p.name for p in alive)
@@ -354,7 +365,7 @@ def copy_in(descriptor, corner, barrier, memory):
         barrier.bytes -= box.numel() * box.element_size()
         turn_over(barrier)
 
-    now.copies.append(land)
+    now.copy(land)
     now.wait()
 
 

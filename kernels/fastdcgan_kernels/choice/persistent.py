@@ -80,8 +80,11 @@ def plan_of(
     ring = 2 * tile.stages * DEPTH * (tile.rows + tile.columns)
     out = 2 * consumers * tile.rows * tile.columns
     # The gradient's aux comes in while a tile is multiplied: a buffer for each of its pieces, of
-    # which fewer would spill. Else a piece waits for the one before, so they are as few as can be.
+    # which fewer would spill. Else a piece waits for the one before, so they are as few as can be;
+    # and one where other warps have the other half of a channel's pixels.
     ways = ((4, 4),) if epilogue == "gradient" else ((1, 1), (2, 1), (4, 1))
+    if tile.columns < 16 * tile.warps:
+        ways = tuple(way for way in ways if way == (1, 1))
     for pieces, buffers in ways:
         if ring + out * buffers // pieces + BARRIERS <= target.shared_bytes:
             return Plan(
