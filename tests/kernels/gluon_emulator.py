@@ -140,8 +140,7 @@ now = Program(None, None)  # the one that runs
 
 
 class Int(int):
-    """A scalar of the kernel. C divides towards zero and Python downwards: never below zero, then.
-    """
+    """A scalar. C divides towards zero and Python downwards: never below zero, then."""
 
     def __floordiv__(self, other):
         assert self >= 0 < other
@@ -246,7 +245,7 @@ class Memory:
 
     def store(self, value):
         self._expect("written", written=True)
-        assert value.shape == self.data.shape and value.dtype == self.data.dtype
+        assert (value.shape, value.dtype) == (self.data.shape, self.data.dtype)
         self.data.copy_(value)
         self.place.unfenced = now.running
         fenced.add(self)
@@ -332,7 +331,8 @@ class Descriptor:
     def __init__(self, base, shape, strides, block_shape, layout):
         assert len(shape) == len(strides) == len(block_shape) <= 5
         assert layout["rank"] == len(block_shape)
-        assert strides[-1] == 1 and all(s * base.element_size() % 16 == 0 for s in strides[:-1])
+        assert strides[-1] == 1
+        assert all(s * base.element_size() % 16 == 0 for s in strides[:-1])
         assert base.data_ptr() % 16 == 0
         assert all(0 < n <= 256 and n & (n - 1) == 0 for n in block_shape)
         self.base, self.layout, self.dtype = base, layout, base.dtype
@@ -396,7 +396,8 @@ def store_wait(left):
 
 def product(a, b, acc, use_acc, is_async):
     """Into acc, in place, as the hardware does."""
-    assert is_async and a.shape[0] == acc.shape[0] and b.shape[1] == acc.shape[1]
+    assert is_async
+    assert [a.shape[0], b.shape[1]] == [*acc.shape]
     for operand in (a, b):
         operand.begin_product()
 

@@ -82,10 +82,10 @@ def plan_of(
     # The gradient's aux comes in while a tile is multiplied: a buffer for each of its pieces, of
     # which fewer would spill. Else a piece waits for the one before, so they are as few as can be;
     # and one where other warps have the other half of a channel's pixels.
-    ways = ((4, 4),) if epilogue == "gradient" else ((1, 1), (2, 1), (4, 1))
-    if tile.columns < 16 * tile.warps:
-        ways = tuple(way for way in ways if way == (1, 1))
+    ways = [(4, 4)] if epilogue == "gradient" else [(1, 1), (2, 1), (4, 1)]
     for pieces, buffers in ways:
+        if pieces > 1 and tile.columns < 16 * tile.warps:
+            continue
         if ring + out * buffers // pieces + BARRIERS <= target.shared_bytes:
             return Plan(
                 g.P, g.Q, g.CS, g.CL, g.stride, transposed, shape.CI, shape.CO, shape.PHASE,

@@ -53,7 +53,9 @@ def takes(
     the layer."""
     fits = fits_descriptors(precision, source.value, epilogue.aux, weight)
     plain = source.prologue == "none" and source.value.dtype in DTYPES
-    return fits and plain and _plan(source, geometry, transposed, tile, epilogue, groups) is not None
+    return (
+        fits and plain and _plan(source, geometry, transposed, tile, epilogue, groups) is not None
+    )
 
 
 def convolve(
@@ -228,14 +230,10 @@ def produce(job, S: gl.constexpr):
                     pixels = at.n, at.p + th - 1 + at.r, at.q + tw - 1 + at.s, c
                     weights = c, (kh * 4 + kw) * S.CL + at.channel
                 else:
-                    pixels = large_box(at.n, at.p, at.q, th, tw, c, S)
+                    pixels = large_box(at.n, at.p, at.q, th, tw * S.CL + c, S)
                     weights = at.channel, (th * 4 + tw) * S.CL + c
-                tma.async_copy_global_to_shared(
-                    job.x, pixels, full, job.x_ring.index(ring.stage)
-                )
-                tma.async_copy_global_to_shared(
-                    job.w, weights, full, job.w_ring.index(ring.stage)
-                )
+                tma.async_copy_global_to_shared(job.x, pixels, full, job.x_ring.index(ring.stage))
+                tma.async_copy_global_to_shared(job.w, weights, full, job.w_ring.index(ring.stage))
                 ring = following(ring, S)
 
 
@@ -299,9 +297,9 @@ def consume(job, WHO: gl.constexpr, S: gl.constexpr):
 
 
 @gluon.jit
-def piece_at(at, I: gl.constexpr, S: gl.constexpr):
-    """Where the I-th piece of a tile is in the tensor that is written."""
-    FIRST: gl.constexpr = I * (S.BLOCK_M // S.PIECES)
+def piece_at(at, PIECE: gl.constexpr, S: gl.constexpr):
+    """Where this piece of a tile is in the tensor that is written."""
+    FIRST: gl.constexpr = PIECE * (S.BLOCK_M // S.PIECES)
     n = at.n + FIRST // (S.BOX_P * S.BOX_Q)
     p = at.p + FIRST // S.BOX_Q % S.BOX_P
     q = at.q + FIRST % S.BOX_Q
@@ -330,9 +328,9 @@ def halves(tile):
 
 
 @gluon.jit
-def buffer_of(job, WHO: gl.constexpr, I: gl.constexpr, S: gl.constexpr):
-    """Where this consumer's I-th piece lies on its way."""
-    return job.buffers.index(WHO * S.BUFFERS + I % S.BUFFERS)
+def buffer_of(job, WHO: gl.constexpr, PIECE: gl.constexpr, S: gl.constexpr):
+    """Where this piece of a consumer's tile lies on its way."""
+    return job.buffers.index(WHO * S.BUFFERS + PIECE % S.BUFFERS)
 
 
 @gluon.jit
@@ -342,12 +340,12 @@ def as_tile(buffer, S: gl.constexpr):
 
 
 @gluon.jit
-def store_piece(piece, job, WHO: gl.constexpr, at, I: gl.constexpr, S: gl.constexpr):
+def store_piece(piece, job, WHO: gl.constexpr, at, PIECE: gl.constexpr, S: gl.constexpr):
     """A piece [channels, pixels] to memory, through its buffer, which is free."""
-    buffer = buffer_of(job, WHO, I, S)
+    buffer = buffer_of(job, WHO, PIECE, S)
     as_tile(buffer, S).store(piece)
     fence_async_shared()
-    tma.async_copy_shared_to_global(job.out, piece_at(at, I, S), buffer)
+    tma.async_copy_shared_to_global(job.out, piece_at(at, PIECE, S), buffer)
 
 
 @gluon.jit
@@ -454,11 +452,14 @@ def gather_gluon(
     slope, S: gl.constexpr,  # Plan
 ):  # fmt: skip
     """Grid: (any number of programs), which share the tiles; one a multiprocessor is meant."""
-    x_ring = gl.allocate_shared_memory(x.dtype, [S.STAGES] + x.block_type.shape, x.layout)
-    w_ring = gl.allocate_shared_memory(w.dtype, [S.STAGES] + w.block_type.shape, w.layout)
+    x_box: gl.constexpr = x.block_type.shape
+    w_box: gl.constexpr = w.block_type.shape
+    out_box: gl.constexpr = out.block_type.shape
+    x_ring = gl.allocate_shared_memory(x.dtype, [S.STAGES] + x_box, x.layout)  # noqa: RUF005
+    w_ring = gl.allocate_shared_memory(w.dtype, [S.STAGES] + w_box, w.layout)  # noqa: RUF005
     buffers = gl.allocate_shared_memory(
-        out.dtype, [S.CONSUMERS * S.BUFFERS] + out.block_type.shape, out.layout
-    )
+        out.dtype, [S.CONSUMERS * S.BUFFERS] + out_box, out.layout  # noqa: RUF005
+    )  # fmt: skip
     full = gl.allocate_shared_memory(gl.int64, [S.STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [S.STAGES, 1], mbarrier.MBarrierLayout())
     order = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -477,9 +478,7 @@ def gather_gluon(
         order, given,
     )  # fmt: skip
     if S.CONSUMERS == 1:
-        gl.warp_specialize(
-            [(consume, (job, 0, S)), (produce, (job, S))], [1], [PRODUCER_REGISTERS]
-        )
+        gl.warp_specialize([(consume, (job, 0, S)), (produce, (job, S))], [1], [PRODUCER_REGISTERS])
     else:
         gl.warp_specialize(
             [(consume, (job, 0, S)), (consume, (job, 1, S)), (produce, (job, S))],
