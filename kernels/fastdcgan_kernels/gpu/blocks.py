@@ -186,7 +186,7 @@ def convolve(
     elif tile.engine == "gluon" and _gluon_takes(
         source, weight, geometry, epilogue=epilogue, groups=groups, **given
     ):
-        family = _gluon()
+        family = gluon()
     elif conv_tma.takes(source, weight, geometry, **given):
         family = conv_tma
     result: Result = family.convolve(
@@ -212,7 +212,7 @@ def weight_gradient(
 
 
 @functools.cache
-def _gluon() -> Any:
+def gluon() -> Any:
     """The family conv_gluon. Gluon is experimental: None, and one warning, where it is not there or
     is no longer what that file is written in."""
     try:
@@ -227,7 +227,7 @@ def _gluon() -> Any:
 
 
 def _gluon_takes(source: Operand, *given: Any, **more: Any) -> bool:
-    return _gluon() is not None and _gluon().takes(source, *given, **more)
+    return gluon() is not None and gluon().takes(source, *given, **more)
 
 
 def precision_of(x: Tensor) -> str:

@@ -273,7 +273,7 @@ def test_without_gluon_descriptors_run_and_one_line_says_so(how, monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     else:
         monkeypatch.setitem(sys.modules, f"{name}.language.nvidia.hopper", torch)
-    blocks._gluon.cache_clear()
+    blocks.gluon.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert [kernel_of(WIDE), kernel_of(WIDE)] == ["gather_descriptors"] * 2
@@ -281,4 +281,4 @@ def test_without_gluon_descriptors_run_and_one_line_says_so(how, monkeypatch):
     assert one.startswith("descriptors in place of the Gluon kernels, not importable: ")
     assert "\n" not in one
     monkeypatch.undo()
-    blocks._gluon.cache_clear()
+    blocks.gluon.cache_clear()
