@@ -337,6 +337,9 @@ def traffic(name: str, given: dict[str, Any]) -> tuple[list[str], list[str]]:
     if name in ("gather_pointers", "gather_descriptors", "image_down", "image_up"):
         reads, writes = _epilogue(given)
         return [*_operand("x", given, given["PROLOGUE"]), "w", *reads], writes
+    if name == "gather_gluon":
+        reads, writes = _epilogue(given)
+        return ["x", "w", *reads], writes
     if "weight_gradient" in name:
         small = _operand("small", given, given["SMALL_PROLOGUE"])
         return [*small, *_operand("large", given, given["LARGE_PROLOGUE"])], ["out"]
@@ -375,14 +378,14 @@ def traffic(name: str, given: dict[str, Any]) -> tuple[list[str], list[str]]:
 
 def _products(name: str, grid: tuple[int, ...], given: dict[str, Any]) -> tuple[list[Product], int]:
     """Those that the kernel makes with `tl.dot`, and the FLOPs of the convolution itself."""
-    if "PRECISION" not in given:  # no tl.dot
+    if name != "gather_gluon" and "PRECISION" not in given:  # no tl.dot
         return [], 0
 
     def padded(n: int, block: int) -> int:
         return -(-n // block) * block
 
     def loaded(prologue: str) -> int:
-        return 2 if given[prologue] in ("normgrad", "actgrad") else 1
+        return 2 if given.get(prologue) in ("normgrad", "actgrad") else 1
 
     rows, columns = given["BLOCK_M"], given.get("BLOCK_N", 64) * given.get("TAPS", 1)
     images = given["groups"] * given["images"]
@@ -401,5 +404,9 @@ def _products(name: str, grid: tuple[int, ...], given: dict[str, Any]) -> tuple[
         k = (4 if given["STRIDE"] > 1 else 1) * padded(given["CS"], depth)
     else:
         k = 16 * padded(given["CL"], depth)
-    made = 2 * grid[0] * grid[1] * rows * columns * k
+    programs = math.prod(grid[:2])
+    if name == "gather_gluon":  # the tiles that its programs share
+        boxes = padded(given["images"], given["BOX_N"]) * given["P"] * given["Q"] // rows
+        programs = given["groups"] * boxes * given["PHASE"] ** 2 * (given["CO"] // columns)
+    made = 2 * programs * rows * columns * k
     return [Product(made, rows, columns, loaded("PROLOGUE"))], useful

@@ -20,6 +20,11 @@ from benchmarks.counting import (
 )
 from fastdcgan_kernels import functional
 from fastdcgan_kernels.choice import targets
+from fastdcgan_kernels.choice.geometry import Geometry, Tile
+from fastdcgan_kernels.choice.targets import TARGETS, assume
+from fastdcgan_kernels.gpu import blocks
+from fastdcgan_kernels.gpu.launch import recording
+from fastdcgan_kernels.gpu.tile import Epilogue, Operand
 from tests.benchmarks import synthetic_gpu
 
 H100 = cost_model.DEVICES["h100"]
@@ -99,6 +104,31 @@ def test_bytes_of_a_launch_by_hand():
     assert merge.written == (5 + 3) * 128 * 4 + moved
     assert activate.read == BATCH * 16 * 16 * 128 * 2 + 5 * 128 * 4
     assert activate.written == BATCH * 16 * 16 * 128 * 2
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("kind", ["store", "statistics", "gradient"])
+def test_a_persistent_launch_asks_for_what_its_tiles_do(transposed, kind):
+    """As the launch that has a program for each tile; here with a last tile that is not full."""
+    g = Geometry(BATCH + 2, 4, 4, 256, 8, 8, 128, 2, 1)
+    small, large = meta(g.N, 256, 4, 4), meta(g.N, 128, 8, 8)
+    x, out = (small, large) if transposed else (large, small)
+    epilogue = Epilogue(kind, bias=None if kind == "gradient" else meta(out.shape[1]))
+    if kind == "gradient":
+        epilogue = Epilogue(kind, aux=out, coef=meta(3, 1, out.shape[1], dtype=torch.float32))
+    found = []
+    for engine in ("gluon", "descriptors"):
+        tile = Tile(128, 128, 64, 1, 4, 4, engine)
+        with assume(TARGETS["sm_90"]), recording() as launches:
+            blocks.convolve(
+                Operand(x), meta(256, 128, 4, 4), g, transposed=transposed, epilogue=epilogue,
+                tile=tile,
+            )  # fmt: skip
+        found.append(work_of_launch(launches[0]))
+    persistent, plain = found
+    assert persistent.name == "gather_gluon"
+    assert persistent.programs == min(132, plain.programs)
+    assert persistent == replace(plain, name="gather_gluon", programs=persistent.programs)
 
 
 def test_a_hybrid_gradient_by_hand():

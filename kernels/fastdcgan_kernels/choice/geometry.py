@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-Engine: TypeAlias = Literal["pointers", "descriptors"]
+Engine: TypeAlias = Literal["pointers", "descriptors", "gluon"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ class Shape(NamedTuple):
 class Tile:
     """rows x columns of the result a program makes, `depth` of the sum it takes at a time, parts
     the sum is split into, what the compiler is told, and the engine: which kernel makes it, by what
-    loads. An engine that does not take the tensors leaves them to pointers, which take all."""
+    loads. An engine that does not take the tensors leaves them to the one before it in `Engine`;
+    pointers take all."""
 
     rows: int
     columns: int

@@ -9,6 +9,8 @@ block, which applies it as it loads. Nothing else is kept for the backward pass.
 
 from __future__ import annotations
 
+import functools
+import warnings
 from contextlib import nullcontext
 from typing import Any
 
@@ -129,6 +131,10 @@ def convolve(
     family: Any = conv_pointers
     if _is_image(geometry):
         family = conv_image
+    elif tile.engine == "gluon" and _gluon_takes(
+        source, weight, geometry, epilogue=epilogue, groups=groups, **given
+    ):
+        family = gluon()
     elif conv_tma.takes(source, weight, geometry, **given):
         family = conv_tma
     result: Result = family.convolve(
@@ -151,6 +157,25 @@ def weight_gradient(
         precision=precision_of(x.value),
     )  # fmt: skip
     return gradient
+
+
+@functools.cache
+def gluon() -> Any:
+    """The family conv_gluon. Gluon is experimental: None, and one warning, where it is not there or
+    is no longer what that file is written in."""
+    try:
+        from . import conv_gluon
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+        warnings.warn(
+            f"descriptors in place of the Gluon kernels, not importable: {why}", stacklevel=2
+        )
+        return None
+    return conv_gluon
+
+
+def _gluon_takes(source: Operand, *given: Any, **more: Any) -> bool:
+    return gluon() is not None and gluon().takes(source, *given, **more)
 
 
 def precision_of(x: Tensor) -> str:

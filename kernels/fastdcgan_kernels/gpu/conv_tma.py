@@ -27,7 +27,7 @@ def takes(
     box of the large side holds two taps."""
     whole_taps = transposed or geometry.CL % tile.depth == 0
     tensors = source.value, source.aux, weight
-    by_descriptors = tile.engine == "descriptors"
+    by_descriptors = tile.engine != "pointers"  # those of "gluon" that it does not take, too
     return by_descriptors and whole_taps and fits_descriptors(precision, *tensors)
 
 

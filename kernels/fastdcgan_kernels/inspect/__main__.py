@@ -24,6 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--arch", default=every, help=f"targets, with commas; default {every}")
     add("--dtype", default="bf16", choices=("bf16", "fp16", "fp32"), help="default bf16")
     add("--layer", default="", help='only layers with this in their name: "G2"')
+    add("--gluon", action="store_true", help="instead the tuner's tiles for the kernel in Gluon")
     add("--jobs", type=int, help="processes; default: as many as cores")
     add("--json", action="store_true", help="a list of objects, not a table")
     given = parser.parse_args(arguments)
@@ -35,8 +36,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     from .report import complaints, document, report
 
-    rows = report(archs, given.dtype, given.layer, given.jobs)
+    rows = report(archs, given.dtype, given.layer, given.jobs, given.gluon)
     if not rows:
+        if given.gluon:
+            parser.error(f"--gluon --layer {given.layer} was given; it takes G2 to D4 on sm_90")
         parser.error(f"--layer {given.layer} was given; layers are G1 to G5 and D1 to D5")
     print(json.dumps(rows, indent=1) if given.json else document(rows))
     wrong = complaints(rows)

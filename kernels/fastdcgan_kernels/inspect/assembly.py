@@ -92,6 +92,50 @@ def describe_sass(code: list[tuple[int, str]], matrix: str) -> dict[str, Any]:
     return _described(texts, loops, matrix, rf"\b{matrix}\b", wide, r"\b(LDL|STL)\b", copies)
 
 
+# What a warp-specialised kernel does in an order that its source leaves to the compiler.
+EVENTS = {
+    "sync": r"bar(rier)?\.sync.*\b(128|256);",  # of all warps of a consumer
+    "product": r"wgmma\.mma_async",
+    "wait": r"wgmma\.wait_group",
+    "arrive": r"@\S+ mbarrier\.arrive\.(release\.cta\.)?shared",  # of one thread
+    "write": r"stmatrix",
+    "read": r"ldmatrix",
+    "fence": r"fence\.proxy\.async",
+    "store": r"@\S+ cp\.async\.bulk\.tensor\.\dd\.global\.shared",
+}
+# What is before each, going back, one after the other; and what is not met on the way to all that.
+ORDERS = {
+    "arrive": (("sync", "wait", "product"), ()),  # all warps have waited before a stage is free
+    "store": (("sync", "fence", "write"), ("store",)),  # all have written, and TMA sees it
+    "write": (("sync",), ("read", "store")),  # all have read, and TMA has, what was there
+}
+
+
+def unordered(ptx: str) -> list[str]:
+    """What lacks its order in the PTX of a kernel in Gluon: one thread's arrivals at a barrier and
+    its stores by TMA stand for all warps of a consumer, and a buffer is written more than once."""
+    lines = [line.strip() for line in ptx.splitlines()]
+    events = [
+        (at, name) for at, line in enumerate(lines) for name, words in EVENTS.items()
+        if re.match(words, line)
+    ]  # fmt: skip
+    problems = []
+    for place, (at, name) in enumerate(events):
+        before = [event for _, event in reversed(events[:place])]
+        if name == "write" and before[:1] == ["write"]:
+            continue
+        order, stops = ORDERS.get(name, ((), ()))
+        wanted = list(order)
+        for event in before:
+            if not wanted or event in wanted[1:] or event in stops:
+                break
+            if event == wanted[0]:
+                wanted.pop(0)
+        if wanted:
+            problems.append(f"line {at + 1} of its PTX: {name} without {wanted[0]} before it")
+    return problems
+
+
 def describe_amdgcn(text: str) -> dict[str, Any]:
     """The same of AMD assembly; a spill is what the compiler counts, or any scratch memory."""
     lines = [line.strip() for line in text.splitlines()]

@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 from ..choice.targets import TARGETS
 from ..choice.types import Target
 from ..gpu.launch import OPTIONS, Launch
-from .assembly import describe_amdgcn, describe_cubin
+from .assembly import describe_amdgcn, describe_cubin, unordered
 
 # What a multiprocessor holds: CUDA C++ Programming Guide, "Technical Specifications per Compute
 # Capability": warps, blocks, bytes of shared memory (1 KB of it is the system's, each block).
@@ -60,7 +60,9 @@ def order_of(launch: Launch) -> Order:
             aligned.append(place)
             return "*" + NAMES[value.dtype]
         if not isinstance(value, int):  # a tensor descriptor
-            return f"tensordesc<{NAMES[value.base.dtype]}[{','.join(map(str, value.block_shape))}]>"
+            inner = f"{NAMES[value.base.dtype]}[{','.join(map(str, value.block_shape))}]"
+            layout = getattr(value, "layout", None)  # Gluon's have one
+            return f"tensordesc<{inner}>" if layout is None else f"tensordesc<{inner},{layout!r}>"
         if special and value == 1:
             constants.append((place, value))
             return "constexpr"
@@ -82,11 +84,19 @@ def order_of(launch: Launch) -> Order:
     )  # fmt: skip
 
 
+def kernel_of(order: Order) -> Any:
+    """The triton.jit or gluon.jit function."""
+    return getattr(importlib.import_module(order.module), order.kernel)
+
+
 def build(order: Order, arch: str) -> Any:
     """What Triton compiles for this target."""
     target = TARGETS[arch]
-    source = ASTSource(
-        getattr(importlib.import_module(order.module), order.kernel),
+    kernel, kind = kernel_of(order), ASTSource
+    if kernel.is_gluon():
+        kind = importlib.import_module("triton.experimental.gluon._runtime").GluonASTSource
+    source = kind(
+        kernel,
         dict(order.signature),
         dict(order.constants),
         {place: [["tt.divisibility", 16]] for place in order.aligned},
@@ -105,11 +115,18 @@ def compile_order(order: Order, arch: str) -> dict[str, Any]:
     if target.backend == "cuda":
         found = describe_cubin(built.asm["cubin"])
         found["machine"] = re.findall(r"^\.target (sm_\w+)", built.asm["ptx"], re.MULTILINE)[0]
+        if kernel_of(order).is_gluon():
+            ptx = built.asm["ptx"]
+            found["unordered"] = unordered(ptx)
+            found["setmaxnreg"] = sorted(
+                {int(n) for n in re.findall(r"setmaxnreg\S+\s+(\d+)", ptx)}
+            )
     else:
         found = describe_amdgcn(built.asm["amdgcn"])
     found["shared_bytes"] = built.metadata.shared
     found["shared_limit"] = target.shared_bytes
-    found["resident_blocks"] = resident(found, order.warps, target)
+    # A kernel in Gluon has more warps than it is launched with.
+    found["resident_blocks"] = resident(found, built.metadata.num_warps, target)
     return found
 
 

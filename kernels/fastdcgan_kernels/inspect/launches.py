@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from .. import dcgan, functional
 from ..adam import Adam, Average
+from ..choice import persistent
 from ..choice.choose import override
 from ..choice.geometry import gradient_dtype
 from ..choice.spec import BlockSpec, Buffers, Inputs, Need, Saved
 from ..choice.targets import TARGETS, assume, implementation
-from ..choice.types import How
+from ..choice.types import How, Task
 from ..gpu import blocks, crop
 from ..gpu.launch import Launch, recording
+from ..gpu.tile import Epilogue, Operand
 from ..modules.copies import WorkingCopies
 
 BATCH = 128
@@ -38,6 +40,35 @@ def launches(arch: str, dtype: str, batch: int = BATCH) -> Iterator[tuple[str, L
             for when, recorded in zip(("forward", "backward"), passes, strict=True):
                 yield from ((f"{layer.name} {when}, {how}", launch) for launch in recorded)
     yield from (("step, all", launch) for launch in _of_step(DTYPES[dtype], batch))
+
+
+def gluon_launches(arch: str, dtype: str, batch: int = BATCH) -> Iterator[tuple[str, Launch]]:
+    """(layer and pass, launch) of what the kernel in Gluon takes of the 64-pixel DCGAN: every tile
+    that the tuner tries with it, with every epilogue."""
+    target = TARGETS[arch]
+    for layer in dcgan.layers():
+        g = layer.geometry(batch)
+        for forward, kind in ((True, "statistics"), (False, "store"), (False, "gradient")):
+            transposed = layer.transposed == forward
+            op = "conv_transposed" if transposed else "conv"
+            task = Task(op, g, DTYPES[dtype], "none", kind, 1)
+            small = _image(batch, g.CS, g.P, task.dtype)
+            large = _image(batch, g.CL, g.H, task.dtype)
+            source, out = (small, large) if transposed else (large, small)
+            weight = _image(g.CS, g.CL, 4, task.dtype)
+            epilogue = Epilogue(kind, activation="leaky_relu", slope=0.2)
+            if kind == "gradient":
+                epilogue = replace(epilogue, aux=out, coef=_few(3, 1, out.shape[1]))
+            elif forward:
+                epilogue = Epilogue(kind, bias=_few(out.shape[1]))
+            for tile in persistent.tiles(task, target):
+                with assume(target), recording() as recorded:
+                    blocks.convolve(
+                        Operand(source), weight, g, transposed=transposed, epilogue=epilogue,
+                        tile=tile,
+                    )  # fmt: skip
+                name = f"{layer.name} {'forward' if forward else 'backward'}, {kind}"
+                yield from ((name, launch) for launch in recorded)
 
 
 def _image(n: int, channels: int, side: int, dtype: torch.dtype) -> Tensor:

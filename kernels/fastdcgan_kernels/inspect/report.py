@@ -12,20 +12,22 @@ import triton
 from ..gpu.launch import Launch
 from .assembly import describe_codes
 from .compiling import Order, compile_order, order_of
-from .launches import BATCH, launches
+from .launches import BATCH, gluon_launches, launches
 
 GEMMS = ("gather", "weight_gradient", "image")  # how the names of kernels with tl.dot begin
 PROLOGUES = ("PROLOGUE", "SMALL_PROLOGUE", "LARGE_PROLOGUE")
 
 
 def report(
-    archs: list[str], dtype: str, layer: str = "", jobs: int | None = None
-) -> list[dict[str, Any]]:
-    """One row for every kernel that a layer launches on a target; equal compilations are one."""
+    archs: list[str], dtype: str, layer: str = "", jobs: int | None = None,
+    gluon: bool = False,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """One row for every kernel that a layer launches on a target, or those in Gluon; equal
+    compilations are one."""
     wanted: dict[tuple[Order, str], dict[str, None]] = {}
     said: dict[Order, dict[str, Any]] = {}
     for arch in archs:
-        for name, launch in launches(arch, dtype):
+        for name, launch in (gluon_launches if gluon else launches)(arch, dtype):
             if layer in name:
                 order = order_of(launch)
                 wanted.setdefault((order, arch), {})[name] = None
@@ -59,7 +61,7 @@ def report(
 
 def tile_of(launch: Launch) -> str:
     """The tile, and what is done on the way in and out, in words."""
-    given = launch.arguments
+    given = launch.named
     sizes = [str(given[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if name in given]
     roles = [given.get(name, "none") for name in (*PROLOGUES, "EPILOGUE")]
     words = [word for word in roles if word not in ("none", "store")]
@@ -99,7 +101,7 @@ def document(rows: list[dict[str, Any]]) -> str:
             f"{row['matrix_instructions']} {row['matrix_instruction']}".replace("0 ", "-"),
             row["wide_accesses"],
             "-" if loop is None else f"{loop['per_matrix_instruction']} a matrix instruction, "
-            f"{loop['copy_instructions']} {loop['copies']}, "
+            f"{loop['copy_instructions']} {loop['copies'] or 'in it'}, "
             f"{loop['through_registers']} operands loaded",
         )  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
@@ -118,6 +120,7 @@ def complaints(rows: list[dict[str, Any]]) -> list[str]:
         what = f"{row['arch']} {row['kernel']} {row['tile']} ({row['layer']})"
         if row["spill_bytes"] or row["local_accesses"]:
             found.append(f"{what}: spills {row['spill_bytes']} bytes")
+        found += [f"{what}: {problem}" for problem in row.get("unordered", ())]
         if row["shared_bytes"] > row["shared_limit"]:
             found.append(f"{what}: {row['shared_bytes']} bytes of shared memory")
         if row["kernel"].startswith(GEMMS) and row["dtype"] != "fp32":
@@ -127,6 +130,12 @@ def complaints(rows: list[dict[str, Any]]) -> list[str]:
             if row["arch"] == "gfx942" or (row["arch"] == "gfx950" and row["prologue"]):
                 ways.append("registers")
             loop = row["main_loop"]
-            if loop and loop["copies"] not in ways and not row["layer"].startswith("D5 backward"):
+            alone = "unordered" not in row  # in Gluon another warp asks for the copies
+            if (
+                loop
+                and alone
+                and loop["copies"] not in ways
+                and not row["layer"].startswith("D5 backward")
+            ):
                 found.append(f"{what}: no asynchronous copies in the main loop")
     return found

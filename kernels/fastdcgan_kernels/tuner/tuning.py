@@ -7,6 +7,8 @@ plain PyTorch, is stored only if it beat the default's time, or if the default g
 and no kernel did better. If the default raised, another right kernel is stored, because it runs
 where the default does not; if there is none, nothing is, and a later run asks again.
 
+A candidate that may hang runs in a process of its own first (trying.py).
+
 Not here: the experiments (trials.py), which tiles are tried (choice/heuristics.py), the file
 (choice/measured.py).
 """
@@ -23,7 +25,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..choice import choose, heuristics, measured
+from ..choice import choose, heuristics, measured, persistent
 from ..choice.targets import target_of
 from ..choice.types import Answer, Block, How, Question, Target, Task
 from ..gpu import launch
@@ -39,19 +41,32 @@ def _say(line: str) -> None:
 
 def candidates_for(asked: Question, target: Target) -> Sequence[Any]:
     """What is tried, the default first."""
-    return heuristics.neighbours(asked, target) if isinstance(asked, Task) else get_args(How)
+    if isinstance(asked, Block):
+        return get_args(How)
+    found, more = heuristics.neighbours(asked, target), persistent.tiles(asked, target)
+    if more:
+        from ..gpu import blocks  # imports Triton
+
+        found += more if blocks.gluon() is not None else []
+    return found
 
 
-def contest(name: str, candidates: Sequence[Any], trial: Any, timer: Timer, say: Say) -> Any:
+def contest(
+    name: str, candidates: Sequence[Any], trial: Any, timer: Timer, say: Say,
+    why_not: Callable[[Any], str] = lambda candidate: "",
+) -> Any:  # fmt: skip
     """The fastest of the candidates that are right; None if none is. The first is the default: it
-    stays unless another saves GAIN of its time. If it raised, "reference" does not count."""
+    stays unless another saves GAIN of its time. If it raised, "reference" does not count. `why_not`
+    says, before a candidate runs, why it must not."""
     default = candidates[0]
     seconds: dict[Any, float] = {}
     raised: list[Any] = []
     for candidate in candidates:
         try:
-            run = trial.prepare(candidate)
-            why = trial.wrong(run())
+            why = why_not(candidate)
+            if not why:
+                run = trial.prepare(candidate)
+                why = trial.wrong(run())
             if not why:
                 seconds[candidate] = timer(run)
         except Exception as error:  # whatever a compiler, a driver or a kernel raises
@@ -160,15 +175,17 @@ def tune_questions(
     asked: Iterable[Question], device: torch.device, *, again: bool = False, say: Say = _say,
     timer: Timer | None = None, candidates: Callable[[Question, Target],
     Sequence[Any]] = candidates_for, trial_of: Callable[[Question, torch.device],
-    Any] | None = None,
+    Any] | None = None, tried: Any = None,
 ) -> dict[Question, Answer]:  # fmt: skip
-    """As `tune`, for questions as `choose` is asked them; each answer is stored as it is found."""
-    from . import trials  # imports Triton
+    """As `tune`, for questions as `choose` is asked them; each answer is stored as it is found.
+    tried: where candidates that may hang run first; by default `trying.Tried`."""
+    from . import trials, trying  # import Triton
 
     target = target_of(device)
     if target is None:
         raise ValueError(f"no kernels run on {device}: give a GPU that Triton knows")
     timer = timer or functools.partial(trials.device_time, say=say)
+    tried = tried or trying.Tried(device)
     found: dict[Question, Answer] = {}
     asked = list(asked)
     new = [one for one in asked if again or measured.stored(one, target.device) is None]
@@ -182,7 +199,8 @@ def tune_questions(
         except Exception as error:  # out of memory, say
             say(f"{name}: not measured: {type(error).__name__}: {error}")
             continue
-        answer = contest(name, candidates(question, target), trial, timer, say)
+        why_not = functools.partial(tried.why_not, question)
+        answer = contest(name, candidates(question, target), trial, timer, say, why_not)
         if answer is None:
             continue
         found[question] = answer
@@ -190,4 +208,5 @@ def tune_questions(
             measured.store({question: answer}, target.device)
         except (OSError, RuntimeError) as error:
             say(f"{name}: in use, but not stored: {type(error).__name__}: {error}")
+    tried.close()
     return found
