@@ -398,8 +398,8 @@ def _products(name: str, grid: tuple[int, ...], given: dict[str, Any]) -> tuple[
         return [Product(made, rows, columns, small, large)], useful
     if name == "image_down":
         k = padded(64, depth)
-    elif name == "image_up":
-        k = 9 * padded(given["CS"], depth)
+    elif name == "image_up":  # all taps of a pixel are columns
+        k = padded(given["CS"], depth)
     elif given["TRANSPOSED"]:
         k = (4 if given["STRIDE"] > 1 else 1) * padded(given["CS"], depth)
     else:

@@ -91,7 +91,7 @@ def default_tile(task: Task, target: Target) -> Tile:
         n, k, along = g.CS, 64 if image else 16 * g.CL, g.CL
     else:
         shape = g.shape(transposed=True)
-        n, k, along = 16 if image else g.CL, (9 if image else shape.SIDE**2) * g.CS, g.CS
+        n, k, along = 64 if image else g.CL, (1 if image else shape.SIDE**2) * g.CS, g.CS
         copies = 1 if image else shape.PHASE**2
     deep = k if op == "weight_gradient" or (image and op == "conv") else along
     if target.name == "interpreter":  # what an operation costs hardly depends on its size
@@ -119,6 +119,9 @@ def default_tile(task: Task, target: Target) -> Tile:
     warps = 8 if along * size % 16 else _warps(task, rows, columns)
     # 8 also without 16-byte loads: the addresses of smaller ones take registers. And a prologue
     # works on registers: then the way through them is no detour.
+    few = target.name == "sm_100" or (target.name == "sm_120" and busy and size == 4)
+    if task.op == "image_conv_transposed" and few:
+        warps = 4  # 8 would spill a few bytes
     engine: Engine = "pointers"
     if target.descriptors and not image and task.prologue == "none":
         engine = "descriptors"

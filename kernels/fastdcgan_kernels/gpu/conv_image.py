@@ -3,11 +3,14 @@ would be nearly all padding here, so these kernels merge taps. Not here: wider l
 (conv_pointers.py, conv_tma.py, conv_weight.py).
 
 From the image, a kernel row of 4 pixels is 4 * CL values that lie together in memory: 4 rows of up
-to 16 values make one sum of 64. To the image, the four phases share a 3x3 window of small pixels:
-one GEMM, 9 * CS deep, with the columns (r, s, channel).
+to 16 values make one sum of 64. To the image, the product of a small pixel with all of its taps has
+as many values: each small pixel is read and multiplied once, and a pixel of the image is the sum of
+4 such values, of neighbours in the tile.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
@@ -21,8 +24,7 @@ from .tile import Epilogue, Operand, Result, load_operand, of_group, parts_like,
 # isort: split
 from .tile import reduce, store_pixels, store_tile
 
-COLUMNS = 16  # to the image: four phases of up to 4 channels
-WINDOW = tl.constexpr(64)  # columns of a 4x4 window: 4 rows of up to 16 values
+WINDOW = tl.constexpr(64)  # values of a 4x4 window of up to 4 channels
 
 
 def _shape(g: Geometry, transposed: bool = False) -> Shape:
@@ -39,20 +41,48 @@ def convolve(
     image (`transposed`) all columns at once, whatever `tile.columns`. `tile.split` is not read."""
     g, shape = geometry, _shape(geometry, transposed)
     images = g.N // groups
-    row_tiles = cdiv(images * g.P * g.Q, tile.rows)
-    columns = COLUMNS if transposed else tile.columns
+    sizes = {"BLOCK_M": tile.rows, "BLOCK_K": tile.depth}
+    if transposed:
+        kernel = image_up
+        sizes["STRIP"], tiles = strips(g.P, g.Q, tile.rows)
+        row_tiles = programs = images * tiles
+    else:
+        kernel = image_down
+        sizes |= {"BLOCK_N": tile.columns, "BLOCK_K": min(tile.depth, WINDOW.value)}
+        row_tiles = cdiv(images * g.P * g.Q, tile.rows)
+        programs = row_tiles * cdiv(g.CS, tile.columns)
     out = empty(g.N, shape.CO, shape.HO, shape.WO, source.value)
-    result = epilogue.result(out, groups, row_tiles * shape.PHASE**2)
+    result = epilogue.result(out, groups, row_tiles)
     Launch(
-        image_up if transposed else image_down, (row_tiles * cdiv(shape.CO, columns), groups), {
+        kernel, (programs, groups), {
             "x": source.loaded, "w": weight, "out": out, **epilogue.arguments(result),
             "groups": groups, "images": images, "x_slope": float(source.slope), "S": shape,
-            "PROLOGUE": source.prologue, "X_ACTIVATION": source.activation, "BLOCK_M": tile.rows,
-            "BLOCK_N": columns,
-            "BLOCK_K": tile.depth if transposed else min(tile.depth, WINDOW.value),
+            "PROLOGUE": source.prologue, "X_ACTIVATION": source.activation, **sizes,
             "PRECISION": precision,
         }, tile.warps, tile.stages).run(out.device)  # fmt: skip
     return result
+
+
+@functools.cache
+def strips(p: int, q: int, rows: int) -> tuple[int, int]:
+    """How `image_up` cuts an image of p x q small pixels: (columns of corners in a strip, tiles of
+    `rows` places in all strips). There are (p + 1) x (q + 1) corners, between and around pixels.
+
+    A place is a corner and the small pixel at its top left; that is 0 above and left of the image.
+    A strip is places row by row, and a tile stores the corners of all but its last width + 1: a
+    corner takes from the place after it and from two below. For that a strip has a column more than
+    corners, unless it is the only one: the next row starts with the 0 that would be there. As few
+    tiles as can be, then as few places.
+    """
+
+    def cost(strip: int) -> tuple[int, int]:
+        count = cdiv(q + 1, strip)
+        width = strip + (count > 1)
+        tiles = cdiv(p * width + strip, rows - width - 1)
+        return count * tiles, count * (p * width + tiles * (width + 1))
+
+    best = min(range(1, min(q + 1, rows // 2) + 1), key=cost)
+    return best, cost(best)[0]
 
 
 def weight_gradient(
@@ -164,55 +194,75 @@ def image_up(
     x,  # Loaded, [N, P, Q, CS]
     w,  # [CS, 4, 4, CL]
     out,  # [N, 2P, 2Q, CL]
-    end,  # Stored, like out; 4 tiles, one a phase, for each tile of rows
+    end,  # Stored, like out
     groups, images,  # N / groups
     x_slope, slope, S: tl.constexpr, PROLOGUE: tl.constexpr, X_ACTIVATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, STRIP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """To the image. Grid: (row tiles, groups). Rows are small pixels of a group; BLOCK_N is 16."""
-    CHUNKS: tl.constexpr = (S.CS + BLOCK_K - 1) // BLOCK_K
-    row_tile, group = tl.program_id(0), tl.program_id(1)
-    n, p, q, row_mask = pixels(row_tile, group, images, S, BLOCK_M)
-    column = tl.arange(0, BLOCK_N)
-    column_mask = column < 4 * S.CL
-    phase, channel = column // S.CL, column % S.CL
-    r, s = phase // 2, phase % 2
-    corner = ((n * S.P + p - 1) * S.Q + q - 1) * S.CS
+    """To the image. Grid: (images of a group * strips * tiles of a strip, groups); see `strips`.
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for step in range(9 * CHUNKS):
-        window = step // CHUNKS
-        c = (step % CHUNKS) * BLOCK_K + tl.arange(0, BLOCK_K)
+    Corner (i, j) is where the small pixels (i - 1, j - 1) to (i, j) meet. Each of these 4 pixels
+    has 4 of its 16 taps in the 2x2 square of the image around the corner.
+    """
+    CHUNKS: tl.constexpr = (S.CS + BLOCK_K - 1) // BLOCK_K
+    STRIPS: tl.constexpr = (S.Q + STRIP) // STRIP
+    WIDTH: tl.constexpr = STRIP + (STRIPS > 1)
+    STORED: tl.constexpr = BLOCK_M - WIDTH - 1
+    TILES: tl.constexpr = (S.P * WIDTH + STRIP + STORED - 1) // STORED
+    tile, group = tl.program_id(0), tl.program_id(1)
+    first = tile % TILES * STORED
+    left = tile // TILES % STRIPS * STRIP
+    n = (group * images + tile // (TILES * STRIPS)).to(tl.int64)
+
+    # The products of each small pixel with all of its taps. Rows are (meeting, r, s, channel of 4):
+    # the pixel is at the corner's bottom right, bottom left, top right or top left, and (r, s) is
+    # the square's pixel.
+    k = tl.arange(0, WINDOW)
+    up, before, r, s = k // 32, k // 16 % 2, k // 8 % 2, k // 4 % 2
+    used = k % 4 < S.CL
+    taps = ((2 * up + r) * 4 + 2 * before + s) * S.CL + k % 4
+    at = first + tl.arange(0, BLOCK_M)
+    p, q = at // WIDTH - 1, left + at % WIDTH - 1
+    inside = (p >= 0) & (p < S.P) & (q >= 0) & (q < S.Q)
+    pixel = n * (S.P * S.Q * S.CS) + (p * S.Q + q) * S.CS  # one image has less than 2^31 elements
+    acc = tl.zeros((WINDOW, BLOCK_M), dtype=tl.float32)
+    for step in range(CHUNKS):
+        c = step * BLOCK_K + tl.arange(0, BLOCK_K)
         c_mask = c < S.CS
-        dy, dx = window // 3, window % 3
-        h, v = p - 1 + dy, q - 1 + dx
-        inside = row_mask & (h >= 0) & (h < S.P) & (v >= 0) & (v < S.Q)
-        a = load_operand(
-            of_group(x, group, S.CS), x_slope, groups * S.CS,
-            (corner + (dy * S.Q + dx) * S.CS)[:, None] + c[None, :],
+        a = tl.load(
+            w + (c * (16 * S.CL))[None, :] + taps[:, None], mask=used[:, None] & c_mask[None, :],
+            other=0.0,
+        )  # fmt: skip
+        b = load_operand(
+            of_group(x, group, S.CS), x_slope, groups * S.CS, pixel[:, None] + c[None, :],
             inside[:, None] & c_mask[None, :], c[None, :], c_mask[None, :], PROLOGUE, X_ACTIVATION,
         )  # fmt: skip
-        # Phase (r, s) meets this pixel of the window at the tap (th, tw) of its own 2x2, if at all.
-        th, tw = dy - r, dx - s
-        meets = column_mask & (th >= 0) & (th < 2) & (tw >= 0) & (tw < 2)
-        tap = (3 - 2 * th - r) * 4 + (3 - 2 * tw - s)
-        b = tl.load(
-            w + (c * (16 * S.CL))[:, None] + (tap * S.CL + channel)[None, :],
-            mask=c_mask[:, None] & meets[None, :], other=0.0,
-        )  # fmt: skip
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
 
-    out_row = (((n * S.P + p) * (2 * S.Q) + q) * (2 * S.CL))[:, None]
-    tiles = tl.num_programs(0) * 4
+    # Each corner's sum of what its 4 pixels have for it. The corner at a place of the tile is the
+    # bottom right one of the pixel there; the last WIDTH + 1 have neighbours in the next tile.
+    to = WIDTH * (1 - up) + 1 - before
+    meet = tl.gather(acc, (tl.arange(0, BLOCK_M)[None, :] + to[:, None]) % BLOCK_M, 1)
+    square = tl.sum(meet.reshape(4, 2, 8, BLOCK_M), axis=0)
+    result = square.permute(0, 2, 1).reshape(4 * BLOCK_M, 4)
+
+    row = tl.arange(0, 4 * BLOCK_M)  # (r, corner, s)
+    corner = row // 2 % BLOCK_M
+    at = first + corner
+    h = 2 * (at // WIDTH) - 1 + row // (2 * BLOCK_M)
+    v = 2 * (left + at % WIDTH) - 1 + row % 2
+    row_mask = (corner < STORED) & (at % WIDTH < STRIP)
+    row_mask &= (h >= 0) & (h < S.HO) & (v >= 0) & (v < S.WO)
+    out_row = n * (S.HO * S.WO * S.CO) + (h * S.WO + v) * S.CO
+    channel = tl.arange(0, 4)
+    tiles = tl.num_programs(0)
     count = store_tile(
-        acc, out, out_row + ((r * (2 * S.Q) + s) * S.CL + channel)[None, :], row_mask, channel,
-        column_mask, end, slope, group, groups, row_tile * 4 + phase, tiles, S.CL, HAS_BIAS,
-        EPILOGUE, ACTIVATION,
+        result, out, out_row[:, None] + channel[None, :], row_mask, channel, channel < S.CO, end,
+        slope, group, groups, tile, tiles, S.CO, HAS_BIAS, EPILOGUE, ACTIVATION,
     )  # fmt: skip
     if EPILOGUE == "statistics":
-        four = tl.arange(0, 4)
-        tl.store(end.counts + group * tiles + row_tile * 4 + four, count + four * 0.0)
+        tl.store(end.counts + group * tiles + tile, count)
 
 
 @triton.jit(do_not_specialize=["images"])
