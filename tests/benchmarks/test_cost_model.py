@@ -166,6 +166,7 @@ def step_of_tiles(launch):
         pixels = given["groups"] * given["images"] * given["P"] * given["Q"]
         steps = pixels // given["BLOCK_K"]
         left *= 2 if given["SMALL_PROLOGUE"] == "normgrad" else 1
+        right *= given.get("TAPS", 1)  # side by side
         right *= 2 if given["LARGE_PROLOGUE"] == "normgrad" else 1
     else:
         channels, taps = (given["CS"], 4) if given["TRANSPOSED"] else (given["CL"], 16)
@@ -304,15 +305,15 @@ def steps():
 
 def test_a_step_makes_few_launches(steps):
     launches = {name: step.launches for name, step in steps.items()}
-    assert launches["prologue"] <= 79
-    assert launches["default"] <= 99
+    assert launches["prologue"] <= 81
+    assert launches["default"] <= 101
     assert launches["default"] <= launches["materialised"] - 11
     assert launches["eager-amp"] > 2.5 * launches["prologue"]
 
 
 def test_a_step_moves_few_bytes(steps):
-    assert steps["prologue"].bytes * 2.2 <= steps["eager-amp"].bytes
-    assert steps["default"].bytes * 1.85 <= steps["eager-amp"].bytes
+    assert steps["prologue"].bytes * 2.18 <= steps["eager-amp"].bytes
+    assert steps["default"].bytes * 1.79 <= steps["eager-amp"].bytes
 
 
 def test_a_step_wastes_no_flops(steps):
@@ -329,7 +330,7 @@ def test_a_step_wastes_no_flops(steps):
 TABLE = [
     ("D2 forward", 17.2, 85, 21.5, (29, 37)), ("D3 forward", 17.2, 85, 21.5, (29, 37)),
     ("D4 forward", 17.2, 64, 21.5, (38, 49)), ("D4 weight", 17.2, 64, 21.5, (38, 49)),
-    ("D3 weight", 17.2, 85, 21.5, (29, 37)), ("G2 forward", 8.6, 64, 10.8, (19, 24)),
+    ("D3 weight", 17.2, 64, 21.5, (38, 49)), ("G2 forward", 8.6, 64, 10.8, (19, 24)),
     ("G3 forward", 8.6, 85, 10.8, (14, 18)), ("G2 data", 8.6, 43, 10.8, (29, 37)),
 ]  # fmt: skip
 
