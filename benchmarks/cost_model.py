@@ -12,7 +12,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,65 +20,21 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.gpu import page
 from fastdcgan.errors import InputError
+from fastdcgan_kernels.choice.devices import DEVICES, REPLAYED, Device
 
 if TYPE_CHECKING:
     import torch
 
     from benchmarks.counting import Work
-    from fastdcgan_kernels.choice.types import Target
+    from fastdcgan_kernels.choice.types import Question, Target
 
 COMMAND = "python -m benchmarks.cost_model"
 DTYPES = ("bf16", "fp16", "fp32")
 MEGA, GIGA = 1e6, 1e9
 
-# Seconds that a launch adds. ASSUMED, not measured: a kernel in a replayed CUDA graph starts about
-# a microsecond after the one before it; eager PyTorch takes about five on the host to dispatch an
-# operation, while the device works on earlier ones.
-REPLAYED, DISPATCHED = 1e-6, 5e-6
-
-# Bytes a clock that the L2 gives each multiprocessor. ASSUMED, not measured: 5.5 to 7 TB/s are
-# expected of an H100, which is 23 to 29 of them; every other device is taken to give as many.
-L2_A_CLOCK = 26
-
-
-@dataclass(frozen=True)
-class Device:
-    """Peaks of a GPU. flops16, flops32: of dense matrix products with float32 sums, of 16-bit
-    floats and of float32 in TF32, as convolutions are by default; bytes: of memory, a second; l2:
-    bytes a second from the L2 to all multiprocessors, by default L2_A_CLOCK at `clock` Hz, which is
-    the one that the peaks of the source are for."""
-
-    name: str
-    target: str
-    multiprocessors: int
-    clock: float
-    flops16: float
-    flops32: float
-    bytes: float
-    source: str
-    l2: float = 0.0
-    l2_source: str = f"assumed, {L2_A_CLOCK} bytes a clock for each multiprocessor"
-
-    def __post_init__(self) -> None:
-        if not self.l2:
-            object.__setattr__(self, "l2", self.multiprocessors * self.clock * L2_A_CLOCK)
-
-
-DEVICES = {
-    "h100": Device("H100 SXM", "sm_90", 132, 1.83e9, 798e12, 494.7e12, 3.0e12,
-                   "16 bit and memory: as measured on one; TF32: NVIDIA H100 data sheet"),
-    "h200": Device("H200", "sm_90", 132, 1.83e9, 989.4e12, 494.7e12, 4.8e12,
-                   "NVIDIA H200 data sheet"),
-    "b200": Device("B200", "sm_100", 148, 1.86e9, 2250e12, 1125e12, 7.7e12,
-                   "NVIDIA HGX B200 data sheet"),
-    "a100": Device("A100 SXM 80 GB", "sm_80", 108, 1.41e9, 312e12, 156e12, 2.039e12,
-                   "NVIDIA A100 data sheet"),
-    "l4": Device("L4", "sm_89", 58, 2.04e9, 121e12, 60e12, 0.3e12, "NVIDIA L4 data sheet"),
-    "rtx4090": Device("RTX 4090", "sm_89", 128, 2.52e9, 165.2e12, 82.6e12, 1.008e12,
-                      "NVIDIA Ada GPU architecture whitepaper"),
-    "mi300x": Device("MI300X", "gfx942", 304, 2.1e9, 1307.4e12, 653.7e12, 5.3e12,
-                     "AMD Instinct MI300X data sheet"),
-}  # fmt: skip
+# Seconds that eager PyTorch takes on the host to dispatch an operation, while the device works on
+# earlier ones. ASSUMED, not measured.
+DISPATCHED = 5e-6
 
 
 def device_of(run: page.Summary, base: Device | None = None) -> Device:
@@ -389,6 +345,30 @@ def measured(run: page.Summary, batch: int) -> dict[str, float]:
     return found | ({"eager": example["median"]} if example else {})
 
 
+def tiles(asked: Iterable[Question], device: Device) -> list[dict[str, Any]]:
+    """The default tile of each product among these questions, and what the model by which it was
+    chosen predicts with this device's peaks; `best`: the tile that it would choose by them, where
+    that is another. (A default is chosen by the peaks that the package knows.)"""
+    from fastdcgan_kernels.choice import heuristics, model, targets
+    from fastdcgan_kernels.choice.types import Task
+    from fastdcgan_kernels.tuner.tuning import name_of, words_of
+
+    known = replace(targets.TARGETS[device.target], multiprocessors=device.multiprocessors)
+    own, found = replace(known, peaks=device), []
+    for task in asked:
+        if not isinstance(task, Task):
+            continue
+        tile, best = (heuristics.default_tile(task, target) for target in (known, own))
+        seconds, fastest = (model.predicted_seconds(task, each, own) for each in (tile, best))
+        row = {
+            "product": name_of(task), "tile": words_of(tile),
+            "programs": model.work_of(task).programs(tile), "predicted_seconds": seconds,
+        }  # fmt: skip
+        other = {} if best == tile else {"best": words_of(best), "best_seconds": fastest}
+        found.append(row | other)
+    return found
+
+
 # --- The report -----------------------------------------------------------------------------------
 
 
@@ -420,7 +400,10 @@ def summary(
     }
 
 
-def document(rows: list[dict[str, Any]], device: Device, given: argparse.Namespace) -> str:
+def document(
+    rows: list[dict[str, Any]], products: list[dict[str, Any]], device: Device,
+    given: argparse.Namespace,
+) -> str:  # fmt: skip
     """The report in Markdown."""
     beside = given.measured is not None
     eager = next((row for row in rows if row["step"] == EAGER["eager-amp"]), None)
@@ -492,6 +475,20 @@ def document(rows: list[dict[str, Any]], device: Device, given: argparse.Namespa
             f"| {k['predicted_seconds'] * 1e6:.1f} |"
             for n, k in by_time
         ]
+    lines += [
+        "", f"## Tiles of the products: {OURS['default']}", "",
+        "By the model that chooses them (`fastdcgan_kernels/choice/model.py`), by the peaks above. "
+        "Best: what it would choose by them, where that by the peaks that the package knows is "
+        "another.",
+        "", "| product | tile | programs | predicted us | best | predicted us |", "|" + "---|" * 6,
+    ]  # fmt: skip
+    for one in products:
+        best, seconds = one.get("best", "-"), one.get("best_seconds")
+        cells = (
+            one["product"], one["tile"], one["programs"], f"{one['predicted_seconds'] * 1e6:.1f}",
+            best, "-" if seconds is None else f"{seconds * 1e6:.1f}",
+        )  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -559,19 +556,21 @@ def main(arguments: list[str] | None = None) -> int:
         times = measured(given.run, given.batch)
     if given.l2 is not None:
         device = replace(device, l2=given.l2, l2_source="as given")
-    rows = [
-        summary(
-            cost(name, device=device, batch=given.batch, size=given.image_size, dtype=given.dtype),
-            device,
-            "fp32" if name == "eager" else given.dtype,
-            times.get(name),
-        )
-        for name in (*OURS, *EAGER)
-    ]
-    text = document(rows, device, given)
+    from fastdcgan_kernels.choice import choose
+
+    rows, products = [], []
+    for name in (*OURS, *EAGER):
+        with choose.recording() as asked:
+            one = cost(name, device=device, batch=given.batch, size=given.image_size,
+                       dtype=given.dtype)  # fmt: skip
+        dtype = "fp32" if name == "eager" else given.dtype
+        rows.append(summary(one, device, dtype, times.get(name)))
+        if name == "default":
+            products = tiles(asked, device)
+    text = document(rows, products, device, given)
     if given.json:
         about = {"device": device.name, "prediction": True, "batch": given.batch}
-        text = json.dumps({**about, "steps": rows}, indent=1)
+        text = json.dumps({**about, "steps": rows, "tiles": products}, indent=1)
     if not given.markdown:
         print(text)
         return 0

@@ -98,7 +98,7 @@ def test_bytes_of_a_launch_by_hand():
     assert convolution.read == BATCH * 32 * 32 * 64 * 2 + 128 * 1024 * 2
     tiles, rest = divmod(convolution.written - BATCH * 16 * 16 * 128 * 2, 2 * 128 * 4 + 4)
     assert rest == 0
-    assert tiles == BATCH * 16 * 16 / 128  # pixels
+    assert tiles == BATCH * 16 * 16 / 256  # pixels
     moved = 2 * 128 * 4 + 8
     assert merge.read == tiles * (2 * 128 * 4 + 4) + 2 * 128 * 4 + moved
     assert merge.written == (5 + 3) * 128 * 4 + moved
@@ -166,6 +166,7 @@ def step_of_tiles(launch):
         pixels = given["groups"] * given["images"] * given["P"] * given["Q"]
         steps = pixels // given["BLOCK_K"]
         left *= 2 if given["SMALL_PROLOGUE"] == "normgrad" else 1
+        right *= given.get("TAPS", 1)  # side by side
         right *= 2 if given["LARGE_PROLOGUE"] == "normgrad" else 1
     else:
         channels, taps = (given["CS"], 4) if given["TRANSPOSED"] else (given["CL"], 16)
@@ -304,15 +305,15 @@ def steps():
 
 def test_a_step_makes_few_launches(steps):
     launches = {name: step.launches for name, step in steps.items()}
-    assert launches["prologue"] <= 79
-    assert launches["default"] <= 99
+    assert launches["prologue"] <= 81
+    assert launches["default"] <= 101
     assert launches["default"] <= launches["materialised"] - 11
     assert launches["eager-amp"] > 2.5 * launches["prologue"]
 
 
 def test_a_step_moves_few_bytes(steps):
-    assert steps["prologue"].bytes * 2.2 <= steps["eager-amp"].bytes
-    assert steps["default"].bytes * 1.85 <= steps["eager-amp"].bytes
+    assert steps["prologue"].bytes * 2.18 <= steps["eager-amp"].bytes
+    assert steps["default"].bytes * 1.79 <= steps["eager-amp"].bytes
 
 
 def test_a_step_wastes_no_flops(steps):
@@ -327,10 +328,10 @@ def test_a_step_wastes_no_flops(steps):
 # Layers of D on two batches, and of G: GFLOP, FLOPs a byte of operands, floor in us, and what the
 # kernels were expected to take (of 5.5 to 7 TB/s), read from their tiles by hand.
 TABLE = [
-    ("D2 forward", 17.2, 64, 21.5, (38, 49)), ("D3 forward", 17.2, 64, 21.5, (38, 49)),
-    ("D4 forward", 17.2, 43, 21.5, (58, 73)), ("D4 weight", 17.2, 43, 21.5, (58, 73)),
-    ("D3 weight", 17.2, 32, 21.5, (77, 98)), ("G2 forward", 8.6, 43, 10.8, (29, 37)),
-    ("G3 forward", 8.6, 64, 10.8, (19, 24)), ("G2 data", 8.6, 32, 10.8, (38, 49)),
+    ("D2 forward", 17.2, 85, 21.5, (29, 37)), ("D3 forward", 17.2, 85, 21.5, (29, 37)),
+    ("D4 forward", 17.2, 64, 21.5, (38, 49)), ("D4 weight", 17.2, 64, 21.5, (38, 49)),
+    ("D3 weight", 17.2, 64, 21.5, (38, 49)), ("G2 forward", 8.6, 64, 10.8, (19, 24)),
+    ("G3 forward", 8.6, 85, 10.8, (14, 18)), ("G2 data", 8.6, 43, 10.8, (29, 37)),
 ]  # fmt: skip
 
 
@@ -353,12 +354,12 @@ def test_launches_of_a_step_are_those_of_the_table(steps):
         assert least <= predicted * 1e6 <= most, name
 
 
-@pytest.mark.parametrize(("batch", "expected"), [(128, 66_500), (1024, 85_500)])
+@pytest.mark.parametrize(("batch", "expected"), [(128, 93_000), (1024, 142_000)])
 def test_a_step_is_predicted_as_slow_as_its_tiles(batch, expected):
-    """To 30 % of what was estimated from each kernel's tile by hand; the roofline is twice that."""
+    """To 30 % of what was estimated from each kernel's tile by hand; the roofline is far above."""
     one = cost_model.cost("default", device=H100, batch=batch, size=64, dtype="bf16")
     assert batch / one.predicted(H100, "bf16") == pytest.approx(expected, rel=0.3)
-    assert batch / one.roofline(H100, "bf16") > 1.9 * expected
+    assert batch / one.roofline(H100, "bf16") > 1.3 * expected
 
 
 def test_the_command(command, tmp_path):
@@ -374,13 +375,20 @@ def test_the_command(command, tmp_path):
            f"--markdown {file}`" in text  # fmt: skip
     for name in (*cost_model.OURS.values(), *cost_model.EAGER.values()):
         assert f"| {name} |" in text
+    assert "## Tiles of the products" in text
     run = command("benchmarks.cost_model", "--batch", 8, "--image-size", 32, "--json")
     found = json.loads(run.stdout)
     assert found["prediction"] is True
+    assert len(found["tiles"]) > 20
+    assert all(0 < one["predicted_seconds"] < 1e-3 for one in found["tiles"])
+    assert not any("best" in one for one in found["tiles"])  # these are the peaks it chose by
     run = command(
         "benchmarks.cost_model", "--batch", 8, "--image-size", 32, "--json", "--l2", "1e9"
     )
-    for step, slower in zip(found["steps"], json.loads(run.stdout)["steps"], strict=True):
+    slow = json.loads(run.stdout)
+    assert any(one["best_seconds"] < one["predicted_seconds"]
+               for one in slow["tiles"] if "best" in one)  # fmt: skip
+    for step, slower in zip(found["steps"], slow["steps"], strict=True):
         assert slower["l2_seconds"] > 5 * step["l2_seconds"]
         assert slower["roofline_seconds"] == step["roofline_seconds"]
     for step in found["steps"]:

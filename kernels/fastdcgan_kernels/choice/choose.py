@@ -38,8 +38,8 @@ from typing import TypeVar, get_args
 import torch
 
 from . import measured
-from .geometry import Geometry, Tile
-from .heuristics import bucket, default_tile
+from .geometry import Geometry, Tile, bucket
+from .heuristics import default_tile
 from .targets import pushed
 from .types import Block, Choice, How, Question, Target, Task
 

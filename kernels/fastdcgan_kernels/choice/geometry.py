@@ -84,12 +84,30 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def bucket(n: int) -> int:
+    """The power of two at or above n: batches of 65 to 128 share one decision. By comparisons, so
+    that torch.compile, too, asks no more of a batch than these bounds."""
+    power = 1
+    while power < n:
+        power *= 2
+    return power
+
+
 def box_of(pixels: int, geometry: Geometry) -> tuple[int, int, int]:
     """(images, rows, columns) of a box of so many small pixels, a power of two: the widest whose
     sides divide the small side's."""
     columns = min(pixels, geometry.Q & -geometry.Q)
     rows = min(pixels // columns, geometry.P & -geometry.P)
     return pixels // columns // rows, rows, columns
+
+
+def box_is_rows(pixels: int, geometry: Geometry, groups: int) -> bool:
+    """Whether the small pixels of a box are one group's and follow one another in memory: rows of a
+    matrix [N * P * Q, CS]."""
+    g, (images, rows, columns) = geometry, box_of(pixels, geometry)
+    in_a_row = columns == g.Q or images == rows == 1
+    whole = (rows == g.P or images == 1) and (groups == 1 or g.N // groups % images == 0)
+    return in_a_row and whole
 
 
 def geometry_of(x: Tensor, weight: Tensor, transposed: bool, stride: int) -> Geometry:

@@ -1,136 +1,159 @@
-"""The default tile of a kernel's task, by shapes and the target's figures, and the tiles near it.
-Predictions: no GPU has timed them. Not here: what was measured (measured.py)."""
+"""The tiles that a kernel's task may have; among them, by the model, the default and those that the
+tuner tries. Predictions: no GPU has timed them. Not here: the model (model.py); what was measured
+(measured.py)."""
 
 from __future__ import annotations
 
 import functools
+import itertools
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 
-from .geometry import Engine, Tile, cdiv
+from .geometry import Engine, Tile, box_is_rows, bucket, cdiv
+from .model import is_busy, predicted_seconds, shared_bytes, work_of
 from .types import Target, Task
 
-WITHOUT_SPLIT = ("image_conv", "image_conv_transposed")  # their sums are one part
-
-
-def bucket(n: int) -> int:
-    """The power of two at or above n: batches of 65 to 128 share one decision. By comparisons, so
-    that torch.compile, too, asks no more of a batch than these bounds."""
-    power = 1
-    while power < n:
-        power *= 2
-    return power
-
-
-def shared_bytes(task: Task, tile: Tile) -> int:
-    """Estimate of the shared memory that a program takes: its operands, in every stage."""
-    operands = 2 if task.prologue != "none" else 1
-    return tile.stages * operands * (tile.rows + tile.columns) * tile.depth * task.dtype.itemsize
-
-
-def neighbours(task: Task, target: Target) -> list[Tile]:
-    """The default tile, then those one step away from it that fit: what the tuner tries."""
-    first = default_tile(task, target)
-    steps = {  # least and most; a step is a factor of 2
-        "rows": (64 if target.name in ("sm_90", "sm_100") else 16, 256), "columns": (16, 256),
-        "depth": (16, 128 // task.dtype.itemsize), "split": (1, 64), "stages": (2, 4),
-    }  # fmt: skip
-    if task.op in ("image_conv_transposed", "image_weight_gradient"):
-        del steps["columns"]  # not read
-    if task.op in WITHOUT_SPLIT:
-        del steps["split"]
-    found = [replace(first, warps=12 - first.warps)]
-    if target.descriptors and not task.op.startswith("image_"):
-        other = "pointers" if first.engine == "descriptors" else "descriptors"
-        found.append(replace(first, engine=other))
-    for name, (least, most) in steps.items():
-        value = getattr(first, name)
-        for other in (value - 1, value + 1) if name == "stages" else (value // 2, value * 2):
-            if least <= other <= most:
-                tile = replace(first, **{name: other})
-                found.append(replace(tile, warps=_warps(task, tile.rows, tile.columns)))
-    fit = [
-        tile
-        for tile in found
-        if shared_bytes(task, tile) <= target.shared_bytes
-        and tile.rows * tile.columns <= 128 * 256
-        and tile.warps >= _warps(task, tile.rows, tile.columns)
-    ]
-    return list(dict.fromkeys([first, *fit]))
-
-
-def _warps(task: Task, rows: int, columns: int) -> int:
-    """4, and 8 where so few threads would spill (docs/inspect.md)."""
-    most = 64 * 64 if task.epilogue == "gradient" else 128 * 64
-    if task.prologue != "none":
-        most = 64 * 32
-    if task.dtype == torch.float32:
-        most = 32 * 32
-    return 8 if rows * columns > most else 4
-
-
-def _power(n: int, least: int, most: int) -> int:
-    """The smallest power of two that covers n, within bounds."""
-    return max(least, min(most, bucket(n)))
+STAGES = {  # by backend, and whether operands or a second tile go through registers
+    ("cuda", False): (3, 4), ("cuda", True): (2, 3), ("hip", False): (2, 3), ("hip", True): (2,),
+}  # fmt: skip
+SPLITS = tuple(2**power for power in range(1, 9))
+RESERVED = 1024  # bytes of shared memory that are no operands: barriers
+TRIED, OF_A_SIZE = 12, 3  # tiles that the tuner tries; among them, most that have one size
 
 
 @functools.lru_cache(maxsize=4096)
 def default_tile(task: Task, target: Target) -> Tile:
-    """Large tiles while there are programs for every multiprocessor and room for their operands;
-    then smaller ones, then parts of the sum. Start: 128 x 128 x 64 with 8 warps and 3 stages, which
-    compiles without spills for all GEMMs here (docs/inspect.md)."""
-    g, op, image = task.geometry, task.op.removeprefix("image_"), task.op.startswith("image_")
-    size, groups, copies = task.dtype.itemsize, task.groups, 1
-    m = g.N // groups * g.P * g.Q
-    # m x n x k of the product and how often it is there; the channels that a step of k runs along
-    if op == "weight_gradient":  # the groups are one sum
-        m, n, k, groups = g.CS, 64 if image else g.CL, groups * m, 1
-        copies, along = 1 if image else 16, 8
-    elif op == "conv":
-        n, k, along = g.CS, 64 if image else 16 * g.CL, g.CL
-    else:
-        shape = g.shape(transposed=True)
-        n, k, along = 64 if image else g.CL, (1 if image else shape.SIDE**2) * g.CS, g.CS
-        copies = 1 if image else shape.PHASE**2
-    deep = k if op == "weight_gradient" or (image and op == "conv") else along
-    if target.name == "interpreter":  # what an operation costs hardly depends on its size
-        rows, columns, depth = _power(m, 16, 512), _power(n, 16, 128), _power(deep, 16, 512)
-        return Tile(rows, columns, depth, warps=1, stages=1)
-    rows, columns, depth = _power(m, 16, 128), _power(n, 16, 128), _power(deep, 16, 128 // size)
-    if target.name in ("sm_90", "sm_100"):
-        rows = max(rows, 64)  # the least that their matrix instructions take
-    busy = task.prologue != "none" or task.epilogue == "gradient"
-    if busy:
-        columns = min(columns, 64)  # operands or another tile in registers: more would spill
+    """The fastest candidate by the model."""
+    return _ranked(task, target)[0]
 
-    def programs() -> int:
-        return cdiv(m, rows) * cdiv(n, columns) * copies * groups
 
-    while programs() < target.multiprocessors and max(rows, columns) > 64:
-        rows, columns = (rows // 2, columns) if rows >= columns else (rows, columns // 2)
-    split, steps = 1, cdiv(k, depth)
-    if task.op not in WITHOUT_SPLIT:
-        # A sum in parts is written, read and added once more: not for the last quarter.
-        while split < 32 and programs() * split < target.multiprocessors * 3 // 4:
-            if steps // (2 * split) < 4:
-                break
-            split *= 2
-    warps = 8 if along * size % 16 else _warps(task, rows, columns)
-    # 8 also without 16-byte loads: the addresses of smaller ones take registers. And a prologue
-    # works on registers: then the way through them is no detour.
-    few = target.name == "sm_100" or (target.name == "sm_120" and busy and size == 4)
+def neighbours(task: Task, target: Target) -> list[Tile]:
+    """What the tuner tries: the default, then the next by the model, of OF_A_SIZE tiles of one size
+    at most; and the best of each engine."""
+    found: list[Tile] = []
+    sizes: Counter[tuple[str, int, int]] = Counter()
+    ranked = _ranked(task, target)
+    for tile in ranked:
+        size = tile.engine, tile.rows, tile.columns
+        if sizes[size] < OF_A_SIZE:
+            sizes[size] += 1
+            found.append(tile)
+    best = {tile.engine: tile for tile in reversed(ranked)}
+    others = [tile for tile in best.values() if tile not in found[:TRIED]]
+    return found[: TRIED - len(others)] + others
+
+
+@functools.lru_cache(maxsize=256)
+def _ranked(task: Task, target: Target) -> tuple[Tile, ...]:
+    """All candidates, the fastest by the model first."""
+    if target.name == "interpreter":
+        return tuple(dict.fromkeys(_interpreted(task)))
+    seconds = {tile: predicted_seconds(task, tile, target) for tile in candidates(task, target)}
+    return tuple(sorted(seconds, key=seconds.__getitem__))
+
+
+def _interpreted(task: Task) -> Iterator[Tile]:
+    """Few large tiles: what an operation of the interpreter costs hardly depends on its size."""
+    work = work_of(task)
+    rows, columns, depth = bucket(work.m), bucket(work.n), bucket(work.along)
+    first = Tile(
+        max(16, min(512, rows)), max(16, min(128, columns)), max(16, min(512, depth)), 1, 1, 1
+    )
+    yield first
+    yield replace(first, rows=max(16, first.rows // 2))
+    yield replace(first, depth=max(16, first.depth // 2))
+
+
+def engines(task: Task, target: Target) -> tuple[Engine, ...]:
+    """Whose kernels take the task. Descriptors read pixels of whole 16 bytes; and a prologue works
+    on registers, so that they would be a detour."""
+    g, size = task.geometry, task.dtype.itemsize
+    read = (g.CL,) if task.op == "conv" else (g.CL, g.CS)
+    whole = all(channels * size % 16 == 0 for channels in read)
+    if not target.descriptors or task.prologue != "none" or _is_image(task) or not whole:
+        return ("pointers",)
+    return "descriptors", "pointers"
+
+
+def candidates(task: Task, target: Target) -> Iterator[Tile]:
+    """All tiles that fit the target and, by docs/inspect.md, compile without a spill."""
+    work, stages = work_of(task), STAGES[target.backend, is_busy(task)]
+    for engine in engines(task, target):
+        for rows, columns, depth in _sizes(task, target, engine):
+            warps = _warps(task, target, engine, rows, columns)
+            for each, stage in itertools.product(warps, stages):
+                tile = Tile(rows, columns, depth, 1, each, stage, engine)
+                if shared_bytes(task, tile, target) + RESERVED <= target.shared_bytes:
+                    splits = _splits(task, work.programs(tile), work.steps(depth), target)
+                    yield from (replace(tile, split=split) for split in splits)
+
+
+def _splits(task: Task, programs: int, steps: int, target: Target) -> list[int]:
+    """Parts of a sum, none of them empty: one, and more as long as they are for an eighth of the
+    multiprocessors to two for each."""
+    if task.op in ("image_conv", "image_conv_transposed"):
+        return [1]  # whose kernels make it in one
+    least, most = target.multiprocessors // 8, 2 * target.multiprocessors
+    some = [split for split in SPLITS if least <= programs * split <= most]
+    return [1, *(split for split in some if cdiv(steps, cdiv(steps, split)) == split)]
+
+
+def _sizes(task: Task, target: Target, engine: Engine) -> Iterator[tuple[int, int, int]]:
+    """(rows, columns, depth) of an engine's tiles, powers of two. Least: on sm_90 and sm_100 64 of
+    the first operand, by descriptors a convolution's weight. Most: what fits a program's
+    registers."""
+    work, size, op = work_of(task), task.dtype.itemsize, task.op
+    descriptors, sums_pixels = engine == "descriptors", op.endswith("weight_gradient")
+    first = 64 if target.name in ("sm_90", "sm_100") else 16
+    least_rows, least_columns = (16, first) if descriptors and not sums_pixels else (first, 16)
+    most_rows, most_columns, results = 128, 128, 128 * 128
+    n, wide = work.n, descriptors and size == 2
+    if wide:
+        most_rows, results = 256, (128 if task.epilogue == "gradient" else 256) * 128
+        n = 2 * bucket(n) if sums_pixels else n  # two taps side by side
+    elif is_busy(task):
+        most_columns, results = 64, 128 * 64
+    if _is_image(task):
+        most_rows = 64 if sums_pixels else 128
+        least_columns = most_columns = min(64, n)  # of two kernels it is what they have
+    deep = max(16, min(128 // size, bucket(work.along)))
+    rows_of = _powers(work.m, least_rows, most_rows)
+    columns_of = _powers(n, least_columns, most_columns)
+    for depth in (deep, deep // 2) if deep > 16 else (deep,):
+        if descriptors and op == "conv" and work.along % depth:
+            continue  # a box would hold two taps
+        if descriptors and sums_pixels and not box_is_rows(depth, task.geometry, task.groups):
+            continue
+        for rows, columns in itertools.product(rows_of, columns_of):
+            if rows * columns <= results:
+                yield rows, columns, depth
+
+
+def _powers(n: int, least: int, most: int) -> list[int]:
+    """Powers of two from 64 on to the one that covers n, or that alone, within bounds."""
+    top = max(least, min(most, bucket(n)))
+    return [power for power in (16, 32, 64, 128, 256) if min(64, top) <= power <= top]
+
+
+def _warps(task: Task, target: Target, engine: Engine, rows: int, columns: int) -> tuple[int, ...]:
+    """4 and 8, or one of them where the other would spill (docs/inspect.md). Without loads of 16
+    bytes it is 8: the addresses of smaller ones take registers."""
+    g, op, size = task.geometry, task.op.removeprefix("image_"), task.dtype.itemsize
+    few = target.name == "sm_100" or (target.name == "sm_120" and is_busy(task) and size == 4)
     if task.op == "image_conv_transposed" and few:
-        warps = 4  # 8 would spill a few bytes
-    engine: Engine = "pointers"
-    if target.descriptors and not image and task.prologue == "none":
-        engine = "descriptors"
-    tile = Tile(rows, columns, depth, split, warps, 2 if busy else 3, engine)
-    while shared_bytes(task, tile) > target.shared_bytes * 3 // 4:
-        if tile.stages > 2:
-            tile = replace(tile, stages=tile.stages - 1)
-        elif tile.depth > 16:
-            tile = replace(tile, depth=tile.depth // 2)
-        else:
-            break
-    return tile
+        return (4,)
+    along = {"conv": g.CL, "conv_transposed": g.CS, "weight_gradient": 8}[op]
+    through = task.epilogue == "gradient" and engine == "pointers"
+    most = 64 * 64 if through else 128 * 64
+    if task.prologue != "none":
+        most = 64 * 32
+    if task.dtype == torch.float32:
+        most = 32 * 32
+    return (8,) if rows * columns > most or along * size % 16 else (4, 8)
+
+
+def _is_image(task: Task) -> bool:
+    return task.op.startswith("image_")

@@ -12,27 +12,29 @@ from typing import TypeVar
 
 import torch
 
+from .devices import DEVICES
 from .types import Target
 
 MODES = ("auto", "reference", "triton")
 # Shared memory of a block: CUDA C++ Programming Guide, table "Technical Specifications per Compute
 # Capability" (maximum per block, opt-in); LDS of a work-group: AMD's CDNA3 and CDNA4 ISA guides.
-# Multiprocessors: of A100, L40S, H100 SXM, B200, RTX 5090, MI300X, MI355X, by their data sheets.
+# Multiprocessors: of the card whose peaks stand behind them.
 TARGETS = {
     target.name: target
     for target in (
-        Target("sm_80", "cuda", 80, 32, 166_912, 108, False),
-        Target("sm_89", "cuda", 89, 32, 101_376, 142, False),
-        Target("sm_90", "cuda", 90, 32, 232_448, 132, True),
-        Target("sm_100", "cuda", 100, 32, 232_448, 148, True),
-        Target("sm_120", "cuda", 120, 32, 101_376, 170, True),
-        Target("gfx942", "hip", "gfx942", 64, 65_536, 304, False),
-        Target("gfx950", "hip", "gfx950", 64, 163_840, 256, False, tf32=False),
+        Target("sm_80", "cuda", 80, 32, 166_912, 108, False, DEVICES["a100"]),
+        Target("sm_89", "cuda", 89, 32, 101_376, 142, False, DEVICES["l40s"]),
+        Target("sm_90", "cuda", 90, 32, 232_448, 132, True, DEVICES["h100"]),
+        Target("sm_100", "cuda", 100, 32, 232_448, 148, True, DEVICES["b200"]),
+        Target("sm_120", "cuda", 120, 32, 101_376, 170, True, DEVICES["rtx5090"]),
+        Target("gfx942", "hip", "gfx942", 64, 65_536, 304, False, DEVICES["mi300x"]),
+        Target("gfx950", "hip", "gfx950", 64, 163_840, 256, False, DEVICES["mi355x"], tf32=False),
     )
 }
 INTERPRETER = Target(
-    "interpreter", "cpu", "interpreter", 1, 1 << 40, 1, False, device="interpreter"
-)
+    "interpreter", "cpu", "interpreter", 1, 1 << 40, 1, False, DEVICES["h100"],
+    device="interpreter",
+)  # fmt: skip
 
 _modes: list[str] = []
 _assumed: list[Target] = []

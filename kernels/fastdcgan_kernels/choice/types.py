@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 
 import torch
 
+from .devices import Device
 from .geometry import Geometry, Tile
 
 How = Literal["hybrid", "materialised", "prologue", "vendor", "reference"]  # the default first
@@ -24,6 +25,7 @@ class Target:
     shared_bytes: int  # most that one program may have
     multiprocessors: int
     descriptors: bool  # loads by tensor descriptor (TMA)
+    peaks: Device  # of a card of this kind; a device has as much of them as multiprocessors
     tf32: bool = True  # products of float32 in TF32
     device: str = ""  # name of the device itself, by which measured choices are stored
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import warnings
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -124,7 +125,7 @@ def convolve(
     epilogue: Epilogue = Epilogue(), groups: int = 1, tile: Tile | None = None,
 ) -> Result:  # fmt: skip
     """The convolution with its epilogue, by the family that fits. tile: by default chosen."""
-    kind = "store" if epilogue.kind == "actgrad" else epilogue.kind
+    kind = "gradient" if epilogue.kind == "actgrad" else epilogue.kind  # both read a second tile
     op = "conv_transposed" if transposed else "conv"
     tile = tile or _tile(op, geometry, source.value, source.prologue, kind, groups)
     given: Any = {"transposed": transposed, "tile": tile, "precision": precision_of(source.value)}
@@ -203,7 +204,11 @@ def _tile(
 ) -> Tile:
     op = f"image_{op}" if _is_image(geometry) else op
     task = Task(op, geometry, x.dtype, prologue, epilogue, groups)
-    return choose.tile_for(task, _target(x.device))
+    tile: Tile = choose.tile_for(task, _target(x.device))
+    if x.dtype == torch.float32 and precision_of(x) == "ieee":
+        # No matrix instruction has full precision, and what comes by descriptors would spill.
+        tile = replace(tile, engine="pointers")
+    return tile
 
 
 def _how(geometry: Geometry, x: Tensor, spec: BlockSpec, norm: bool, groups: int) -> How:

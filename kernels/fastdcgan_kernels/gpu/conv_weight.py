@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..choice.geometry import Geometry, Tile, box_of, cdiv, empty
-from ..choice.heuristics import bucket
+from ..choice.geometry import Geometry, Tile, box_is_rows, bucket, cdiv, empty
 from .descriptors import box_pixels, described, descriptor, fits_descriptors, large_box, load_box
 from .launch import Launch
 from .tile import Loaded, Operand, apply, load_operand, of_group, parts_like, pixels, reduce
@@ -53,11 +52,8 @@ def takes_descriptors(
 ) -> bool:
     """Whether loads are by descriptors: the tile is for them, the tensors fit them, a box has one
     group's pixels, which follow one another in the small side's memory."""
-    g, (images, rows, columns) = geometry, box_of(tile.depth, geometry)
-    in_a_row = columns == g.Q or images == rows == 1
-    whole = (rows == g.P or images == 1) and (groups == 1 or g.N // groups % images == 0)
     tensors = small.value, small.aux, large.value, large.aux
-    by_descriptors = tile.engine == "descriptors" and in_a_row and whole
+    by_descriptors = tile.engine == "descriptors" and box_is_rows(tile.depth, geometry, groups)
     return by_descriptors and fits_descriptors(precision, *tensors)
 
 

@@ -474,7 +474,7 @@ def reduce_splits(
     at = place_of(rows, C, BLOCK_M, BLOCK_N)
     plane = (groups * rows).to(tl.int64) * C
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for split in range(SPLITS):
+    for split in tl.range(SPLITS, num_stages=6):  # five parts on their way, not one
         acc += tl.load(parts + split * plane + at.offsets, mask=at.mask, other=0.0)
     count = store_tile(
         acc, out, at.offsets, at.row_mask, at.channel, at.channel_mask, end, slope, at.group,
