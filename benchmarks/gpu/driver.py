@@ -50,6 +50,7 @@ PHASES = (
     _phase("machine", 20),
     _phase("compile", 60, interpreted=False),
     _phase("proof", 30),
+    _phase("engines", 120),
     _phase("steps", 120, interpreted=False),
     _phase("profile", 40),
     _phase("tests", 120),

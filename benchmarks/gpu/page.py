@@ -117,6 +117,10 @@ def failures(summary: Summary) -> list[str]:
                 lines.append(f"{phase}, {name}: {facts['error']}")
     for name, facts in items(summary, "proof").items():
         lines += [f"proof, {name}: {line}" for line in wrong(facts)]
+    lines += [
+        f"engines, {name}: {facts['wrong']}"
+        for name, facts in items(summary, "engines").items() if facts.get("wrong")
+    ]  # fmt: skip
     tests = items(summary, "tests").get("pytest", {})
     lines += [f"test {f.get('name')}: {f.get('why')}" for f in tests.get("failures") or []]
     for name, facts in items(summary, "compile").items():
@@ -226,7 +230,9 @@ def document(summary: Summary, plots: Sequence[str] = ()) -> str:
         plots: names of pictures beside it.
     """
     summary = known(summary)
-    sections = (_speed, _proof, _tests, _time, _ways, _tiles, _counters, _compiled, _phases)
+    sections = (
+        _speed, _proof, _engines, _tests, _time, _ways, _tiles, _counters, _compiled, _phases
+    )  # fmt: skip
     lines = _head(summary)
     for name in plots:
         lines += [f"![{Path(name).stem}]({name})", ""]
@@ -350,6 +356,30 @@ def _proof(summary: Summary) -> list[str]:
         "## Proof", "",
         "The first step beside plain PyTorch, and its CUDA graph beside the step run eagerly.", "",
         *_table(columns, rows),
+    ]  # fmt: skip
+
+
+def _engines(summary: Summary) -> list[str]:
+    found = {name: f for name, f in items(summary, "engines").items() if f.get("engine")}
+    if not found:
+        return []
+    rows = [
+        (
+            facts.get("layer") or name, facts.get("pass") or "-", facts["engine"],
+            facts.get("tile") or "-", _us(facts.get("seconds")), _us(facts.get("vendor_seconds")),
+            _figures(facts.get("ratio")), facts.get("wrong") or facts.get("skipped") or "right",
+        )
+        for name, facts in found.items()
+    ]  # fmt: skip
+    looks = [f"{name}: {facts['debugger']}" for name, facts in found.items()
+             if facts.get("debugger")]  # fmt: skip
+    columns = ("layer", "pass", "engine", "tile", "us", "cuDNN us", "cuDNN's time / its", "values")
+    return [
+        "## Engines", "",
+        "Each engine on the big layers, in turn with cuDNN's convolution: replays of CUDA graphs, "
+        "operands as warm in the L2 for one as for the other. Forward tiles also make the "
+        "statistics of BatchNorm, which cuDNN's time is without.", "",
+        *_table(columns, rows), *_list(looks, 4),
     ]  # fmt: skip
 
 

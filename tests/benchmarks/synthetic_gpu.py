@@ -14,8 +14,8 @@ def summary():
         "rehearsal": False,
         "phases": {
             name: {"state": "done", "seconds": 10.0, "why": None, "log": None}
-            for name in ("machine", "compile", "proof", "steps", "profile", "tests", "ways",
-                         "tiles", "counters")
+            for name in ("machine", "compile", "proof", "engines", "steps", "profile", "tests",
+                         "ways", "tiles", "counters")
         },
         "items": {
             "machine": {
@@ -29,6 +29,12 @@ def summary():
             "compile": {"default 100": {"kernels": 9, "compiled": 8, "seconds": 5.0,
                                         "failed": {"gather 8x8x8": "MadeUp: no"}}},
             "proof": {str(batch): proof(batch) for batch in (100, 800)},
+            "engines": {
+                "compiled": {"kernels": 3, "compiled": 3, "failed": {}},
+                "D3 forward: 64x64": {**engine("gluon"), "seconds": 2e-5, "vendor_seconds": 3e-5,
+                                      "ratio": 1.5},
+                "D3 forward: 16x16": {**engine("descriptors"), "skipped": "gather_pointers ran"},
+            },
             "tests": {"pytest": {"passed": 40, "failed": 1, "skipped": 2, "seconds": 60.0,
                                  "failures": [{"name": "test_made_up", "why": "MadeUp: 1"}]}},
             "steps": steps(),
@@ -98,6 +104,10 @@ def profile(batch):
         "peaks": {"flops_per_second": 500e12, "bytes_per_second": 1e12,
                   "l2_bytes_per_second": 4e12, "source": "measured"},
     }  # fmt: skip
+
+
+def engine(name):
+    return {"layer": "D3", "pass": "forward", "engine": name, "tile": "64x64", "images": 100}
 
 
 def row(layer, of, kernel, seconds, floor):

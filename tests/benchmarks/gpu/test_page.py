@@ -75,6 +75,20 @@ def test_launches_are_sorted_by_the_time_that_they_lose(summary):
     assert "| `at::made_up<float>` | 2 | 10.0 |" in text
 
 
+def test_engines_stand_beside_cudnn_and_one_that_hung_is_a_failure(summary):
+    summary["items"]["engines"]["D3 forward: 32x32"] = {
+        **synthetic_gpu.engine("gluon"), "wrong": "hung: it had 20 s to run", "debugger": "no warps"
+    }  # fmt: skip
+    text = page.document(summary)
+    assert table(text, "## Engines") == [
+        ["D3", "forward", "gluon", "64x64", "20.0", "30.0", "1.5", "right"],
+        ["D3", "forward", "descriptors", "64x64", "-", "-", "-", "gather_pointers ran"],
+        ["D3", "forward", "gluon", "64x64", "-", "-", "-", "hung: it had 20 s to run"],
+    ]
+    assert "- D3 forward: 32x32: no warps" in text
+    assert "engines, D3 forward: 32x32: hung: it had 20 s to run" in page.failures(summary)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

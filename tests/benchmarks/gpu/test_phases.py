@@ -4,6 +4,7 @@ and of tiles that fail. The phases themselves run in test_rehearsal.py."""
 import io
 import json
 import multiprocessing
+import os
 import time
 from types import SimpleNamespace
 
@@ -14,10 +15,11 @@ from benchmarks.counting import Work
 from benchmarks.gpu import compiling
 from benchmarks.gpu.launches import Seen
 from benchmarks.gpu.phase import Items, Setting
-from benchmarks.gpu.phases import counters, machine, profile, tiles
+from benchmarks.gpu.phases import counters, engines, machine, profile, tiles
 from fastdcgan_kernels.choice import targets
 from fastdcgan_kernels.choice.geometry import Geometry, Tile
 from fastdcgan_kernels.choice.types import Task
+from fastdcgan_kernels.tuner.child import Lost
 
 
 def seen(kernel):
@@ -156,6 +158,95 @@ def test_a_contest_is_kept_as_it_went():
     ]  # fmt: skip
     assert facts["gain"] == 4.0
     assert facts["kept"].startswith("128x16x16")
+
+
+class Answers:
+    """A child that answers with these, or raises them, in turn."""
+
+    def __init__(self, *answers):
+        self.answers, self.asked = list(answers), []
+
+    def ask(self, question):
+        self.asked.append(json.loads(question))
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return json.dumps(answer)
+
+
+def engines_of(*answers):
+    """(items, questions) of a case of four tiles."""
+    task = Task("conv", Geometry(8, 8, 8, 256, 16, 16, 128, 2, 1), torch.bfloat16, "none",
+                "statistics", 1)  # fmt: skip
+    tiles = [Tile(128, 128, 64, 1, 4, stages, "gluon") for stages in (4, 5)]
+    tiles += [Tile(128, 128, 64, engine="pointers"), Tile(128, 128, 64, engine="descriptors")]
+    file, child = io.StringIO(), Answers(*answers)
+    debugger = engines.Debugger()
+    debugger._said = "warps"
+    engines.run(engines.Case("D3", "forward", task, tuple(tiles)), child, Items(file), debugger)
+    rows = [json.loads(row) for row in file.getvalue().splitlines()]
+    return {row.pop("item").split(": ", 1)[1]: row for row in rows}, child.asked
+
+
+def test_engines_are_timed_once_they_are_right():
+    """The first hangs, the second runs by another kernel, the third is right, the fourth wrong."""
+    found, asked = engines_of(
+        Lost("hung: it had 20 s to run"), {"kernel": "gather_descriptors", "why": ""},
+        {"kernel": "gather_pointers", "why": ""},
+        {"kernel": "gather_descriptors", "why": "wrong, RMS error 1"}, [2e-5, 3e-5],
+    )  # fmt: skip
+    assert len(asked) == 5
+    assert [tile["engine"] for tile in asked[-1]["tiles"]] == ["pointers"]
+    hung, elsewhere, wrong, right = found.values()
+    assert (hung["wrong"], hung["debugger"]) == ("hung: it had 20 s to run", "warps")
+    assert elsewhere["skipped"] == "gather_descriptors ran in its place"
+    assert wrong["wrong"] == "wrong, RMS error 1"
+    assert (right["seconds"], right["vendor_seconds"], right["ratio"]) == (2e-5, 3e-5, 1.5)
+    assert (right["layer"], right["pass"], right["engine"]) == ("D3", "forward", "pointers")
+    assert not {"wrong", "skipped"} & right.keys()
+
+
+def test_engines_that_hang_while_they_are_timed_are_said():
+    kernels = ["gather_gluon", "gather_gluon", "gather_pointers", "gather_descriptors"]
+    found, _ = engines_of(
+        *({"kernel": name, "why": ""} for name in kernels), Lost("hung: it had 20 s to run")
+    )
+    assert len(found) == 4
+    assert all("its time was not taken: hung" in one["wrong"] for one in found.values())
+
+
+def test_the_canary_is_one_tile_of_each_mode(tmp_path):
+    hopper = targets.TARGETS["sm_90"]
+    first, *rest = engines.cases(hopper, Setting(False, tmp_path, 60.0))
+    assert {tile.warps for tile in first.tiles[:2]} == {4, 8}
+    assert [tile.engine for tile in first.tiles] == ["gluon", "gluon", "pointers", "descriptors"]
+    layers = {(case.layer, case.of) for case in (first, *rest)}
+    assert {(f"{net}{at}", of) for net in "GD" for at in (2, 3, 4)
+            for of in ("forward", "data gradient")} < layers  # fmt: skip
+    for case in (first, *rest):
+        kernels = [
+            engines.launch_of(case.task, tile, hopper).kernel.fn.__name__ for tile in case.tiles
+        ]
+        assert kernels == [engines.KERNELS[tile.engine] for tile in case.tiles]
+
+
+def test_a_missing_debugger_is_none(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    debugger = engines.Debugger()
+    debugger.look(1)
+    assert debugger.said() is None
+
+
+def test_the_debugger_looks_at_the_process(monkeypatch, tmp_path):
+    program = tmp_path / "cuda-gdb"
+    program.write_text('#!/bin/sh\necho "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    debugger = engines.Debugger()
+    debugger.look(42)
+    said = debugger.said()
+    assert "-p 42 -batch -ex info cuda kernels -ex info cuda warps" in said
+    assert debugger.said() is None
 
 
 def test_reads_of_the_l2_cache_read_what_they_say():

@@ -49,6 +49,9 @@ def test_each_phase_measures_what_it_says(rehearsed):
     proof = found["proof"]["2"]
     assert proof["said"] == []
     assert 0 < proof["figures"]["blocks"]["largest"] < proof["figures"]["blocks"]["allowed"]
+    engines = found["engines"].values()
+    assert {one["engine"] for one in engines if one.get("seconds")} >= {"pointers", "descriptors"}
+    assert {one["engine"] for one in engines if one.get("skipped")} >= {"gluon"}
     assert found["steps"].keys() == {
         "2 alone: fastdcgan --amp", "2 in turn: fastdcgan --amp", "2 in turn: pytorch example",
         "2 in turn: pytorch tuned",
