@@ -27,7 +27,7 @@ def tasks(batch, groups=1):
         for op, prologue, epilogue in product(
             ("conv_transposed", "conv"),
             ("none", "activate", "normgrad", "actgrad"),
-            ("store", "statistics", "gradient"),
+            ("store", "statistics", "gradient", "actgrad"),
         ):
             yield Task(image + op, geometry, dtype, prologue, epilogue, groups)
 

@@ -165,6 +165,7 @@ def test_statistics_of_groups_are_their_own():
     ("op", "prologue", "epilogue"),
     [
         ("conv_transposed", "activate", "statistics"),
+        ("conv_transposed", "none", "actgrad"),
         ("conv", "normgrad", "gradient"),
         ("conv", "actgrad", "store"),
         ("weight_gradient", "both", "store"),
@@ -318,7 +319,7 @@ def test_tune_finds_measures_and_stores_what_a_model_runs(monkeypatch):
     assert {
         ("image_conv", "none", "store"), ("image_conv_transposed", "none", "store"),
         ("image_weight_gradient", "none", "store"), ("conv_transposed", "none", "gradient"),
-        ("conv", "none", "statistics"), ("conv_transposed", "normgrad", "store"),
+        ("conv", "none", "statistics"), ("conv_transposed", "normgrad", "actgrad"),
         ("weight_gradient", "none", "store"), ("weight_gradient", "both", "store"),
     } <= tasks  # fmt: skip
     asked = {(one.geometry.CS, one.norm) for one in found if isinstance(one, Block)}
