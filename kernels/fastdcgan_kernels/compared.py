@@ -141,7 +141,7 @@ def _conv_act_backward(
 ) -> Expected:
     dy = g.float()
     if saved.out is not None:
-        dy = dy * _derivative(saved.out.float(), spec.activation, spec.slope)
+        dy = reference.act_backward(dy, saved.out.float(), spec.activation, spec.slope)
     return _gradients(found, dy, saved, spec, need)
 
 
@@ -184,7 +184,7 @@ def _gradients(
         )
         expected |= _planes(ours["x_coef"], gcoef)
     elif need.x:
-        gx = gx * _derivative(saved.x.float(), spec.x_activation, spec.x_slope)
+        gx = reference.act_backward(gx, saved.x.float(), spec.x_activation, spec.x_slope)
     if need.x:
         expected["gradient of x"] = ours["x"], gx
     return expected
@@ -225,7 +225,7 @@ def _activation_gradients(
     mean, scale, shift, rstd, count = coef.unbind()
     away = y.float().unflatten(0, (coef.shape[1], -1)) - _wide(mean)
     out = reference.act(_wide(scale) * away + _wide(shift), activation, slope)
-    dz = g.view_as(away) * _derivative(out, activation, slope)
+    dz = reference.act_backward(g.view_as(away), out, activation, slope)
     s1, s2 = dz.sum((1, 3, 4)), (dz * away).sum((1, 3, 4))
     b = -scale * rstd.square() * s2 / count
     c = -scale * s1 / count - b * mean
@@ -255,15 +255,6 @@ def _through_norm(gy: Tensor, gcoef: Tensor | None, y: Any, spec: BlockSpec) -> 
     dy, y = (t.float().unflatten(0, (groups, -1)) for t in (gy, y))
     through: Tensor = dy + _wide(b) * y + _wide(c)
     return through.flatten(0, 1)
-
-
-def _derivative(out: Tensor, activation: str, slope: float) -> Tensor | float:
-    """act' where act(z) = out."""
-    if activation == "tanh":
-        return 1 - out.square()
-    if activation == "none":
-        return 1.0
-    return torch.where(out > 0, 1.0, slope if activation == "leaky_relu" else 0.0)
 
 
 def _wide(plane: Tensor) -> Tensor:

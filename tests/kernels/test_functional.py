@@ -9,7 +9,9 @@ from torch import nn
 import fastdcgan_kernels as fk
 from fastdcgan_kernels import functional, reference
 from fastdcgan_kernels.choice import choose
+from fastdcgan_kernels.choice.geometry import Geometry
 from fastdcgan_kernels.choice.spec import BlockSpec, Inputs
+from fastdcgan_kernels.choice.types import Block
 from fastdcgan_kernels.gpu.launch import Launch
 
 CL = torch.channels_last
@@ -219,22 +221,25 @@ def test_neighbours_may_run_in_different_ways(first, second):
     """Two blocks and a number, each way beside each: with a norm behind and in front of them, and
     without one."""
     tensors = leaves((4, 3, 16, 8), (8, 3, 4, 4), (6, 8, 4, 4), (6, 5, 4, 4), (8,), (6,), (6,))
+    hows = {
+        Block(False, Geometry(4, 8, 4, 8, 16, 8, 3, 2, 1), torch.float32, False, 1): first,
+        Block(False, Geometry(4, 4, 2, 6, 8, 4, 8, 2, 1), torch.float32, True, 1): second,
+        Block(True, Geometry(4, 4, 2, 6, 8, 4, 5, 2, 1), torch.float32, False, 1): first,
+    }
     found = []
-    for own, op in ((tensors, functional), (wide(tensors), reference)):
-        x, one, two, three, bias, gamma, beta = own
-        more, options = {"defer": True} if op is functional else {}, {"stride": 2, "padding": 1}
-        with choose.override(first):
+    with choose.override(hows):
+        for own, op in ((tensors, functional), (wide(tensors), reference)):
+            x, one, two, three, bias, gamma, beta = own
+            more, options = {"defer": True} if op is functional else {}, {"stride": 2, "padding": 1}
             h = op.conv_act(x, one, bias, activation="leaky_relu", slope=0.2, **options, **more)
-        if op is functional:
-            assert isinstance(h, functional.Activated) == (first in LEFT)
-        with choose.override(second):
+            if op is functional:
+                assert isinstance(h, functional.Activated) == (first in LEFT)
             h = run_bn(op.conv_bn_act, (h, two, None, gamma, beta), (None, None), 2, **more)
-        if op is functional:
-            assert isinstance(h, functional.Deferred) == (second != "reference")
-        with choose.override(first):
+            if op is functional:
+                assert isinstance(h, functional.Deferred) == (second != "reference")
             out = op.conv_transpose_act(h, three, None, activation="tanh", **options)
-            out.square().sum().backward()  # all blocks in this way
-        found.append([out, *(t.grad for t in own if t.grad is not None)])
+            out.square().sum().backward()
+            found.append([out, *(t.grad for t in own)])
     for mine, theirs in zip(*found, strict=True):
         close(mine, theirs, 1e-5, 1e-4)
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from .geometry import Engine, Tile, box_is_rows, bucket, cdiv
-from .model import is_busy, predicted_seconds, shared_bytes, work_of
+from .model import READING, is_busy, predicted_seconds, shared_bytes, work_of
 from .types import Target, Task
 
 STAGES = {  # by backend, and whether operands or a second tile go through registers
@@ -112,7 +112,7 @@ def _sizes(task: Task, target: Target, engine: Engine) -> Iterator[tuple[int, in
     most_rows, most_columns, results = 128, 128, 128 * 128
     n, wide = work.n, descriptors and size == 2
     if wide:
-        most_rows, results = 256, (128 if task.epilogue == "gradient" else 256) * 128
+        most_rows, results = 256, (128 if task.epilogue in READING else 256) * 128
         n = 2 * bucket(n) if sums_pixels else n  # two taps side by side
     elif is_busy(task):
         most_columns, results = 64, 128 * 64
@@ -146,7 +146,7 @@ def _warps(task: Task, target: Target, engine: Engine, rows: int, columns: int) 
     if task.op == "image_conv_transposed" and few:
         return (4,)
     along = {"conv": g.CL, "conv_transposed": g.CS, "weight_gradient": 8}[op]
-    through = task.epilogue == "gradient" and engine == "pointers"
+    through = task.epilogue in READING and engine == "pointers"
     most = 64 * 64 if through else 128 * 64
     if task.prologue != "none":
         most = 64 * 32

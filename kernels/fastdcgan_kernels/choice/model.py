@@ -29,9 +29,12 @@ TRANSFORM = 9  # for a value that a prologue changes
 # For 4096 FLOPs, one HMMA, with the loads of its operands; sm_90 and sm_100 multiply tiles whole.
 MATRIX = {"sm_80": 1.5, "sm_89": 1.5, "sm_120": 1.0, "gfx942": 0.5, "gfx950": 0.5}
 # Behind the loop, for each result of a thread.
-EPILOGUE = {"store": 4, "statistics": 12, "gradient": 24}
+EPILOGUE = {"store": 4, "statistics": 12, "gradient": 24, "actgrad": 12}
 # Registers of a thread: some, and more for each of its results. Descriptors' addresses take none.
-REGISTERS = {"store": (26, 1.0), "statistics": (0, 2.0), "gradient": (40, 2.5)}
+REGISTERS = {
+    "store": (26, 1.0), "statistics": (0, 2.0), "gradient": (40, 2.5), "actgrad": (40, 2.5),
+}  # fmt: skip
+READING = ("gradient", "actgrad")  # epilogues that read a tensor like the result
 WITH_POINTERS, BUSY = (64, 2.0), 64  # and where operands go through them, or an epilogue reads
 # Stages of operands in shared memory, of all: elsewhere the last is there while it is multiplied.
 WHOLE_STAGES = ("sm_90", "sm_100", "gfx950")
@@ -67,7 +70,7 @@ def work_of(task: Task) -> Work:
     size, pixels = task.dtype.itemsize, g.N // task.groups * g.P * g.Q
     small, large, weight = g.N * g.P * g.Q * g.CS, g.N * g.H * g.W * g.CL, 16 * g.CS * g.CL
     aux = 1 if task.prologue in ("none", "activate") else 2  # tensors that an operand is read from
-    both = 2 if task.epilogue == "gradient" else 1  # like the result: that, and what is read
+    both = 2 if task.epilogue in READING else 1  # like the result: that, and what is read
     if op == "weight_gradient":  # the groups are one sum; its dtype is the parameter's
         n, copies = (64, 1) if image else (g.CL, 16)
         moved = size * aux * (small + large) + 4 * weight
@@ -110,7 +113,7 @@ def registers(task: Task, tile: Tile, target: Target) -> float:
 
 def is_busy(task: Task) -> bool:
     """Whether operands, or a tile of another tensor, go through registers."""
-    return task.prologue != "none" or task.epilogue == "gradient"
+    return task.prologue != "none" or task.epilogue in READING
 
 
 def resident(task: Task, tile: Tile, target: Target) -> int:
@@ -151,7 +154,7 @@ def predicted_seconds(task: Task, tile: Tile, target: Target) -> float:
     loop = steps * told * tile.warps / starts
     # ... and its end
     kind, stored = (task.epilogue, size) if split == 1 else ("store", 4)
-    stores = rows * columns * stored * (2 if kind == "gradient" else 1) / l2
+    stores = rows * columns * stored * (2 if kind in READING else 1) / l2
     end = EPILOGUE[kind] * rows * columns / target.warp_size / starts
     arrive = (steps * latency + loads) / (tile.stages - 1)  # so many steps' loads are on their way
     alone = max(products, loads, loop, arrive) + steps * WAIT / peaks.clock + latency + stores + end

@@ -125,9 +125,8 @@ def convolve(
     epilogue: Epilogue = Epilogue(), groups: int = 1, tile: Tile | None = None,
 ) -> Result:  # fmt: skip
     """The convolution with its epilogue, by the family that fits. tile: by default chosen."""
-    kind = "gradient" if epilogue.kind == "actgrad" else epilogue.kind  # both read a second tile
     op = "conv_transposed" if transposed else "conv"
-    tile = tile or _tile(op, geometry, source.value, source.prologue, kind, groups)
+    tile = tile or _tile(op, geometry, source.value, source.prologue, epilogue.kind, groups)
     given: Any = {"transposed": transposed, "tile": tile, "precision": precision_of(source.value)}
     family: Any = conv_pointers
     if _is_image(geometry):

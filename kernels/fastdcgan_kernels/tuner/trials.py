@@ -195,9 +195,9 @@ class TileTrial(_Trial):
             weight = draw.normal(g.CS, g.CL, 4, 4, scale=0.1)
             self.weight = weight.to(task.dtype, memory_format=torch.channels_last)
             self.epilogue = Epilogue(task.epilogue, slope=SLOPE)
-            if task.epilogue == "gradient":
+            if task.epilogue in ("gradient", "actgrad"):
                 aux, coef = draw.image(*second), draw.coef(task.groups, second[1])
-                self.epilogue = Epilogue("gradient", None, aux, coef, ACTIVATION, SLOPE)
+                self.epilogue = Epilogue(task.epilogue, None, aux, coef, ACTIVATION, SLOPE)
         self._expect(task.dtype, self._plain)
 
     def _operand(self, draw: _Draw, shape: Sequence[int], prologue: str) -> Operand:
@@ -231,6 +231,8 @@ class TileTrial(_Trial):
             return [y, reference.statistics(y, self.task.groups)[:2]]
         given: Any = (self.epilogue.aux, self.epilogue.coef)
         aux, coef = (t.to(wide).detach().requires_grad_() for t in given)
+        if self.task.epilogue == "actgrad":
+            return [reference.act_backward(y, aux.detach(), ACTIVATION, SLOPE)]
         with torch.enable_grad():
             out = reference.activate(aux, coef, ACTIVATION, SLOPE)
         aux, coef = torch.autograd.grad(out, (aux, coef), y)
@@ -259,7 +261,7 @@ def _transformed(operand: Operand, dtype: torch.dtype) -> Tensor:
         "none": lambda: value,
         "activate": lambda: reference.activate(value, coef, ACTIVATION, SLOPE),
         "normgrad": lambda: value + reference.activate(aux, coef, "none", 0.0),
-        "actgrad": lambda: value * torch.where(aux > 0, 1.0, SLOPE),
+        "actgrad": lambda: reference.act_backward(value, aux, ACTIVATION, SLOPE),
     }
     return changed[operand.prologue]()
 

@@ -29,8 +29,8 @@ def tasks(batch, groups=1):
             yield Task(f"{image}weight_gradient", geometry, dtype, prologue, "store", groups)
         for op, prologue, epilogue in product(
             ("conv_transposed", "conv"),
-            ("none", "activate", "normgrad"),
-            ("store", "statistics", "gradient"),
+            ("none", "activate", "normgrad", "actgrad"),
+            ("store", "statistics", "gradient", "actgrad"),
         ):
             yield Task(image + op, geometry, dtype, prologue, epilogue, groups)
 
@@ -86,11 +86,15 @@ def check(task, tile, target):
     most = 64
     if tile.engine == "descriptors":
         assert task.prologue == "none"
-        wide = task.epilogue != "gradient" and task.dtype != torch.float32 and tile.warps == 8
+        wide = (
+            task.epilogue not in ("gradient", "actgrad")
+            and task.dtype != torch.float32
+            and tile.warps == 8
+        )
         most = 128 if wide else 64
         if task.op == "conv":
             assert task.geometry.CL % tile.depth == 0
-    elif task.prologue != "none" or task.epilogue == "gradient":
+    elif task.prologue != "none" or task.epilogue in ("gradient", "actgrad"):
         most = 16 if task.prologue != "none" and tile.warps == 4 else 32
     if task.op == "image_conv_transposed":
         most = 64  # other warps than these would spill there

@@ -65,7 +65,7 @@ def test_no_default_is_one():
     "change",
     [
         {"op": "weight_gradient"}, {"dtype": torch.float32}, {"prologue": "activate"},
-        {"epilogue": "signs"}, {"geometry": replace(MID, stride=1, P=1, Q=1, H=4, W=4, pad=0)},
+        {"epilogue": "actgrad"}, {"geometry": replace(MID, stride=1, P=1, Q=1, H=4, W=4, pad=0)},
         {"geometry": replace(MID, CS=96)}, {"op": "image_conv"},
     ],
     ids=str,

@@ -141,6 +141,17 @@ def test_every_way_to_run_a_block_is_right(transposed, geometry, norm, how):
     assert trial.wrong(trial.prepare(how)()) == ""
 
 
+@pytest.mark.parametrize(("how", "undone"), [("hybrid", 0), ("materialised", 1), ("prologue", 0)])
+def test_a_trial_has_the_passes_of_its_way(how, undone):
+    """Over the input; and over the gradient, for the bias and, written out, for products."""
+    run = trials.BlockTrial(replace(BLOCK, norm=False), CPU).prepare(how)
+    ran = []
+    with watching(lambda one: ran.append(one.kernel.fn.__name__)):
+        run()
+    assert ran.count("activation_gradient") == undone
+    assert ran.count("apply_prologue") == (1 if how == "prologue" else 3)
+
+
 def test_statistics_of_groups_are_their_own():
     one, two = (
         trials.BlockTrial(Block(False, MID, torch.bfloat16, True, groups), CPU) for groups in (1, 2)
@@ -154,6 +165,7 @@ def test_statistics_of_groups_are_their_own():
     ("op", "prologue", "epilogue"),
     [
         ("conv_transposed", "activate", "statistics"),
+        ("conv_transposed", "none", "actgrad"),
         ("conv", "normgrad", "gradient"),
         ("conv", "actgrad", "store"),
         ("weight_gradient", "both", "store"),
@@ -307,7 +319,7 @@ def test_tune_finds_measures_and_stores_what_a_model_runs(monkeypatch):
     assert {
         ("image_conv", "none", "store"), ("image_conv_transposed", "none", "store"),
         ("image_weight_gradient", "none", "store"), ("conv_transposed", "none", "gradient"),
-        ("conv", "none", "statistics"), ("conv_transposed", "normgrad", "store"),
+        ("conv", "none", "statistics"), ("conv_transposed", "normgrad", "actgrad"),
         ("weight_gradient", "none", "store"), ("weight_gradient", "both", "store"),
     } <= tasks  # fmt: skip
     asked = {(one.geometry.CS, one.norm) for one in found if isinstance(one, Block)}
