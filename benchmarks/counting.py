@@ -35,6 +35,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from fastdcgan_kernels import ops
+from fastdcgan_kernels.gpu.conv_image import strips
 from fastdcgan_kernels.gpu.launch import Launch, recording
 
 # PyTorch's multi-tensor launches (ATen/native/cuda/MultiTensorApply.cuh): elements of a chunk,
@@ -318,18 +319,32 @@ def _operand(name: str, given: dict[str, Any], prologue: str) -> list[str]:
 
 
 def _epilogue(given: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """What `store_tile` reads and writes."""
+    """What `store_tile` and `finish` read and write."""
     reads, writes = [], ["out"]
     if given["HAS_BIAS"]:
         reads.append("end_bias")
     if given["EPILOGUE"] == "gradient":
         reads += ["end_aux", "end_coef"]
-        writes.append("end_partials")
     if given["EPILOGUE"] == "actgrad":
         reads.append("end_aux")
-    if given["EPILOGUE"] == "statistics":
-        writes += ["end_partials", "end_counts"]
-    return reads, writes
+    more_reads, more_writes = _partials(given, given["EPILOGUE"])
+    return [*reads, *more_reads], [*writes, *more_writes]
+
+
+def _partials(given: dict[str, Any], kind: str) -> tuple[list[str], list[str]]:
+    """What `finish` reads and writes for an epilogue of this kind: each program its row, the last
+    one all of them, and what it makes of them."""
+    if kind not in ("statistics", "gradient", "column"):
+        return [], []
+    rows = ["end_partials", *["end_counts"] * (kind == "statistics")]
+    if "end_merged" in given:  # nothing is: a launch to come merges them
+        return [], rows
+    if kind != "statistics":  # coefficients whose gradient it makes are those that it has read
+        return rows, [*rows, "end_merged_out"]
+    moved = ["end_merged_running", "end_merged_batches"]
+    reads = [f"end_merged_{name}" for name in ("gamma", "beta", "momenta")]
+    writes = ["end_merged_coef", "end_merged_stats", *moved]
+    return [*rows, *reads, *moved], [*rows, *writes]
 
 
 def traffic(name: str, given: dict[str, Any]) -> tuple[list[str], list[str]]:
@@ -348,20 +363,19 @@ def traffic(name: str, given: dict[str, Any]) -> tuple[list[str], list[str]]:
         return ["parts", *reads], writes
     if name == "apply_prologue":
         return _operand("x", given, given["PROLOGUE"]), ["out"]
+    if name == "prologue_sums":
+        reads, writes = _partials(given, "column")
+        return [*_operand("x", given, given["PROLOGUE"]), *reads], writes
     if name == "partial_statistics":
-        return ["y"], ["partials", "counts"]
-    if name == "merge_statistics":
-        reads = [n for n in ("gamma", "beta") if given[f"HAS_{n.upper()}"]]
-        moved = [
-            *["running_mean", "running_var"] * given["RUNNING"],
-            *["batches"] * given["BATCHES"],
-        ]
-        reads += ["partials", "counts", *["momenta"] * given["MOMENTA"], *moved]
-        return reads, ["coef", "stats", *moved]
+        reads, writes = _partials(given, "statistics")
+        return ["y", *reads], writes
     if name == "activation_gradient":
-        return ["g", "end_aux", "end_coef"], ["out", "end_partials"]
-    if name == "sum_partials":
-        return ["partials"] if given["COLUMNS"] else ["partials", "coef"], ["out"]
+        reads, writes = _partials(given, "gradient")
+        return ["g", "end_aux", "end_coef", *reads], ["out", *writes]
+    if name == "merge_rows":
+        reads, writes = _partials(given, given["KIND"])
+        of = ["partials", "counts"] if given["KIND"] == "statistics" else ["partials", "end_coef"]
+        return [*of, *reads], writes
     if name == "bce_rows":
         return ["logits", "targets", *["scale"] * given["SCALED"]], ["row", "gradient"]
     if name == "adam":
@@ -396,17 +410,17 @@ def _products(name: str, grid: tuple[int, ...], given: dict[str, Any]) -> tuple[
         made = 2 * grid[0] * rows * columns * given["groups"] * padded(pixels, depth)
         small, large = loaded("SMALL_PROLOGUE"), loaded("LARGE_PROLOGUE")
         return [Product(made, rows, columns, small, large)], useful
+    phases, wide = given["PHASE"] ** 2, padded(given["CO"], columns)
+    tiles = padded(pixels, rows) // rows * phases  # of a group, which its programs share
+    if "BOX" in given or "BOX_N" in given:
+        deep = given["BOX"][0] if "BOX" in given else given["BOX_N"]
+        tiles = padded(given["images"], deep) * given["P"] * given["Q"] // rows * phases
     if name == "image_down":
         k = padded(64, depth)
     elif name == "image_up":  # all taps of a pixel are columns
-        k = padded(given["CS"], depth)
-    elif given["TRANSPOSED"]:
-        k = (4 if given["STRIDE"] > 1 else 1) * padded(given["CS"], depth)
+        k, wide = padded(given["CS"], depth), columns
+        tiles = given["images"] * strips(given["P"], given["Q"], rows)[1]
     else:
-        k = 16 * padded(given["CL"], depth)
-    programs = math.prod(grid[:2])
-    if name == "gather_gluon":  # the tiles that its programs share
-        boxes = padded(given["images"], given["BOX_N"]) * given["P"] * given["Q"] // rows
-        programs = given["groups"] * boxes * given["PHASE"] ** 2 * (given["CO"] // columns)
-    made = 2 * programs * rows * columns * k
+        k = given["SIDE"] ** 2 * padded(given["CI"], depth)
+    made = 2 * given["groups"] * tiles * rows * wide * k
     return [Product(made, rows, columns, loaded("PROLOGUE"))], useful

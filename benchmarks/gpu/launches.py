@@ -22,9 +22,9 @@ FORWARD, DATA, WEIGHT = "forward", "data gradient", "weight gradient"
 OF_STEP = {"adam": "update", "crop": "data", "bce_rows": "loss"}
 # Launches of a layer that are no product; those of the way back come before their layer's products.
 OF_LAYER = {
-    "merge_statistics": "norm",
     "partial_statistics": "norm",
-    "sum_partials": "norm",
+    "merge_rows": "norm",
+    "prologue_sums": "norm",
     "apply_prologue": "activation",
     "activation_gradient": "activation",
 }
@@ -106,10 +106,10 @@ class _Places:
         if name in OF_STEP:
             return "step", OF_STEP[name]
         last = seen[-1] if seen else None
-        if name == "sum_partials" and last and last.of == DATA:  # undid the layer's before it
+        if name == "merge_rows" and last and last.of == DATA:  # undid the layer's before it
             return f"{last.layer[0]}{int(last.layer[1:]) - 1}", OF_LAYER[name]
         if name in OF_LAYER:
-            forward = name in ("merge_statistics", "partial_statistics") or (
+            forward = name in ("merge_rows", "partial_statistics") or (
                 name == "apply_prologue" and given["PROLOGUE"] in ("activate", "none")
             )
             known = forward and last is not None and last.layer != "step"

@@ -88,7 +88,7 @@ def gradients_of(
 
 class _Coefficients(torch.autograd.Function):
     """Coefficients of conv_bn, for plain PyTorch to take. Its gradient is that of mean, scale and
-    shift; conv_bn's backward wants it as the kernels make it (gpu.batchnorm.sum_partials), unless
+    shift; conv_bn's backward wants it as the kernels make it (gpu.partials.MergedSums), unless
     that is computed in plain PyTorch, too."""
 
     @staticmethod
@@ -125,7 +125,7 @@ def _conv_bn_gradient(
     need = needs_of(ctx, "conv_bn")
     given = SIGNATURES["conv_bn_backward"].flatten(gy, gcoef, saved, spec, need)
     grads = dict(zip(GRADIENTS, ops.conv_bn_backward(*given), strict=True))
-    if gcoef is not None:  # summed with the coefficients' already (gpu.batchnorm.sum_partials)
+    if gcoef is not None:  # summed with the coefficients' already (gpu.partials.MergedSums)
         for of, plane in (("gamma", 3), ("beta", 4)):
             parameter = getattr(saved, of)
             grads[of] = None if parameter is None else gcoef[plane, 0].to(parameter.dtype)

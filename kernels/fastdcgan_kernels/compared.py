@@ -220,7 +220,7 @@ def _convolution_gradients(
 def _activation_gradients(
     g: Tensor, y: Tensor, coef: Any, activation: str, slope: float
 ) -> tuple[Tensor, Tensor]:
-    """Of y and of coef (gpu.batchnorm.sum_partials: the planes 0, B, C, dgamma, dbeta), from that
+    """Of y and of coef (gpu.partials.MergedSums: the planes 0, B, C, dgamma, dbeta), from that
     of act(z), z = scale * (y - mean) + shift."""
     mean, scale, shift, rstd, count = coef.unbind()
     away = y.float().unflatten(0, (coef.shape[1], -1)) - _wide(mean)

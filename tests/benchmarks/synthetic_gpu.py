@@ -93,7 +93,7 @@ def profile(batch):
     for net, place in LAYERS:
         for k, of in enumerate(("forward", "data gradient", "weight gradient"), 1):
             rows.append(row(f"{net}{place}", of, f"kernel_{k}", k * 1e-5, 5e-6))
-        rows.append(row(f"{net}{place}", "norm", "merge_statistics", 3e-6, 1e-7))
+        rows.append(row(f"{net}{place}", "norm", "partial_statistics", 3e-6, 1e-7))
     rows += [row("step", "update", "adam", 5e-5, 4e-5), row("step", "data", "crop", 2e-6, 1e-6)]
     seconds = sum(one["seconds"] for one in rows) + 1e-5
     return {

@@ -19,13 +19,14 @@ import torch
 import torch.nn.functional as F
 
 from fastdcgan_kernels.choice.geometry import Geometry, Tile
+from fastdcgan_kernels.gpu import batchnorm
 from fastdcgan_kernels.gpu.tile import Epilogue, Operand
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PROLOGUES = ["none", "activate", "normgrad", "actgrad"]
 EPILOGUES = ["store", "statistics", "gradient", "actgrad"]
 ACTIVATIONS = ["relu", "leaky_relu", "tanh", "none"]
-SLOPE = 0.2
+SLOPE, EPS = 0.2, 1e-3
 TILE = Tile(rows=32, columns=32, depth=64)  # the interpreter is slow: few of them for small shapes
 
 
@@ -84,6 +85,7 @@ class Draw:
         return Operand(value, prologue, aux, coef, activation, SLOPE)
 
     def epilogue(self, shape, groups, kind, activation):
+        """Its partials are merged by the launch that makes them."""
         bias = self.normal(shape[1]) if kind in ("store", "statistics") else None
         if kind == "actgrad":
             aux = self.normal(*shape)
@@ -91,10 +93,12 @@ class Draw:
             return Epilogue(kind, bias, aux, None, activation, SLOPE)
         if kind == "gradient":
             aux, coef = self.normal(*shape), self.coef(groups, shape[1])
-            return Epilogue(kind, bias, aux, coef, activation, SLOPE)
-        return Epilogue(
-            kind, bias, activation=activation if kind == "store" else "none", slope=SLOPE
-        )
+            merged = batchnorm.merged_sums(coef)
+            return Epilogue(kind, bias, aux, coef, activation, SLOPE, merged)
+        if kind == "statistics":
+            merged = batchnorm.merged_statistics(bias, groups, shape[1], None, None, EPS)
+            return Epilogue(kind, bias, slope=SLOPE, merged=merged)
+        return Epilogue(kind, bias, activation=activation, slope=SLOPE)
 
 
 def act(z, activation):
@@ -174,9 +178,24 @@ def close(ours, truth, eager=None):
     assert most <= limit_most, f"maximum error {most}, of {limit_most} allowed"
 
 
+def check_merged_statistics(merged, y, groups):
+    """What became of the statistics of y: no gamma, no beta."""
+    y = y.double().unflatten(0, (groups, -1)).transpose(1, 2).flatten(2)
+    mean, var = y.mean(2), y.var(2, correction=0)
+    close(merged.stats[0], mean)
+    close(merged.stats[1], var)
+    assert (merged.stats[2] == y.shape[2]).all()
+    assert torch.equal(merged.coef[0], merged.stats[0])
+    close(merged.coef[1], (var + EPS).rsqrt())
+    assert (merged.coef[2] == 0).all()
+    assert torch.equal(merged.coef[1], merged.coef[3])
+    assert torch.equal(merged.coef[4], merged.stats[2])
+
+
 def check_statistics(result, groups):
     """Partials merged by Chan's formula are the moments of the stored values."""
-    (mean, m2), count = result.partials.double(), result.counts.double()[..., None]
+    assert torch.equal(result.counts, result.counts[:1].expand_as(result.counts))
+    (mean, m2), count = result.partials.double(), result.counts[0].double()[..., None]
     y = result.value.double().unflatten(0, (groups, -1)).transpose(1, 2).flatten(2)
     assert torch.equal(count.sum((1, 2)), torch.full((groups,), float(y.shape[2])).double())
     total = (count * mean).sum(1) / count.sum(1)
@@ -225,8 +244,11 @@ def check_gather(
     close(result.value, truth, eager)
     if epilogue == "statistics":
         check_statistics(result, groups)
+        check_merged_statistics(finishing.merged, result.value, groups)
     if epilogue == "gradient":
         close(result.partials.double().sum(2), sums)
+        scale = finishing.coef[1].double()
+        close(finishing.merged.out, torch.stack([-scale * sums[0], sums[1], sums[0]]))
     return result
 
 

@@ -208,7 +208,7 @@ def test_a_block_without_a_norm_leaves_its_activation_to_the_next(
     of_second = ["gather_pointers"] + ["weight_gradient_pointers"] * needs[2]
     passes = {"hybrid": 1, "prologue": 0}.get(how)
     if passes is not None:  # but that through the second's norm
-        norm = ["activation_gradient", "sum_partials"] + ["apply_prologue"] * passes
+        norm = ["activation_gradient"] + ["apply_prologue"] * passes
         assert launched == [*norm, *of_second, *of_first]
 
 

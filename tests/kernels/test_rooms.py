@@ -22,11 +22,12 @@ FLOORS = [
     ("gpu.family",),
     ("gpu.descriptors",),
     ("gpu.tile",),
+    ("gpu.partials",),
     ("gpu.launch",),
     ("reference", "dcgan"),
     ("choice",),
 ]
-SHARED = {"gpu.tile", "gpu.launch", "gpu.descriptors"}  # by all families of kernels
+SHARED = {"gpu.tile", "gpu.partials", "gpu.launch", "gpu.descriptors"}  # by all families of kernels
 PUBLIC = [
     "Activated",
     "ConvBlock",

@@ -31,36 +31,41 @@ CHANNELS_LAST = torch.channels_last
 
 
 def conv_bn(inputs: Inputs, buffers: Buffers, spec: BlockSpec) -> tuple[Tensor, Tensor]:
-    """(y, coef [5, groups, C] as `batchnorm.finalize_statistics`); the buffers move in place."""
+    """(y, coef [5, groups, C] as `batchnorm.merged_statistics`); the buffers move in place."""
     source, weight = _source(inputs, spec), working_weight(inputs)
     geometry, groups = spec.geometry(inputs.x, inputs.weight), spec.groups
-    if _how(geometry, inputs.x, spec, True, groups) == "vendor":
-        y = _vendor(_materialise(source, groups), weight, spec)
-        if inputs.bias is not None:
-            y += inputs.bias.to(y.dtype)[:, None, None]
-        result = batchnorm.statistics(y, groups)
-    else:
-        epilogue = Epilogue("statistics", bias=inputs.bias)
-        result = convolve(
-            source, weight, geometry, transposed=spec.transposed, epilogue=epilogue, groups=groups
-        )
-    running = None
-    if buffers.running_mean is not None and buffers.running_var is not None:
-        momentum = spec.momentum if buffers.momenta is None else buffers.momenta
-        running = batchnorm.Running(
-            buffers.running_mean, buffers.running_var, momentum, buffers.batches
-        )
-    coef, _ = batchnorm.finalize_statistics(
-        result, inputs.gamma, inputs.beta, spec.eps, spec.sync, running
-    )
-    return result.value, coef
+    like: Any = (inputs.x, groups, geometry.CL if spec.transposed else geometry.CS)
+    with batchnorm.without_gaps(_running(buffers, spec)) as running:
+        merged = batchnorm.merged_statistics(*like, inputs.gamma, inputs.beta, spec.eps, running)
+        own = batchnorm.merged_statistics(*like, None, None, spec.eps) if spec.sync else merged
+        if _how(geometry, inputs.x, spec, True, groups) == "vendor":
+            y = _vendor(_materialise(source, groups), weight, spec)
+            if inputs.bias is not None:
+                y += inputs.bias.to(y.dtype)[:, None, None]
+            batchnorm.statistics(y, groups, own)
+        else:
+            epilogue = Epilogue("statistics", bias=inputs.bias, merged=own)
+            y = convolve(
+                source, weight, geometry, transposed=spec.transposed, epilogue=epilogue,
+                groups=groups,
+            ).value  # fmt: skip
+        if spec.sync:
+            batchnorm.merge_processes(own.stats, spec.sync, merged)
+    return y, merged.coef
+
+
+def _running(buffers: Buffers, spec: BlockSpec) -> batchnorm.Running | None:
+    if buffers.running_mean is None or buffers.running_var is None:
+        return None
+    momentum = spec.momentum if buffers.momenta is None else buffers.momenta
+    return batchnorm.Running(buffers.running_mean, buffers.running_var, momentum, buffers.batches)
 
 
 def conv_bn_backward(
     gy: Tensor, gcoef: Tensor | None, saved: Saved, spec: BlockSpec, need: Need
 ) -> dict[str, Tensor]:
     """Gradients by the names of `Inputs`, from those of y and coef, of which that of coef is as
-    `batchnorm.finalize_gradient` makes it; None: that of y is all there is."""
+    `batchnorm.merged_sums` tells; None: that of y is all there is."""
     dy = _through_norm(gy, gcoef, saved, spec)
     return _convolution_backward(dy, saved, spec, need, spec.groups, norm=True)
 
@@ -111,10 +116,9 @@ def activate(y: Tensor, coef: Tensor, spec: BlockSpec) -> Tensor:
 def activate_backward(g: Tensor, y: Tensor, coef: Tensor, spec: BlockSpec) -> tuple[Tensor, Tensor]:
     """Gradients of y and coef."""
     y = y.contiguous(memory_format=CHANNELS_LAST)
-    gy, partials = batchnorm.activation_backward(
+    return batchnorm.activation_backward(
         _like(g, y), y, coef, spec.activation, spec.slope, coef.shape[1]
     )
-    return gy, batchnorm.finalize_gradient(partials, coef)
 
 
 # --- Convolutions: which family, and which tile ---------------------------------------------------
@@ -286,23 +290,22 @@ def _convolution_backward(
             return found
         found["x"] = gx.contiguous(memory_format=CHANNELS_LAST)
         if coef is not None:
-            found["x"], partials = batchnorm.activation_backward(
+            found["x"], found["x_coef"] = batchnorm.activation_backward(
                 found["x"], raw, coef, *act, groups
             )
-            found["x_coef"] = batchnorm.finalize_gradient(partials, coef)
         elif spec.x_activation != "none":
             found["x"] = batchnorm.pointwise(Operand(found["x"], "actgrad", raw, None, *act))
         return found
     if need.x:
         kind = "store" if spec.x_activation == "none" else "actgrad"
-        epilogue = Epilogue(kind if coef is None else "gradient", None, raw, coef, *act)
-        result = convolve(
+        epilogue = Epilogue(kind, None, raw, None, *act)
+        if coef is not None:
+            merged = batchnorm.merged_sums(coef)
+            epilogue = Epilogue("gradient", None, raw, coef, *act, merged)
+            found["x_coef"] = merged.out
+        found["x"] = convolve(
             dy, weight, geometry, transposed=not transposed, epilogue=epilogue, groups=groups
-        )
-        found["x"] = result.value
-        if result.partials is not None:
-            assert coef is not None
-            found["x_coef"] = batchnorm.finalize_gradient(result.partials, coef)
+        ).value
     if need.weight:
         found["weight"] = weight_gradient(
             source, dy, geometry, transposed=transposed, dtype=dtype, groups=groups

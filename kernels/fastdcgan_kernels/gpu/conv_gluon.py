@@ -20,6 +20,7 @@ over tiles spills: a tile's first step stands before its loop.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -39,6 +40,7 @@ from ..choice.persistent import DTYPES, Plan, plan_of
 from ..choice.targets import target_of
 from .descriptors import fits_descriptors, large_box
 from .launch import Launch
+from .partials import merge
 from .tile import Epilogue, Operand, Result, activate, activation_derivative
 
 PRODUCER_REGISTERS = gl.constexpr(40)
@@ -71,11 +73,11 @@ def convolve(
     out = empty(g.N, shape.CO, shape.HO, shape.WO, source.value)
     images = g.N // groups
     rows = plan.boxes(images) * plan.PHASE**2
-    result = epilogue.result(out, groups, rows)
+    result = epilogue.result(out, groups, rows, 1)
     pixels = [*plan.box, plan.BLOCK_K]
     piece = [*box_of(plan.BLOCK_M // plan.PIECES, g), plan.BLOCK_N]
     block = [plan.BLOCK_K, plan.BLOCK_N] if transposed else [plan.BLOCK_N, plan.BLOCK_K]
-    ends = epilogue.arguments(result)
+    ends = replace(epilogue, merged=None).arguments(result, 1)
     aux = out if epilogue.kind != "gradient" else epilogue.aux
     assert aux is not None
     Launch(
@@ -87,6 +89,10 @@ def convolve(
             "end": ends["end"], "groups": groups, "images": images, "slope": ends["slope"],
             "S": plan,
         }, plan.WARPS, plan.STAGES).run(weight.device)  # fmt: skip
+    if epilogue.merged is not None:
+        assert result.partials is not None
+        counts = None if result.counts is None else result.counts[0]
+        merge(result.partials, counts, epilogue.merged)
     return result
 
 

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from ..choice.geometry import Geometry, Shape, Tile, cdiv, empty
 from .launch import Launch
-from .tile import Epilogue, Operand, Result, load_operand, of_group, parts_like, pixels, program
+from .partials import finish, join, nothing, place_of, turns_of
+from .tile import Epilogue, Operand, Result, load_operand, of_group, parts_like, pixels, reduce
 
 # isort: split
-from .tile import reduce, store_pixels, store_tile
+from .tile import store_pixels, store_tile
 
 WINDOW = tl.constexpr(64)  # values of a 4x4 window of up to 4 channels
 
@@ -43,19 +44,20 @@ def convolve(
     images = g.N // groups
     sizes = {"BLOCK_M": tile.rows, "BLOCK_K": tile.depth}
     if transposed:
-        kernel = image_up
-        sizes["STRIP"], tiles = strips(g.P, g.Q, tile.rows)
-        row_tiles = programs = images * tiles
+        kernel, column_tiles = image_up, 1
+        sizes["STRIP"], of_image = strips(g.P, g.Q, tile.rows)
+        tiles = images * of_image
     else:
-        kernel = image_down
+        kernel, column_tiles = image_down, cdiv(g.CS, tile.columns)
         sizes |= {"BLOCK_N": tile.columns, "BLOCK_K": min(tile.depth, WINDOW.value)}
-        row_tiles = cdiv(images * g.P * g.Q, tile.rows)
-        programs = row_tiles * cdiv(g.CS, tile.columns)
+        tiles = cdiv(images * g.P * g.Q, tile.rows)
     out = empty(g.N, shape.CO, shape.HO, shape.WO, source.value)
-    result = epilogue.result(out, groups, row_tiles)
+    programs = epilogue.programs(tiles, groups, out.device)
+    result = epilogue.result(out, groups, programs, column_tiles)
     Launch(
-        kernel, (programs, groups), {
-            "x": source.loaded, "w": weight, "out": out, **epilogue.arguments(result),
+        kernel, (programs * column_tiles, groups), {
+            "x": source.loaded, "w": weight, "out": out,
+            **epilogue.arguments(result, column_tiles), "ONE": programs == tiles,
             "groups": groups, "images": images, "x_slope": float(source.slope), "S": shape,
             "PROLOGUE": source.prologue, "X_ACTIVATION": source.activation, **sizes,
             "PRECISION": precision,
@@ -161,32 +163,36 @@ def image_down(
     end,  # Stored, like out
     groups, images,  # N / groups
     x_slope, slope, S: tl.constexpr, PROLOGUE: tl.constexpr, X_ACTIVATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr,
+    ONE: tl.constexpr,  # tile a program
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """From the image. Grid: (row tiles * column tiles, groups). Rows are small pixels of a group;
+    """From the image. Grid: (programs * column tiles, groups). Rows are small pixels of a group;
     BLOCK_K divides 64."""
-    row_tile, _, column_tile, group, _ = program(S, BLOCK_N)
-    n, p, q, row_mask = pixels(row_tile, group, images, S, BLOCK_M)
-    channel = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    channel_mask = channel < S.CS
-
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for step in range(WINDOW // BLOCK_K):
-        k = step * BLOCK_K + tl.arange(0, BLOCK_K)
-        taps, used = window_taps(k, S.CL)
-        a = load_windows(
-            x, x_slope, group, groups, n, p, q, row_mask, k, S.P, S.Q, S.CL, PROLOGUE, X_ACTIVATION
-        )
-        # Not only the weight: a neighbour's NaN times 0 is NaN.
-        a = tl.where(used[None, :], a, 0.0)
-        b = load_taps(w, taps, used, channel, channel_mask, S.CL)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
-
-    store_pixels(
-        acc, out, n, p, q, 0, 0, row_mask, channel, channel_mask, end, slope, groups, images, S, 1,
-        HAS_BIAS, EPILOGUE, ACTIVATION,
-    )  # fmt: skip
+    at = place_of(S.CS, BLOCK_N)
+    tiles = tl.cdiv(images * (S.P * S.Q), BLOCK_M)
+    own = nothing(BLOCK_N)
+    for turn in range(turns_of(at.program, at.programs, tiles, ONE)):
+        tile = at.program + turn * at.programs
+        n, p, q, row_mask = pixels(tile, at.group, images, S, BLOCK_M)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for step in range(WINDOW // BLOCK_K):
+            k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+            taps, used = window_taps(k, S.CL)
+            a = load_windows(
+                x, x_slope, at.group, groups, n, p, q, row_mask, k, S.P, S.Q, S.CL, PROLOGUE,
+                X_ACTIVATION,
+            )  # fmt: skip
+            # Not only the weight: a neighbour's NaN times 0 is NaN.
+            a = tl.where(used[None, :], a, 0.0)
+            b = load_taps(w, taps, used, at.channel, at.channel_mask, S.CL)
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        found = store_pixels(
+            acc, out, n, p, q, 0, 0, row_mask, at, end, slope, groups, images, 0, S, 1, HAS_BIAS,
+            EPILOGUE, ACTIVATION,
+        )  # fmt: skip
+        own = join(own, found, EPILOGUE)
+    finish(own, end, at, groups, S.CS, EPILOGUE)
 
 
 @triton.jit(do_not_specialize=["images"])
@@ -197,10 +203,12 @@ def image_up(
     end,  # Stored, like out
     groups, images,  # N / groups
     x_slope, slope, S: tl.constexpr, PROLOGUE: tl.constexpr, X_ACTIVATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, STRIP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr,
+    ONE: tl.constexpr,  # tile a program
+    STRIP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """To the image. Grid: (images of a group * strips * tiles of a strip, groups); see `strips`.
+    """To the image. Grid: (programs, groups), which share (images of a group * strips * tiles of a
+    strip); see `strips`.
 
     Corner (i, j) is where the small pixels (i - 1, j - 1) to (i, j) meet. Each of these 4 pixels
     has 4 of its 16 taps in the 2x2 square of the image around the corner.
@@ -210,59 +218,63 @@ def image_up(
     WIDTH: tl.constexpr = STRIP + (STRIPS > 1)
     STORED: tl.constexpr = BLOCK_M - WIDTH - 1
     TILES: tl.constexpr = (S.P * WIDTH + STRIP + STORED - 1) // STORED
-    tile, group = tl.program_id(0), tl.program_id(1)
-    first = tile % TILES * STORED
-    left = tile // TILES % STRIPS * STRIP
-    n = (group * images + tile // (TILES * STRIPS)).to(tl.int64)
+    at = place_of(S.CO, 4)
+    own = nothing(4)
+    for turn in range(turns_of(at.program, at.programs, images * (STRIPS * TILES), ONE)):
+        tile = at.program + turn * at.programs
+        first = tile % TILES * STORED
+        left = tile // TILES % STRIPS * STRIP
+        n = (at.group * images + tile // (TILES * STRIPS)).to(tl.int64)
 
-    # The products of each small pixel with all of its taps. Rows are (meeting, r, s, channel of 4):
-    # the pixel is at the corner's bottom right, bottom left, top right or top left, and (r, s) is
-    # the square's pixel.
-    k = tl.arange(0, WINDOW)
-    up, before, r, s = k // 32, k // 16 % 2, k // 8 % 2, k // 4 % 2
-    used = k % 4 < S.CL
-    taps = ((2 * up + r) * 4 + 2 * before + s) * S.CL + k % 4
-    at = first + tl.arange(0, BLOCK_M)
-    p, q = at // WIDTH - 1, left + at % WIDTH - 1
-    inside = (p >= 0) & (p < S.P) & (q >= 0) & (q < S.Q)
-    pixel = n * (S.P * S.Q * S.CS) + (p * S.Q + q) * S.CS  # one image has less than 2^31 elements
-    acc = tl.zeros((WINDOW, BLOCK_M), dtype=tl.float32)
-    for step in range(CHUNKS):
-        c = step * BLOCK_K + tl.arange(0, BLOCK_K)
-        c_mask = c < S.CS
-        a = tl.load(
-            w + (c * (16 * S.CL))[None, :] + taps[:, None], mask=used[:, None] & c_mask[None, :],
-            other=0.0,
+        # The products of each small pixel with all of its taps. Rows are (meeting, r, s, channel of
+        # 4): the pixel is at the corner's bottom right, bottom left, top right or top left, and
+        # (r, s) is the square's pixel.
+        k = tl.arange(0, WINDOW)
+        up, before, r, s = k // 32, k // 16 % 2, k // 8 % 2, k // 4 % 2
+        used = k % 4 < S.CL
+        taps = ((2 * up + r) * 4 + 2 * before + s) * S.CL + k % 4
+        place = first + tl.arange(0, BLOCK_M)
+        p, q = place // WIDTH - 1, left + place % WIDTH - 1
+        inside = (p >= 0) & (p < S.P) & (q >= 0) & (q < S.Q)
+        pixel = (
+            n * (S.P * S.Q * S.CS) + (p * S.Q + q) * S.CS
+        )  # one image has less than 2^31 elements
+        acc = tl.zeros((WINDOW, BLOCK_M), dtype=tl.float32)
+        for step in range(CHUNKS):
+            c = step * BLOCK_K + tl.arange(0, BLOCK_K)
+            c_mask = c < S.CS
+            a = tl.load(
+                w + (c * (16 * S.CL))[None, :] + taps[:, None],
+                mask=used[:, None] & c_mask[None, :], other=0.0,
+            )  # fmt: skip
+            b = load_operand(
+                of_group(x, at.group, S.CS), x_slope, groups * S.CS, pixel[:, None] + c[None, :],
+                inside[:, None] & c_mask[None, :], c[None, :], c_mask[None, :], PROLOGUE,
+                X_ACTIVATION,
+            )  # fmt: skip
+            acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
+
+        # Each corner's sum of what its 4 pixels have for it. The corner at a place of the tile is
+        # the bottom right one of the pixel there; the last WIDTH + 1 have neighbours in the next.
+        to = WIDTH * (1 - up) + 1 - before
+        meet = tl.gather(acc, (tl.arange(0, BLOCK_M)[None, :] + to[:, None]) % BLOCK_M, 1)
+        square = tl.sum(meet.reshape(4, 2, 8, BLOCK_M), axis=0)
+        result = square.permute(0, 2, 1).reshape(4 * BLOCK_M, 4)
+
+        row = tl.arange(0, 4 * BLOCK_M)  # (r, corner, s)
+        corner = row // 2 % BLOCK_M
+        place = first + corner
+        h = 2 * (place // WIDTH) - 1 + row // (2 * BLOCK_M)
+        v = 2 * (left + place % WIDTH) - 1 + row % 2
+        row_mask = (corner < STORED) & (place % WIDTH < STRIP)
+        row_mask &= (h >= 0) & (h < S.HO) & (v >= 0) & (v < S.WO)
+        out_row = n * (S.HO * S.WO * S.CO) + (h * S.WO + v) * S.CO
+        found = store_tile(
+            result, out, out_row[:, None] + at.channel[None, :], row_mask, at, end, slope, groups,
+            S.CO, HAS_BIAS, EPILOGUE, ACTIVATION,
         )  # fmt: skip
-        b = load_operand(
-            of_group(x, group, S.CS), x_slope, groups * S.CS, pixel[:, None] + c[None, :],
-            inside[:, None] & c_mask[None, :], c[None, :], c_mask[None, :], PROLOGUE, X_ACTIVATION,
-        )  # fmt: skip
-        acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
-
-    # Each corner's sum of what its 4 pixels have for it. The corner at a place of the tile is the
-    # bottom right one of the pixel there; the last WIDTH + 1 have neighbours in the next tile.
-    to = WIDTH * (1 - up) + 1 - before
-    meet = tl.gather(acc, (tl.arange(0, BLOCK_M)[None, :] + to[:, None]) % BLOCK_M, 1)
-    square = tl.sum(meet.reshape(4, 2, 8, BLOCK_M), axis=0)
-    result = square.permute(0, 2, 1).reshape(4 * BLOCK_M, 4)
-
-    row = tl.arange(0, 4 * BLOCK_M)  # (r, corner, s)
-    corner = row // 2 % BLOCK_M
-    at = first + corner
-    h = 2 * (at // WIDTH) - 1 + row // (2 * BLOCK_M)
-    v = 2 * (left + at % WIDTH) - 1 + row % 2
-    row_mask = (corner < STORED) & (at % WIDTH < STRIP)
-    row_mask &= (h >= 0) & (h < S.HO) & (v >= 0) & (v < S.WO)
-    out_row = n * (S.HO * S.WO * S.CO) + (h * S.WO + v) * S.CO
-    channel = tl.arange(0, 4)
-    tiles = tl.num_programs(0)
-    count = store_tile(
-        result, out, out_row[:, None] + channel[None, :], row_mask, channel, channel < S.CO, end,
-        slope, group, groups, tile, tiles, S.CO, HAS_BIAS, EPILOGUE, ACTIVATION,
-    )  # fmt: skip
-    if EPILOGUE == "statistics":
-        tl.store(end.counts + group * tiles + tile, count)
+        own = join(own, found, EPILOGUE)
+    finish(own, end, at, groups, S.CO, EPILOGUE)
 
 
 @triton.jit(do_not_specialize=["images"])

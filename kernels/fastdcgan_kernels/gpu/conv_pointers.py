@@ -20,7 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..choice.geometry import Geometry, Tile, cdiv
-from .tile import Epilogue, Operand, Result, gather_launch, gather_sum, of_group, pixels, program
+from .partials import finish, join, nothing, place_of, turns_of
+from .tile import Epilogue, Operand, Result, gather_launch, gather_sum, of_group, pixels
 
 # isort: split
 from .tile import store_pixels
@@ -50,20 +51,28 @@ def gather_pointers(
     groups, images,  # N / groups
     x_slope, slope, S: tl.constexpr, PROLOGUE: tl.constexpr, X_ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, SPLIT: tl.constexpr,
+    ONE: tl.constexpr,  # tile a program
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (row tiles * phases * column tiles, groups, SPLIT). Rows are small pixels of a
-    group."""
-    row_tile, phase, column_tile, group, split = program(S, BLOCK_N)
-    n, p, q, row_mask = pixels(row_tile, group, images, S, BLOCK_M)
-    channel = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    channel_mask = channel < S.CO
-    r, s = phase // S.PHASE, phase % S.PHASE
-    acc = gather_sum(
-        of_group(x, group, S.CI), x_slope, groups * S.CI, w, n, p, q, row_mask, r, s, channel,
-        channel_mask, split, S, PROLOGUE, X_ACTIVATION, SPLIT, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
-    )  # fmt: skip
-    store_pixels(
-        acc, out, n, p, q, r, s, row_mask, channel, channel_mask, end, slope, groups, images, S,
-        SPLIT, HAS_BIAS, EPILOGUE, ACTIVATION,
-    )  # fmt: skip
+    """Grid: (programs * column tiles, groups, SPLIT). Rows are small pixels of a group; each phase
+    of them is a tile."""
+    PHASES: tl.constexpr = S.PHASE * S.PHASE
+    at = place_of(S.CO, BLOCK_N)
+    split = tl.program_id(2)
+    own = nothing(BLOCK_N)
+    tiles = tl.cdiv(images * (S.P * S.Q), BLOCK_M) * PHASES
+    for turn in range(turns_of(at.program, at.programs, tiles, ONE)):
+        tile = at.program + turn * at.programs
+        r, s = tile % PHASES // S.PHASE, tile % S.PHASE
+        n, p, q, row_mask = pixels(tile // PHASES, at.group, images, S, BLOCK_M)
+        acc = gather_sum(
+            of_group(x, at.group, S.CI), x_slope, groups * S.CI, w, n, p, q, row_mask, r, s,
+            at.channel, at.channel_mask, split, S, PROLOGUE, X_ACTIVATION, SPLIT, BLOCK_M, BLOCK_N,
+            BLOCK_K, PRECISION,
+        )  # fmt: skip
+        found = store_pixels(
+            acc, out, n, p, q, r, s, row_mask, at, end, slope, groups, images, split, S, SPLIT,
+            HAS_BIAS, EPILOGUE, ACTIVATION,
+        )  # fmt: skip
+        own = join(own, found, EPILOGUE)
+    finish(own, end, at, groups, S.CO, EPILOGUE)

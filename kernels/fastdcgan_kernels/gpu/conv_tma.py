@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..choice.geometry import Geometry, Tile, box_of, cdiv
 from .descriptors import box_pixels, described, descriptor, fits_descriptors, large_box, load_box
-from .tile import Epilogue, Loaded, Operand, Result, apply, gather_launch, program, store_pixels
+from .partials import finish, join, nothing, place_of, turns_of
+from .tile import Epilogue, Loaded, Operand, Result, apply, gather_launch, store_pixels
 
 
 def takes(
@@ -60,55 +61,62 @@ def gather_descriptors(
     groups, images,  # N / groups
     x_slope, slope, S: tl.constexpr, BOX: tl.constexpr, PROLOGUE: tl.constexpr,
     X_ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr,
-    ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, ONE: tl.constexpr,  # tile a program
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (row tiles * phases * column tiles, groups, SPLIT). A box has BLOCK_M pixels, a tile of
-    the product is [BLOCK_N, BLOCK_M]; but for the transposed convolution BLOCK_K divides CL."""
+    """Grid: (programs * column tiles, groups, SPLIT). A box has BLOCK_M pixels; each phase of it is
+    a tile of the product, [BLOCK_N, BLOCK_M]; but for the transposed convolution BLOCK_K divides
+    CL."""
     CHUNKS: tl.constexpr = (S.CI + BLOCK_K - 1) // BLOCK_K
     TAPS: tl.constexpr = S.SIDE * S.SIDE
     STEPS: tl.constexpr = TAPS * CHUNKS
     SHARE: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
-    row_tile, phase, column_tile, group, split = program(S, BLOCK_N)
-    n0, p0, q0, image, p, q = box_pixels(row_tile, group, images, S, BOX)
-    row_mask = image < images
-    col0 = column_tile * BLOCK_N
-    channel = col0 + tl.arange(0, BLOCK_N)
-    channel_mask = channel < S.CO
-    r, s = phase // S.PHASE, phase % S.PHASE
-    if S.STRIDE > 1:
-        top, left, first_tap = p0 - 1 + r, q0 - 1 + s, (15 - 4 * r - s) * S.CL + col0
-    else:
-        top, left, first_tap = p0, q0, (4 * r + s) * S.CL + col0
+    BOXES_OF_IMAGES: tl.constexpr = (S.P // BOX[1]) * (S.Q // BOX[2])
+    PHASES: tl.constexpr = S.PHASE * S.PHASE
+    at = place_of(S.CO, BLOCK_N)
+    split, col0 = tl.program_id(2), at.column_tile * BLOCK_N
+    tiles = tl.cdiv(images, BOX[0]) * (BOXES_OF_IMAGES * PHASES)
+    own = nothing(BLOCK_N)
+    for turn in range(turns_of(at.program, at.programs, tiles, ONE)):
+        tile = at.program + turn * at.programs
+        r, s = tile % PHASES // S.PHASE, tile % S.PHASE
+        n0, p0, q0, image, p, q = box_pixels(tile // PHASES, at.group, images, S, BOX)
+        row_mask = image < images
+        if S.STRIDE > 1:
+            top, left, first_tap = p0 - 1 + r, q0 - 1 + s, (15 - 4 * r - s) * S.CL + col0
+        else:
+            top, left, first_tap = p0, q0, (4 * r + s) * S.CL + col0
 
-    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    for step in range(split * SHARE, min(split * SHARE + SHARE, STEPS)):
-        if S.TRANSPOSED:
-            tap, c0 = step % TAPS, step // TAPS * BLOCK_K
-            th, tw = tap // S.SIDE, tap % S.SIDE
-            at = n0, top + th, left + tw, c0
-            a = w.load([c0, first_tap - (8 * th + 2 * tw) * S.CL])
-            h, v = p + (top - p0) + th, q + (left - q0) + tw
-        else:  # a row of taps is one row of 4 * CL channels, here as in the weight
-            kh, along = step // (4 * CHUNKS), step % (4 * CHUNKS) * BLOCK_K
-            at = large_box(n0, p0, q0, kh, along, S)
-            a = w.load([col0, step * BLOCK_K])
-            h, v = p * S.STRIDE - S.PAD + kh, q * S.STRIDE - S.PAD + along // S.CL
-            c0 = along % S.CL
-        b, second = load_box(x, x_aux, at, BLOCK_M, BLOCK_K, PROLOGUE)
-        inside = (h >= 0) & (h < S.HI) & (v >= 0) & (v < S.WI) & row_mask
-        c = c0 + tl.arange(0, BLOCK_K)
-        b = apply(
-            Loaded(x, x_aux, x_coef + group * S.CI), x_slope, groups * S.CI, b, second,
-            inside[:, None] & (c < S.CI)[None, :], c[None, :], (c < S.CI)[None, :], PROLOGUE,
-            X_ACTIVATION,
+        acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+        for step in range(split * SHARE, min(split * SHARE + SHARE, STEPS)):
+            if S.TRANSPOSED:
+                tap, c0 = step % TAPS, step // TAPS * BLOCK_K
+                th, tw = tap // S.SIDE, tap % S.SIDE
+                corner = n0, top + th, left + tw, c0
+                a = w.load([c0, first_tap - (8 * th + 2 * tw) * S.CL])
+                h, v = p + (top - p0) + th, q + (left - q0) + tw
+            else:  # a row of taps is one row of 4 * CL channels, here as in the weight
+                kh, along = step // (4 * CHUNKS), step % (4 * CHUNKS) * BLOCK_K
+                corner = large_box(n0, p0, q0, kh, along, S)
+                a = w.load([col0, step * BLOCK_K])
+                h, v = p * S.STRIDE - S.PAD + kh, q * S.STRIDE - S.PAD + along // S.CL
+                c0 = along % S.CL
+            b, second = load_box(x, x_aux, corner, BLOCK_M, BLOCK_K, PROLOGUE)
+            inside = (h >= 0) & (h < S.HI) & (v >= 0) & (v < S.WI) & row_mask
+            c = c0 + tl.arange(0, BLOCK_K)
+            b = apply(
+                Loaded(x, x_aux, x_coef + at.group * S.CI), x_slope, groups * S.CI, b, second,
+                inside[:, None] & (c < S.CI)[None, :], c[None, :], (c < S.CI)[None, :], PROLOGUE,
+                X_ACTIVATION,
+            )  # fmt: skip
+            if S.TRANSPOSED:
+                a = tl.trans(a)
+            acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
+
+        n = (at.group * images + image).to(tl.int64)
+        found = store_pixels(
+            acc, out, n, p, q, r, s, row_mask, at, end, slope, groups, images, split, S, SPLIT,
+            HAS_BIAS, EPILOGUE, ACTIVATION, ROWS=1,
         )  # fmt: skip
-        if S.TRANSPOSED:
-            a = tl.trans(a)
-        acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
-
-    n = (group * images + image).to(tl.int64)
-    store_pixels(
-        acc, out, n, p, q, r, s, row_mask, channel, channel_mask, end, slope, groups, images, S,
-        SPLIT, HAS_BIAS, EPILOGUE, ACTIVATION, ROWS=1,
-    )  # fmt: skip
+        own = join(own, found, EPILOGUE)
+    finish(own, end, at, groups, S.CO, EPILOGUE)

@@ -31,12 +31,7 @@ class Launch:
         of the shape S P, Q, CS and so on."""
         found: dict[str, Any] = {}
         for name, value in sorted(self.arguments.items(), key=lambda item: item[0] != "S"):
-            if not hasattr(value, "_asdict"):
-                found[name] = value
-                continue
-            for field, own in value._asdict().items():
-                whole = name if field == "value" else f"{name}_{field}"
-                found[field if name == "S" else whole] = own
+            found |= _one_by_one(name, value)
         return found
 
     def run(self, device: torch.device) -> None:
@@ -63,6 +58,17 @@ class Launch:
             num_stages=self.stages,
             **OPTIONS,
         )
+
+
+def _one_by_one(name: str, value: Any) -> dict[str, Any]:
+    """Those that a named tuple has, also within another."""
+    if not hasattr(value, "_asdict"):
+        return {name: value}
+    found: dict[str, Any] = {}
+    for field, own in value._asdict().items():
+        whole = name if field == "value" else f"{name}_{field}"
+        found |= _one_by_one(field if name == "S" else whole, own)
+    return found
 
 
 _recorders: list[list[Launch]] = []

@@ -23,6 +23,10 @@ from torch import Tensor
 
 from ..choice.geometry import Geometry, Tile, cdiv, empty
 from .launch import Launch
+from .partials import KINDS, MergedStatistics, MergedSums, Partial, rows_of, tickets
+
+# isort: split
+from .partials import finish, join, moments, nothing, place_of
 
 
 class Loaded(NamedTuple):
@@ -39,22 +43,9 @@ class Stored(NamedTuple):
     bias: Any  # [C]; read where HAS_BIAS
     aux: Any  # like the result: raw y, for gradient; act(z), for actgrad
     coef: Any  # [3, groups, C] fp32, of aux; for gradient
-    partials: Any  # [2, groups, tiles, C] fp32; for statistics and gradient
-    counts: Any  # [groups, tiles] fp32: rows in each tile; for statistics
-
-
-class Place(NamedTuple):
-    """Where a program by rows is. Grid: (row tiles * column tiles, groups)."""
-
-    group: Any
-    tile: Any  # which of the group's row tiles,
-    tiles: Any  # of how many
-    column_tile: Any
-    row_mask: Any  # [BLOCK_M]
-    channel: Any  # [BLOCK_N]
-    channel_mask: Any
-    offsets: Any  # [BLOCK_M, BLOCK_N] int64, in [groups, rows, C]
-    mask: Any
+    partials: Any  # [2, groups, rows, C] fp32; for statistics and gradient
+    counts: Any  # [column tiles, groups, rows] fp32; for statistics
+    merged: Any  # MergedStatistics or MergedSums; (): partials are left as they are
 
 
 @dataclass(frozen=True)
@@ -78,7 +69,8 @@ class Operand:
 @dataclass(frozen=True)
 class Epilogue:
     """What happens to a result before it is stored (`store_tile`). `aux`: raw y, for "gradient";
-    act(z), for "actgrad"."""
+    act(z), for "actgrad". `merged`: what the partials of statistics or gradient become, in the same
+    launch; None: they are left as they are."""
 
     kind: str = "store"
     bias: Tensor | None = None
@@ -86,30 +78,41 @@ class Epilogue:
     coef: Tensor | None = None
     activation: str = "none"
     slope: float = 0.0
+    merged: MergedStatistics | MergedSums | None = None
 
-    def result(self, out: Tensor, groups: int, tiles: int) -> Result:
-        """`out` with room for what the epilogue makes of these tiles."""
+    def programs(self, tiles: int, groups: int, device: torch.device) -> int:
+        """Programs among which a group's tiles of the same channels are dealt."""
+        return rows_of(tiles, groups, device) if self.kind in KINDS else tiles
+
+    def result(self, out: Tensor, groups: int, programs: int, column_tiles: int) -> Result:
+        """`out` with room for what the epilogue makes, by so many programs of each group and each
+        column tile."""
         partials = counts = None
-        if self.kind in ("statistics", "gradient"):
-            partials = out.new_empty((2, groups, tiles, out.shape[1]), dtype=torch.float32)
+        if self.kind in KINDS:
+            planes = 1 if self.kind == "column" else 2
+            shape = planes, groups, programs, out.shape[1]
+            partials = out.new_empty(shape, dtype=torch.float32)
         if self.kind == "statistics":
-            counts = out.new_empty((groups, tiles), dtype=torch.float32)
+            counts = out.new_empty((column_tiles, groups, programs), dtype=torch.float32)
         return Result(out, partials, counts)
 
-    def arguments(self, result: Result) -> dict[str, Any]:
-        """The part of a kernel's arguments that `store_tile` reads."""
+    def arguments(self, result: Result, column_tiles: int) -> dict[str, Any]:
+        """The part of a kernel's arguments that `store_tile` and `finish` read."""
         tensors = (self.bias, self.aux, self.coef, result.partials, result.counts)
         bias, aux, coef, *made = (result.value if t is None else t for t in tensors)
+        merged: Any = ()
+        if self.merged is not None:
+            merged = self.merged._replace(tickets=tickets(result.value.device, column_tiles))
         return {
-            "end": Stored(bias, aux, coef, *made), "slope": float(self.slope),
+            "end": Stored(bias, aux, coef, *made, merged), "slope": float(self.slope),
             "HAS_BIAS": self.bias is not None, "EPILOGUE": self.kind, "ACTIVATION": self.activation,
         }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Result:
-    """value: the stored tensor. partials [2, groups, tiles, C] and counts [groups, tiles], fp32,
-    where the epilogue makes them (counts only for statistics)."""
+    """value: the stored tensor. partials [2, groups, rows, C] and counts [column tiles, groups,
+    rows], fp32, where the epilogue makes them (counts only for statistics)."""
 
     value: Tensor
     partials: Tensor | None = None
@@ -127,13 +130,14 @@ def reduce(parts: Tensor, out: Tensor, epilogue: Epilogue = Epilogue(), groups: 
     channels = out.shape[1]
     rows = out.numel() // channels // groups
     block_m, block_n = 32, min(64, max(16, 1 << (channels - 1).bit_length()))
-    tiles = cdiv(rows, block_m)
-    result = epilogue.result(out, groups, tiles)
+    column_tiles = cdiv(channels, block_n)
+    programs = epilogue.programs(cdiv(rows, block_m), groups, out.device)
+    result = epilogue.result(out, groups, programs, column_tiles)
     Launch(
-        reduce_splits, (tiles * cdiv(channels, block_n), groups), {
-            "parts": parts, "out": out, **epilogue.arguments(result), "groups": groups,
-            "rows": rows, "C": channels, "SPLITS": parts.shape[0], "BLOCK_M": block_m,
-            "BLOCK_N": block_n,
+        reduce_splits, (programs * column_tiles, groups), {
+            "parts": parts, "out": out, **epilogue.arguments(result, column_tiles),
+            "groups": groups, "rows": rows, "C": channels, "SPLITS": parts.shape[0],
+            "BLOCK_M": block_m, "BLOCK_N": block_n,
         }).run(out.device)  # fmt: skip
     return result
 
@@ -145,18 +149,21 @@ def gather_launch(
     """A convolution by `kernel` (gather_pointers or gather_descriptors) with these loads, of so
     many tiles of a group's small pixels; and what gives its result once it has run."""
     g, shape = geometry, geometry.shape(transposed)
-    row_tiles *= shape.PHASE**2
     out = empty(g.N, shape.CO, shape.HO, shape.WO, source.value)
     store, whole = parts_like(out, tile.split), tile.split == 1
     now = epilogue if whole else Epilogue()
-    result = now.result(store, groups, row_tiles)
+    column_tiles = cdiv(shape.CO, tile.columns)
+    tiles = row_tiles * shape.PHASE**2
+    programs = now.programs(tiles, groups, out.device)
+    result = now.result(store, groups, programs, column_tiles)
     launch = Launch(
-        kernel, (row_tiles * cdiv(shape.CO, tile.columns), groups, tile.split), {
-            **loads, "out": store, **now.arguments(result), "groups": groups,
+        kernel, (programs * column_tiles, groups, tile.split), {
+            **loads, "out": store, **now.arguments(result, column_tiles), "groups": groups,
             "images": g.N // groups, "x_slope": float(source.slope), "S": shape,
             "PROLOGUE": source.prologue,
-            "X_ACTIVATION": source.activation, "SPLIT": tile.split, "BLOCK_M": tile.rows,
-            "BLOCK_N": tile.columns, "BLOCK_K": tile.depth, "PRECISION": precision,
+            "X_ACTIVATION": source.activation, "SPLIT": tile.split, "ONE": programs == tiles,
+            "BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth,
+            "PRECISION": precision,
         }, tile.warps, tile.stages)  # fmt: skip
     return launch, lambda: result if whole else reduce(store, out, epilogue, groups)
 
@@ -228,19 +235,6 @@ def of_group(x, group, C: tl.constexpr):
 
 
 @triton.jit
-def program(S: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(row tile, phase, column tile, group, part of the sum) of this program of a convolution.
-    Grid: (row tiles * phases * column tiles, groups, SPLIT)."""
-    PHASES: tl.constexpr = S.PHASE * S.PHASE
-    COLUMN_TILES: tl.constexpr = (S.CO + BLOCK_N - 1) // BLOCK_N
-    pid = tl.program_id(0)
-    column_tile = pid % COLUMN_TILES
-    phase = (pid // COLUMN_TILES) % PHASES
-    row_tile = pid // (COLUMN_TILES * PHASES)
-    return row_tile, phase, column_tile, tl.program_id(1), tl.program_id(2)
-
-
-@triton.jit
 def pixels(block, group, images, S: tl.constexpr, BLOCK: tl.constexpr):
     """A block of a group's small pixels: (image, int64, among those of all groups, row, column,
     mask), each [BLOCK]."""
@@ -309,12 +303,9 @@ def store_tile(
     out,  # pointer
     offsets,  # int64 like result, the same for out and aux
     row_mask,  # [BM]
-    channels,  # [BN]: output channel of each column
-    channel_mask,  # [BN]
+    at,  # Place: `channel` [BN] is the output channel of each column
     end, slope,  # Stored; `aux` like out
-    group, groups,
-    tile, tiles,  # which of the group's tiles this is, [] or [BN]
-    C: tl.constexpr,  # channels of out
+    groups, C: tl.constexpr,  # channels of out
     HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr = 0,  # the axis that the rows are along
 ):  # fmt: skip
@@ -322,22 +313,22 @@ def store_tile(
 
     store       act(result + bias)
     actgrad     result is d act(z), and end.aux is act(z): dz = result * act'(z)
-    statistics  y = result + bias; partials: per channel mean and M2 of y as rounded for storage
+    statistics  y = result + bias; of each channel mean and M2 of y as rounded for storage
     gradient    result is d act(z), z = scale * (end.aux - mean) + shift: dz = result * act'(z);
-                scale * dz; partials: sum dz and sum dz * (end.aux - mean)
+                scale * dz; of each channel sum dz and sum dz * (end.aux - mean)
 
-    Every sum is over the rows of this tile alone; returns the number of rows, fp32.
+    Returns the Partial of this tile, of no use with other epilogues.
     """
-    coef = end.coef + group * C
+    channels, channel_mask = at.channel, at.channel_mask
+    coef = end.coef + at.group * C
     plane = groups * C
-    at = (group * tiles + tile) * C + channels
-    next_plane = groups * tiles * C
     there = tl.expand_dims(row_mask, 1 - ROWS)
     mask = there & tl.expand_dims(channel_mask, ROWS)
     if HAS_BIAS:
         bias = tl.load(end.bias + channels, mask=channel_mask, other=0.0).to(tl.float32)
         result += tl.expand_dims(bias, ROWS)
     count = tl.sum(row_mask.to(tl.float32), axis=0)
+    first, second = count, count
     if EPILOGUE == "store":
         stored = activate(result, slope, ACTIVATION).to(out.dtype.element_ty)
         tl.store(out + offsets, stored, mask=mask)
@@ -348,20 +339,13 @@ def store_tile(
     elif EPILOGUE == "statistics":
         stored = result.to(out.dtype.element_ty)
         tl.store(out + offsets, stored, mask=mask)
-        y = tl.where(there, stored.to(tl.float32), 0.0)
-        mean = tl.sum(y, axis=ROWS) / tl.maximum(count, 1.0)
-        apart = tl.where(there, y - tl.expand_dims(mean, ROWS), 0.0)
-        m2 = tl.sum(apart * apart, axis=ROWS)
-        tl.store(end.partials + at, mean, mask=channel_mask)
-        tl.store(end.partials + next_plane + at, m2, mask=channel_mask)
+        first, second = moments(stored.to(tl.float32), there, count, ROWS)
     elif EPILOGUE == "gradient":
-        s1, s2 = store_gradient(
+        first, second = store_gradient(
             result, out, offsets, mask, channels, channel_mask, end.aux, coef, plane, slope,
             ACTIVATION, ROWS,
         )  # fmt: skip
-        tl.store(end.partials + at, s1, mask=channel_mask)
-        tl.store(end.partials + next_plane + at, s2, mask=channel_mask)
-    return count
+    return Partial(count, first, second)
 
 
 @triton.jit
@@ -369,29 +353,24 @@ def store_pixels(
     acc,  # as `store_tile`: rows are small pixels, or the pixels of one phase of the large side
     out,
     n, p, q, r, s,  # [BM]: image, row and column of the small pixel; phase
-    row_mask, channel, channel_mask, end, slope, groups, images, S: tl.constexpr,
-    SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr,
+    row_mask,
+    at,  # Place
+    end, slope, groups, images, split, S: tl.constexpr, SPLIT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr = 0,
 ):  # fmt: skip
-    """A tile of a convolution, that of this program, to memory; with SPLIT > 1 to this part's copy
-    of `out`."""
-    COLUMNS: tl.constexpr = acc.shape[1 - ROWS]
-    row_tile, phase, column_tile, group, split = program(S, COLUMNS)
+    """`store_tile` of a tile of a convolution; with SPLIT > 1 to this part's copy of `out`."""
     if S.TRANSPOSED:
         out_row = (n * S.HO + (S.STRIDE * p + r)) * S.WO + (S.STRIDE * q + s)
     else:
         out_row = (n * S.HO + p) * S.WO + q
-    offsets = tl.expand_dims(out_row * S.CO, 1 - ROWS) + tl.expand_dims(channel, ROWS)
+    offsets = tl.expand_dims(out_row * S.CO, 1 - ROWS) + tl.expand_dims(at.channel, ROWS)
     if SPLIT > 1:
         offsets += split * (groups * images).to(tl.int64) * (S.HO * S.WO * S.CO)
-    tile = row_tile * (S.PHASE * S.PHASE) + phase
-    tiles = tl.num_programs(0) // ((S.CO + COLUMNS - 1) // COLUMNS)
-    count = store_tile(
-        acc, out, offsets, row_mask, channel, channel_mask, end, slope, group, groups, tile, tiles,
-        S.CO, HAS_BIAS, EPILOGUE, ACTIVATION, ROWS,
+    return store_tile(
+        acc, out, offsets, row_mask, at, end, slope, groups, S.CO, HAS_BIAS, EPILOGUE, ACTIVATION,
+        ROWS,
     )  # fmt: skip
-    if EPILOGUE == "statistics" and column_tile == 0:
-        tl.store(end.counts + group * tiles + tile, count)
 
 
 @triton.jit
@@ -447,20 +426,13 @@ def gather_sum(
 
 
 @triton.jit
-def place_of(rows, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The Place of this program."""
-    COLUMN_TILES: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
-    column_tile = tl.program_id(0) % COLUMN_TILES
-    tile = tl.program_id(0) // COLUMN_TILES
-    group = tl.program_id(1)
-    tiles = tl.num_programs(0) // COLUMN_TILES
+def rows_at(at, tile, rows, C: tl.constexpr, BLOCK_M: tl.constexpr):
+    """A row tile of this Place's group: its mask [BLOCK_M], the offsets of its values in [groups,
+    rows, C], [BLOCK_M, BLOCK_N] int64, and their mask."""
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = row < rows
-    channel = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    channel_mask = channel < C
-    offsets = ((group.to(tl.int64) * rows + row) * C)[:, None] + channel[None, :]
-    mask = row_mask[:, None] & channel_mask[None, :]
-    return Place(group, tile, tiles, column_tile, row_mask, channel, channel_mask, offsets, mask)
+    offsets = ((at.group.to(tl.int64) * rows + row) * C)[:, None] + at.channel[None, :]
+    return row_mask, offsets, row_mask[:, None] & at.channel_mask[None, :]
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -471,14 +443,16 @@ def reduce_splits(
     EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Parts of a sum added in their order, then the epilogue. By rows (`Place`)."""
-    at = place_of(rows, C, BLOCK_M, BLOCK_N)
+    at = place_of(C, BLOCK_N)
     plane = (groups * rows).to(tl.int64) * C
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for split in tl.range(SPLITS, num_stages=6):  # five parts on their way, not one
-        acc += tl.load(parts + split * plane + at.offsets, mask=at.mask, other=0.0)
-    count = store_tile(
-        acc, out, at.offsets, at.row_mask, at.channel, at.channel_mask, end, slope, at.group,
-        groups, at.tile, at.tiles, C, HAS_BIAS, EPILOGUE, ACTIVATION,
-    )  # fmt: skip
-    if EPILOGUE == "statistics" and at.column_tile == 0:
-        tl.store(end.counts + at.group * at.tiles + at.tile, count)
+    own = nothing(BLOCK_N)
+    for tile in range(at.program, tl.cdiv(rows, BLOCK_M), at.programs):
+        row_mask, offsets, mask = rows_at(at, tile, rows, C, BLOCK_M)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for split in tl.range(SPLITS, num_stages=6):  # five parts on their way, not one
+            acc += tl.load(parts + split * plane + offsets, mask=mask, other=0.0)
+        found = store_tile(
+            acc, out, offsets, row_mask, at, end, slope, groups, C, HAS_BIAS, EPILOGUE, ACTIVATION
+        )
+        own = join(own, found, EPILOGUE)
+    finish(own, end, at, groups, C, EPILOGUE)

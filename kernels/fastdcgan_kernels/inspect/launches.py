@@ -18,8 +18,9 @@ from ..choice.geometry import gradient_dtype
 from ..choice.spec import BlockSpec, Buffers, Inputs, Need, Saved
 from ..choice.targets import TARGETS, assume, implementation
 from ..choice.types import How, Task
-from ..gpu import blocks, crop
+from ..gpu import batchnorm, blocks, crop
 from ..gpu.launch import Launch, recording
+from ..gpu.partials import merge
 from ..gpu.tile import Epilogue, Operand
 from ..modules.copies import WorkingCopies
 
@@ -124,6 +125,8 @@ def _of_step(dtype: torch.dtype, batch: int) -> list[Launch]:
     with implementation("triton"), recording() as rest:
         functional.bce(logits, _few(2), scale=_few())
         crop.squares(pictures, rows, 64, dtype, corner=(rows, rows), flipped=rows)
+        merged = batchnorm.merged_statistics(_few(64), 1, 64, _few(64), _few(64), 1e-5)
+        merge(_few(2, 1, 8, 64), _few(1, 8), merged)  # of 8 processes
         for whole in (True, False):  # with all that may follow an update, and without
             conv = nn.ConvTranspose2d(64, 64, 4, 2, 1, bias=False, device="meta")
             net = nn.Sequential(conv, nn.BatchNorm2d(64, device="meta"))

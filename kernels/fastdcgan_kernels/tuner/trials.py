@@ -239,14 +239,14 @@ class TileTrial(_Trial):
         return [aux, coef[[2, 1]]]  # sum dz is the gradient of shift, the other that of scale
 
     def outputs(self, raw: Result | Tensor) -> list[Tensor]:
-        """Partials summed over the tiles; those of statistics as mean and variance."""
+        """Partials summed over the programs; those of statistics as mean and variance."""
         if isinstance(raw, Tensor):
             return [raw]
         if raw.partials is None:
             return [raw.value]
         if raw.counts is None:
             return [raw.value, raw.partials.double().sum(2)]
-        (mean, m2), count = raw.partials.double(), raw.counts.double()[..., None]
+        (mean, m2), count = raw.partials.double(), raw.counts.double()[0, ..., None]
         whole = (count * mean).sum(1) / count.sum(1)
         m2 = m2 + count * (mean - whole[:, None]).square()
         return [raw.value, torch.stack([whole, m2.sum(1) / count.sum(1)])]

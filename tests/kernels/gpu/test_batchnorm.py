@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 from fastdcgan_kernels import reference
 from fastdcgan_kernels.choice.spec import Buffers
 from fastdcgan_kernels.gpu import batchnorm as norm
-from fastdcgan_kernels.gpu.tile import Operand, Result
+from fastdcgan_kernels.gpu import partials
+from fastdcgan_kernels.gpu.tile import Operand
 from tests.kernels import exact
-from tests.kernels.exact import ACTIVATIONS, DTYPES, PROLOGUES, SLOPE, Draw, close
+from tests.kernels.exact import ACTIVATIONS, DTYPES, EPS, PROLOGUES, SLOPE, Draw, close
 
-EPS = 1e-3
-# More than one tile of 64 rows and of 64 channels; the last of each is ragged, in two groups too.
-SHAPE = (4, 70, 5, 9)
+# More than one tile of 128 rows and of 64 channels; the last of each is ragged, in two groups too.
+# The interpreter has one multiprocessor: at most two programs share the row tiles of all groups.
+SHAPE = (4, 70, 9, 9)
 DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 ACTIVATION = pytest.mark.parametrize("activation", ACTIVATIONS)
 GROUPS = pytest.mark.parametrize("groups", [1, 2])
@@ -33,6 +34,14 @@ def columns(y, groups):
     return y.double().unflatten(0, (groups, -1)).permute(0, 1, 3, 4, 2).flatten(1, 3)
 
 
+def finalize(y, groups=1, gamma=None, beta=None, running=None):
+    """(coef, stats) of y, in one launch."""
+    with norm.without_gaps(running) as moved:
+        merged = norm.merged_statistics(y, groups, y.shape[1], gamma, beta, EPS, moved)
+        norm.statistics(y, groups, merged)
+    return merged.coef, merged.stats
+
+
 @GROUPS
 @DTYPE
 def test_statistics(dtype, groups):
@@ -41,12 +50,12 @@ def test_statistics(dtype, groups):
 
 
 def partials_of(values, sizes):
-    """Partials [2, 1, tiles, C] and counts [1, tiles] of values [rows, C], tiles of these sizes."""
+    """Partials [2, 1, rows, C] and counts [1, rows] of values [*, C], rows of these sizes."""
     tiles = values.double().split(sizes)
     mean = torch.stack([tile.mean(0) for tile in tiles])
     m2 = torch.stack([tile.var(0, correction=0) * len(tile) for tile in tiles])
     counts = torch.tensor([sizes], dtype=torch.float32)
-    return Result(values, torch.stack([mean, m2])[:, None].float(), counts)
+    return torch.stack([mean, m2])[:, None].float(), counts
 
 
 @pytest.mark.parametrize("tiles", [1, 2, 64, 65, 200])
@@ -56,7 +65,9 @@ def test_tiles_of_any_number_and_size_are_merged(tiles):
     draw = Draw(torch.float32)
     trend = torch.linspace(-2, 4, sum(sizes))[:, None]  # tiles differ
     values = draw.normal(sum(sizes), 20) + trend
-    coef, stats = norm.finalize_statistics(partials_of(values, sizes), None, None, EPS)
+    merged = norm.merged_statistics(values, 1, 20, None, None, EPS)
+    partials.merge(*partials_of(values, sizes), merged)
+    coef, stats = merged.coef, merged.stats
     wide = values.double()
     mean, var = wide.mean(0), wide.var(0, correction=0)
     close(stats[0, 0], mean)
@@ -73,7 +84,7 @@ def test_coefficients_have_scale_and_shift(dtype, groups):
     """Parameters may have another dtype than the statistics."""
     draw = Draw(torch.float32)
     y, gamma, beta = draw.normal(*SHAPE), *(Draw(dtype, seed).normal(70) for seed in (1, 2))
-    coef, stats = norm.finalize_statistics(norm.statistics(y, groups), gamma, beta, EPS)
+    coef, stats = finalize(y, groups, gamma, beta)
     wide = columns(y, groups)
     close(stats[1], wide.var(1, correction=0))
     close(coef[0], wide.mean(1))
@@ -84,7 +95,7 @@ def test_coefficients_have_scale_and_shift(dtype, groups):
 def test_variance_of_values_far_from_zero():
     """Mean 1000, standard deviation 1: in float32 E[y^2] - E[y]^2 has not one right digit."""
     y = Draw(torch.float32).normal(2, 5, 50, 50, offset=1000.0)
-    coef, stats = norm.finalize_statistics(norm.statistics(y), None, None, EPS)
+    coef, stats = finalize(y)
     (wide,) = columns(y, 1)
     torch.testing.assert_close(stats[0, 0].double(), wide.mean(0), rtol=5e-7, atol=0)
     # Each tile's mean is a float32 near 1000, 3e-5 off at most.
@@ -104,7 +115,7 @@ def test_the_buffer_gets_the_unbiased_variance_and_the_norm_the_biased_one(momen
     share = torch.tensor([1.0, 1 / 2]) if momentum is None else momentum
     batches = torch.tensor(5)
     running = norm.Running(*own, share, batches)
-    coef, stats = norm.finalize_statistics(norm.statistics(y, 2), None, None, EPS, running=running)
+    coef, stats = finalize(y, 2, running=running)
     wide = columns(y, 2)
     close(coef[1], (wide.var(1, correction=0) + EPS).rsqrt())
     assert torch.equal(coef[3], coef[1])
@@ -124,9 +135,7 @@ def test_running_buffers_in_half_precision_and_with_gaps():
     module(y.double())
     for make in (lambda t: t.bfloat16(), lambda t: t.repeat_interleave(2)[::2]):
         mean, var = make(torch.zeros(20)), make(torch.ones(20))
-        norm.finalize_statistics(
-            norm.statistics(y), None, None, EPS, running=norm.Running(mean, var, 0.1)
-        )
+        finalize(y, running=norm.Running(mean, var, 0.1))
         tolerance = 2**-8 if mean.dtype == torch.bfloat16 else 1e-6
         torch.testing.assert_close(mean.double(), module.running_mean, rtol=tolerance, atol=1e-6)
         torch.testing.assert_close(var.double(), module.running_var, rtol=tolerance, atol=0)
@@ -154,8 +163,7 @@ def test_gradient_of_normalise_and_activate(activation, groups):
     for dtype in DTYPES:
         draw = Draw(dtype)
         g, y, coef = draw.normal(*SHAPE), draw.normal(*SHAPE), draw.coef(groups, 70)
-        ours, partials = norm.activation_backward(g, y, coef, activation, SLOPE, groups)
-        gcoef = norm.finalize_gradient(partials, coef)
+        ours, gcoef = norm.activation_backward(g, y, coef, activation, SLOPE, groups)
         found = {}
         for wide in (torch.float64, torch.float32):
             leaves = [t.to(wide).requires_grad_() for t in (y, coef)]
@@ -173,10 +181,8 @@ def test_sums_over_more_tiles_than_one_step_takes():
     draw = Draw(torch.float32)
     shape = (2, 3, 48, 48)
     g, y, coef = draw.normal(*shape, offset=1.0), draw.normal(*shape), draw.coef(1, 3)
-    _, partials = norm.activation_backward(g, y, coef, "none", 0.0, 1)
-    assert partials.shape[2] > norm.TILES
+    gcoef = norm.activation_backward(g, y, coef, "none", 0.0, 1)[1][:, 0]
     (wide,), (apart,) = columns(g, 1), columns(y, 1) - coef[0].double()
-    gcoef = norm.finalize_gradient(partials, coef)[:, 0]
     close(gcoef[0], -coef[1, 0].double() * wide.sum(0))
     close(gcoef[1], (wide * apart).sum(0))
     close(gcoef[2], wide.sum(0))
@@ -190,9 +196,8 @@ def test_gradient_through_the_batch_statistics(affine, groups):
     draw = Draw(torch.float32)
     y, g = draw.normal(*SHAPE, offset=2.0), draw.normal(*SHAPE)
     gamma, beta = (draw.normal(70), draw.normal(70)) if affine else (None, None)
-    coef, _ = norm.finalize_statistics(norm.statistics(y, groups), gamma, beta, EPS)
-    gy, partials = norm.activation_backward(g, y, coef, "tanh", 0.0, groups)
-    gcoef = norm.finalize_gradient(partials, coef)
+    coef, _ = finalize(y, groups, gamma, beta)
+    gy, gcoef = norm.activation_backward(g, y, coef, "tanh", 0.0, groups)
     dcoef, dgamma, dbeta = norm.norm_gradient(gcoef)
     dy = norm.pointwise(Operand(gy, "normgrad", y, dcoef), groups)
 
@@ -218,23 +223,22 @@ def test_any_shape(n, c, h, w, dtype, by_image, seed):
     y, g = draw.normal(n, c, h, w), draw.normal(n, c, h, w)
     result = norm.statistics(y, groups)
     exact.check_statistics(result, groups)
-    coef, stats = norm.finalize_statistics(result, None, None, EPS)
+    coef, stats = finalize(y, groups)
     close(stats[0], columns(y, groups).mean(1))
     operand = Operand(y, "activate", coef=coef, activation="leaky_relu", slope=SLOPE)
     assert torch.equal(
         norm.pointwise(operand, groups), exact.prepared(operand, torch.float32).to(dtype)
     )
-    _, partials = norm.activation_backward(g, y, coef, "none", 0.0, groups)
-    close(partials.double().sum(2)[0], columns(g, groups).sum(1))
+    _, gcoef = norm.activation_backward(g, y, coef[:3], "none", 0.0, groups)
+    close(gcoef[2], columns(g, groups).sum(1))
 
 
 def test_the_same_bits_twice():
     found = []
     for draw in (Draw(torch.float32), Draw(torch.float32)):
         y, g = draw.normal(*SHAPE), draw.normal(*SHAPE)
-        coef, stats = norm.finalize_statistics(norm.statistics(y, 2), None, None, EPS)
-        gy, partials = norm.activation_backward(g, y, coef, "tanh", 0.0, 2)
-        gradients = norm.norm_gradient(norm.finalize_gradient(partials, coef))
-        found.append([coef, stats, gy, *gradients])
+        coef, stats = finalize(y, 2)
+        gy, gcoef = norm.activation_backward(g, y, coef, "tanh", 0.0, 2)
+        found.append([coef, stats, gy, *norm.norm_gradient(gcoef)])
     for first, second in zip(*found, strict=True):
         assert torch.equal(first, second)

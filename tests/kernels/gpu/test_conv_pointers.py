@@ -62,7 +62,7 @@ def test_statistics_of_values_far_from_zero(kind):
         tile=Tile(16, 32, 32), epilogue=Epilogue("statistics", bias),
     )  # fmt: skip
     y = result.value.double()
-    (mean, m2), count = result.partials.double()[:, 0], result.counts.double()[0, :, None]
+    (mean, m2), count = result.partials.double()[:, 0], result.counts.double()[0, 0, :, None]
     total = (count * mean).sum(0) / count.sum()
     var = (m2 + count * (mean - total).square()).sum(0) / count.sum()
     torch.testing.assert_close(total, y.mean((0, 2, 3)), rtol=5e-7, atol=0)

@@ -70,8 +70,8 @@ def every_layer_is_there(rows, archs):
         assert ("weight_gradient_descriptors" in kernels) == (arch in WITH_TMA)
         assert {
             "gather_pointers", "weight_gradient_pointers", "image_down", "image_up",
-            "image_weight_gradient", "partial_statistics", "merge_statistics", "apply_prologue",
-            "activation_gradient", "sum_partials", "reduce_splits", "bce_rows", "crop", "adam",
+            "image_weight_gradient", "partial_statistics", "merge_rows", "apply_prologue",
+            "prologue_sums", "activation_gradient", "reduce_splits", "bce_rows", "crop", "adam",
         } <= kernels  # fmt: skip
     needed = {
         "kernel", "layer", "arch", "dtype", "registers", "spill_bytes", "shared_bytes",
@@ -322,8 +322,8 @@ def test_offsets_are_64_bit_wherever_a_tensor_may_pass_2_to_the_31(environment):
     }  # fmt: skip
     multiplied = set()
     for name, (text, large) in found.items():
-        if name.split()[0] in ("merge_statistics", "sum_partials"):
-            continue  # they see a few values a channel
+        if name.split()[0] == "merge_rows":
+            continue  # it sees a few values a channel
         images, checked = pointers_to_images(text, large), 0
         splats = dict(re.findall(r"(%\S+) = tt\.splat (%\S+) :", text))
         for base, kind in re.findall(r"tt\.addptr (%\S+), \S+ : \S+, tensor<\S*x(i\d+)>", text):
@@ -335,9 +335,7 @@ def test_offsets_are_64_bit_wherever_a_tensor_may_pass_2_to_the_31(environment):
             multiplied.add(name.split()[0])
         late = re.findall(r"arith\.extsi .* to tensor<(\d+)x(\d+)xi64>", text)
         assert not [shape for shape in late if "1" not in shape], name
-    assert multiplied == {name.split()[0] for name in found} - {
-        "merge_statistics", "sum_partials",
-    }  # fmt: skip
+    assert multiplied == {name.split()[0] for name in found} - {"merge_rows"}
 
 
 def test_bad_arguments_get_one_line(command):
