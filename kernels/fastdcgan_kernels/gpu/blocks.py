@@ -34,10 +34,13 @@ def conv_bn(inputs: Inputs, buffers: Buffers, spec: BlockSpec) -> tuple[Tensor, 
     """(y, coef [5, groups, C] as `batchnorm.merged_statistics`); the buffers move in place."""
     source, weight = _source(inputs, spec), working_weight(inputs)
     geometry, groups = spec.geometry(inputs.x, inputs.weight), spec.groups
-    like: Any = (inputs.x, groups, geometry.CL if spec.transposed else geometry.CS)
+    channels = geometry.CL if spec.transposed else geometry.CS
+    become = functools.partial(
+        batchnorm.merged_statistics, inputs.x, groups, channels, eps=spec.eps
+    )
     with batchnorm.without_gaps(_running(buffers, spec)) as running:
-        merged = batchnorm.merged_statistics(*like, inputs.gamma, inputs.beta, spec.eps, running)
-        own = batchnorm.merged_statistics(*like, None, None, spec.eps) if spec.sync else merged
+        merged = become(inputs.gamma, inputs.beta, running=running)
+        own = become(None, None) if spec.sync else merged
         if _how(geometry, inputs.x, spec, True, groups) == "vendor":
             y = _vendor(_materialise(source, groups), weight, spec)
             if inputs.bias is not None:

@@ -113,10 +113,20 @@ def gather_descriptors(
                 a = tl.trans(a)
             acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
 
-        n = (at.group * images + image).to(tl.int64)
-        found = store_pixels(
-            acc, out, n, p, q, r, s, row_mask, at, end, slope, groups, images, split, S, SPLIT,
-            HAS_BIAS, EPILOGUE, ACTIVATION, ROWS=1,
-        )  # fmt: skip
-        own = join(own, found, EPILOGUE)
+        # One half of the pixels after the other, where an epilogue reads a tile like this one: both
+        # at once would not fit the registers.
+        if EPILOGUE == "gradient" or EPILOGUE == "actgrad":
+            halves = acc.reshape(BLOCK_N, 2, BLOCK_M // 2).permute(0, 2, 1).split()
+        else:
+            halves = (acc,)
+        for half in tl.static_range(len(halves)):
+            _, _, _, image, p, q = box_pixels(
+                tile // PHASES, at.group, images, S, BOX, half, len(halves)
+            )
+            n = (at.group * images + image).to(tl.int64)
+            found = store_pixels(
+                halves[half], out, n, p, q, r, s, image < images, at, end, slope, groups, images,
+                split, S, SPLIT, HAS_BIAS, EPILOGUE, ACTIVATION, ROWS=1,
+            )  # fmt: skip
+            own = join(own, found, EPILOGUE)
     finish(own, end, at, groups, S.CO, EPILOGUE)

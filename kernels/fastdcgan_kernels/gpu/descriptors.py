@@ -69,14 +69,18 @@ def described(
 
 
 @triton.jit
-def box_pixels(at, group, images, S: tl.constexpr, BOX: tl.constexpr):
-    """(image, row, column) of a box's first small pixel and [pixels] of each, whose images are
-    counted from the group's first."""
+def box_pixels(
+    at, group, images, S: tl.constexpr, BOX: tl.constexpr, PART: tl.constexpr = 0,
+    PARTS: tl.constexpr = 1,
+):  # fmt: skip
+    """(image, row, column) of a box's first small pixel, and [pixels] of each, or of those in one
+    of PARTS of the box; the images of these are counted from the group's first."""
     q0 = at % (S.Q // BOX[2]) * BOX[2]
     p0 = at // (S.Q // BOX[2]) % (S.P // BOX[1]) * BOX[1]
     own = at // ((S.Q // BOX[2]) * (S.P // BOX[1])) * BOX[0]
     n0 = group * images + own
-    row = tl.arange(0, BOX[0] * BOX[1] * BOX[2])
+    pixels: tl.constexpr = BOX[0] * BOX[1] * BOX[2] // PARTS
+    row = PART * pixels + tl.arange(0, pixels)
     q = q0 + row % BOX[2]
     p = p0 + row // BOX[2] % BOX[1]
     return n0, p0, q0, own + row // (BOX[2] * BOX[1]), p, q

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..choice.geometry import cdiv
 from ..choice.targets import target_of
+from ..choice.types import Target
 from .launch import Launch
 
 POOL = 1 << 16  # tickets of a device
@@ -89,7 +90,7 @@ class MergedSums(NamedTuple):
 def rows_of(tiles: int, groups: int, device: torch.device) -> int:
     """Programs among which a group's tiles are dealt, and so its rows of partials: at most two a
     multiprocessor in all groups."""
-    target = target_of(device)
+    target: Target | None = target_of(device)
     assert target is not None, f"no kernels for {device}"
     return min(tiles, max(1, 2 * target.multiprocessors // groups))
 

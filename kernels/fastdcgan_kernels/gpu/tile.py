@@ -99,12 +99,12 @@ class Epilogue:
     def arguments(self, result: Result, column_tiles: int) -> dict[str, Any]:
         """The part of a kernel's arguments that `store_tile` and `finish` read."""
         tensors = (self.bias, self.aux, self.coef, result.partials, result.counts)
-        bias, aux, coef, *made = (result.value if t is None else t for t in tensors)
+        bias, aux, coef, partials, counts = (result.value if t is None else t for t in tensors)
         merged: Any = ()
         if self.merged is not None:
             merged = self.merged._replace(tickets=tickets(result.value.device, column_tiles))
         return {
-            "end": Stored(bias, aux, coef, *made, merged), "slope": float(self.slope),
+            "end": Stored(bias, aux, coef, partials, counts, merged), "slope": float(self.slope),
             "HAS_BIAS": self.bias is not None, "EPILOGUE": self.kind, "ACTIVATION": self.activation,
         }  # fmt: skip
 
