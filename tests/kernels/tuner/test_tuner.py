@@ -307,7 +307,7 @@ def test_tune_finds_measures_and_stores_what_a_model_runs(monkeypatch):
     assert {
         ("image_conv", "none", "store"), ("image_conv_transposed", "none", "store"),
         ("image_weight_gradient", "none", "store"), ("conv_transposed", "none", "gradient"),
-        ("conv", "none", "statistics"), ("conv_transposed", "normgrad", "store"),
+        ("conv", "none", "statistics"), ("conv_transposed", "normgrad", "gradient"),
         ("weight_gradient", "none", "store"), ("weight_gradient", "both", "store"),
     } <= tasks  # fmt: skip
     asked = {(one.geometry.CS, one.norm) for one in found if isinstance(one, Block)}
