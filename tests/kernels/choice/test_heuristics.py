@@ -154,6 +154,16 @@ def test_both_engines_are_tried_where_a_target_has_both_and_the_task_fits():
         assert heuristics.engines(other, SM_90) == ("pointers",)
 
 
+@pytest.mark.parametrize(("channels", "depths"), [(128, {64, 32}), (96, {32}), (72, set())])
+def test_a_convolutions_boxes_hold_one_tap(channels, depths):
+    task = layer("D3", 128, "conv")
+    task = replace(task, geometry=replace(task.geometry, CL=channels))
+    found = [
+        tile for tile in heuristics.candidates(task, SM_90) if tile.engine == "descriptors"
+    ]  # fmt: skip
+    assert {tile.depth for tile in found} == depths
+
+
 def test_a_weight_gradients_boxes_are_rows_of_pixels():
     """Where 12 columns are cut into boxes of 4, loads are by pointers."""
     task = layer("D3", 128, "weight_gradient")
