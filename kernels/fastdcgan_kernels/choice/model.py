@@ -16,7 +16,7 @@ LATENCY = 800  # clocks from a load to its value while others load, too. ASSUMED
 WAIT = 40  # clocks that a step of a program by itself waits for its barriers. ASSUMED
 OVERLAP = 0.9  # of memory's time and the multiprocessors', what hides in the other. ASSUMED
 PART = 4  # times that a byte of a part of a split sum counts: in a close race no split. ASSUMED
-SUMMED = 5  # parts of a split sum that are loaded at a time, by `reduce_splits`
+SUMMED = 64  # parts of a weight's gradient that are loaded at a time, by `reduce_splits`
 # Instructions of a warp that a multiprocessor starts in a clock. NVIDIA: one by each of its four
 # schedulers. AMD: 64 lanes keep one of four units busy for four clocks, other work goes beside it;
 # ASSUMED.

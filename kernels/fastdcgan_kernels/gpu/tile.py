@@ -125,18 +125,25 @@ def parts_like(out: Tensor, parts: int) -> Tensor:
 
 
 def reduce(parts: Tensor, out: Tensor, epilogue: Epilogue = Epilogue(), groups: int = 1) -> Result:
-    """Sum fp32 parts [splits, out.numel()] in their order, then the epilogue, into `out`, whose
-    memory is rows of `channels`; the rows of a group are together."""
-    channels = out.shape[1]
-    rows = out.numel() // channels // groups
-    block_m, block_n = 32, min(64, max(16, 1 << (channels - 1).bit_length()))
-    column_tiles = cdiv(channels, block_n)
+    """Sum fp32 parts [splits, out.numel()] in a fixed order, then the epilogue, into `out`, whose
+    memory is rows of channels; the rows of a group are together."""
+    splits, elements, columns, block_m = parts.shape[0], out.numel() // groups, out.shape[1], 32
+    flat = epilogue.kind == "store" and epilogue.bias is None
+    if flat:  # channels do not matter: full rows, however few there are
+        columns = max(columns, min(64, elements & -elements))
+    block_n = min(64, max(16, triton.next_power_of_2(columns)))
+    # 4096 values at a time. Many parts of a small sum are the parallel work that there is.
+    block_s = min(triton.next_power_of_2(splits), 64 if flat else 4096 // (block_m * block_n))
+    if flat:
+        block_m = min(block_m, 4096 // (block_s * block_n))
+    rows = elements // columns
+    column_tiles = cdiv(columns, block_n)
     programs = epilogue.programs(cdiv(rows, block_m), groups, out.device)
     result = epilogue.result(out, groups, programs, column_tiles)
     Launch(
         reduce_splits, (programs * column_tiles, groups), {
             "parts": parts, "out": out, **epilogue.arguments(result, column_tiles),
-            "groups": groups, "rows": rows, "C": channels, "SPLITS": parts.shape[0],
+            "groups": groups, "rows": rows, "C": columns, "SPLITS": splits, "BLOCK_S": block_s,
             "BLOCK_M": block_m, "BLOCK_N": block_n,
         }).run(out.device)  # fmt: skip
     return result
@@ -440,17 +447,25 @@ def reduce_splits(
     parts,  # [SPLITS, groups, rows, C] fp32
     out,  # [groups, rows, C]
     end, groups, rows, slope, C: tl.constexpr, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr,
-    EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Parts of a sum added in their order, then the epilogue. By rows (`Place`)."""
+    """Parts of a sum, BLOCK_S at a time and always in the same order, then the epilogue. By rows
+    (`Place`)."""
     at = place_of(C, BLOCK_N)
     plane = (groups * rows).to(tl.int64) * C
     own = nothing(BLOCK_N)
     for tile in range(at.program, tl.cdiv(rows, BLOCK_M), at.programs):
         row_mask, offsets, mask = rows_at(at, tile, rows, C, BLOCK_M)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for split in tl.range(SPLITS, num_stages=6):  # five parts on their way, not one
-            acc += tl.load(parts + split * plane + offsets, mask=mask, other=0.0)
+        for first in range(0, SPLITS, BLOCK_S):
+            split = first + tl.arange(0, BLOCK_S)[:, None, None]
+            acc += tl.sum(
+                tl.load(
+                    parts + split * plane + offsets[None, :, :],
+                    mask=(split < SPLITS) & mask[None, :, :], other=0.0,
+                ), axis=0,
+            )  # fmt: skip
         found = store_tile(
             acc, out, offsets, row_mask, at, end, slope, groups, C, HAS_BIAS, EPILOGUE, ACTIVATION
         )

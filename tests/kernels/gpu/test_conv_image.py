@@ -1,14 +1,17 @@
 """The kernels of the layers with an image side (in the interpreter) against plain PyTorch in
 float64: every prologue, epilogue and dtype, 1 to 4 channels, odd shapes, groups and splits."""
 
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from triton.runtime.interpreter import InterpreterBuilder
 
 from fastdcgan_kernels.choice.geometry import Tile
 from fastdcgan_kernels.gpu import conv_image
@@ -124,6 +127,10 @@ tiles = st.builds(
     Tile, st.sampled_from([16, 32]), st.sampled_from([16, 32]), st.sampled_from([16, 32]),
     st.integers(1, 4),
 )  # fmt: skip
+sizes = st.integers(1, 20)
+small_images = st.builds(
+    layer, st.integers(1, 2), sizes, sizes, st.integers(1, 40), st.integers(1, 4)
+)
 two_activations = st.tuples(*[st.sampled_from(ACTIVATIONS)] * 2)
 seeds = st.integers(0, 1000)
 
@@ -138,14 +145,59 @@ def test_any_gather(transposed, g, prologue, epilogue, activations, tile, by_ima
     check_gather(transposed, g, torch.float32, prologue, epilogue, activations, groups, tile, seed)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(
-    layers, st.tuples(*[st.sampled_from(PROLOGUES)] * 2), two_activations, tiles, st.booleans(),
+    small_images, st.sampled_from(PROLOGUES), st.sampled_from(["store", "statistics"]),
+    two_activations, st.sampled_from([16, 32, 64, 128]), st.sampled_from([16, 32]), st.booleans(),
     seeds,
 )  # fmt: skip
-def test_any_weight_gradient(g, prologues, activations, tile, by_image, seed):
-    groups = g.N if by_image else 1
+def test_any_image_in_strips_and_tiles(
+    g, prologue, epilogue, activations, rows, depth, by_image, seed
+):
+    groups, tile = g.N if by_image else 1, Tile(rows, 16, depth)
+    check_gather(True, g, torch.float32, prologue, epilogue, activations, groups, tile, seed)
+
+
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize(("p", "q", "rows"), [(2, 37, 32), (37, 2, 16), (9, 16, 64)])
+def test_strips_of_groups(p, q, rows, epilogue):
+    g, tile = layer(4, p, q, 20, 3), Tile(rows, 16, 16)
+    check_gather(True, g, torch.float32, "activate", epilogue, ("relu", "leaky_relu"), 2, tile)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    layers, st.tuples(*[st.sampled_from(PROLOGUES)] * 2), two_activations, tiles,
+    st.integers(1, 300), st.booleans(), seeds,
+)  # fmt: skip
+def test_any_weight_gradient(g, prologues, activations, tile, split, by_image, seed):
+    groups, tile = g.N if by_image else 1, replace(tile, split=split)
     check_weight_gradient(g, torch.float32, prologues, activations, groups, tile, seed=seed)
+
+
+# Small pixels, a tile's rows; how often a feature is loaded, on average.
+READS = [
+    (32, 32, 128, 1.17), (32, 32, 256, 1.13), (8, 8, 128, 1.0), (20, 100, 256, 1.09),
+    (100, 3, 32, 1.18),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("p", "q", "rows", "reads"), READS)
+def test_features_are_loaded_once_but_at_borders_of_tiles(monkeypatch, p, q, rows, reads):
+    g, draw = layer(2, p, q, 3, 3), Draw(torch.float32)
+    x = draw.normal(2, 3, p, q)
+    load, loaded = InterpreterBuilder.create_masked_load, np.zeros(x.numel(), dtype=int)
+
+    def seen(self, ptrs, mask, *rest):
+        at = (ptrs.data[mask.data].astype(np.int64) - x.data_ptr()) // x.itemsize
+        np.add.at(loaded, at[(at >= 0) & (at < len(loaded))], 1)
+        return load(self, ptrs, mask, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", seen)
+    conv_image.convolve(Operand(x), draw.weight(g), g, transposed=True, tile=Tile(rows, 16, 16))
+    assert loaded.min() == 1
+    assert loaded.max() <= 4  # in a corner of a strip's tile
+    assert loaded.mean() == pytest.approx(reads, abs=0.01)
 
 
 @pytest.mark.parametrize("cl", [1, 2, 3, 4])
@@ -162,6 +214,13 @@ def test_nan_reaches_only_what_it_meets(cl):
         Operand(large), weight, g, transposed=False, tile=Tile(128, 16, 16)
     ).value
     assert torch.equal(ours.isnan(), F.conv2d(large, weight, None, 2, 1).isnan())
+    bad = small.clone(memory_format=torch.channels_last)
+    for n in range(8):  # each small pixel
+        bad[n, n % 5, n // 4, n % 4] = torch.nan
+    ours = conv_image.convolve(
+        Operand(bad), weight, g, transposed=True, tile=Tile(16, 16, 16)
+    ).value
+    assert torch.equal(ours.isnan(), F.conv_transpose2d(bad, weight, None, 2, 1).isnan())
     one = layer(1, 2, 4, 5, cl)
     for n in (0, len(where) - 1):
         x, y = (side[n : n + 1] for side in (large, small))
