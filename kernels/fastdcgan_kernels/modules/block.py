@@ -246,7 +246,7 @@ class FusedSequential(nn.Sequential):
             if isinstance(x, Deferred) and not _defers(x, conv, norm):
                 x = functional.materialise(x)
             at += len(block)
-            another = at < len(children) and bool(block_at(children, at))
+            another = at < len(children) and len(block_at(children, at)) > 0
             x = run_block(conv, norm, activation, x, another)
         return functional.materialise(x)
 
