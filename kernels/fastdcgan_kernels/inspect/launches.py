@@ -40,7 +40,9 @@ def launches(arch: str, dtype: str, batch: int = BATCH) -> Iterator[tuple[str, L
                 passes = _of_layer(layer, how, batch, DTYPES[dtype])
             for when, recorded in zip(("forward", "backward"), passes, strict=True):
                 yield from ((f"{layer.name} {when}, {how}", launch) for launch in recorded)
-    yield from (("step, all", launch) for launch in _of_step(DTYPES[dtype], batch))
+    with assume(TARGETS[arch]):
+        rest = _of_step(DTYPES[dtype], batch)
+    yield from (("step, all", launch) for launch in rest)
 
 
 def gluon_launches(arch: str, dtype: str, batch: int = BATCH) -> Iterator[tuple[str, Launch]]:

@@ -96,7 +96,7 @@ def by_convolutions(groups, transposed, g, family):
         for split in (1, 2):
             epilogue = draw.epilogue(to, groups, kind, "relu")
             result = family.convolve(
-                source, weight, g, transposed=transposed, tile=Tile(16, 16, 32, split),
+                source, weight, g, transposed=transposed, tile=Tile(16, 16, 16, split),
                 epilogue=epilogue, groups=groups,
             )  # fmt: skip
             merged = epilogue.merged
@@ -106,12 +106,12 @@ def by_convolutions(groups, transposed, g, family):
 
 RUNS = {
     "by rows": by_rows,
-    "down": lambda groups: by_convolutions(groups, False, layer(6, 4, 6, 40, 18), conv_pointers),
-    "up": lambda groups: by_convolutions(groups, True, layer(4, 2, 3, 20, 40), conv_pointers),
+    "down": lambda groups: by_convolutions(groups, False, layer(6, 4, 6, 20, 3), conv_pointers),
+    "up": lambda groups: by_convolutions(groups, True, layer(4, 2, 3, 3, 20), conv_pointers),
     "from an image": lambda groups: by_convolutions(
-        groups, False, layer(4, 5, 6, 40, 3), conv_image
+        groups, False, layer(4, 5, 6, 20, 3), conv_image
     ),
-    "to an image": lambda groups: by_convolutions(groups, True, layer(4, 5, 6, 20, 3), conv_image),
+    "to an image": lambda groups: by_convolutions(groups, True, layer(4, 5, 6, 5, 3), conv_image),
 }
 
 
@@ -143,7 +143,7 @@ def test_who_comes_last_is_in_no_bit(run, groups, monkeypatch, taken):
 @pytest.mark.parametrize("kind", ["statistics", "gradient"])
 def test_a_launch_of_its_own_merges_the_same(kind, family, groups):
     """Where the launch that made the rows left them."""
-    draw, g = Draw(torch.float32), layer(6, 4, 6, 40, 18 if family is conv_pointers else 3)
+    draw, g = Draw(torch.float32), layer(6, 4, 6, 40, 3)
     small, large = draw.sides(g)
     source, weight = draw.operand(large, groups, "none", "none"), draw.weight(g)
     epilogue = draw.epilogue(small, groups, kind, "relu")
