@@ -107,12 +107,13 @@ def _sizes(task: Task, target: Target, engine: Engine) -> Iterator[tuple[int, in
     registers."""
     work, size, op = work_of(task), task.dtype.itemsize, task.op
     descriptors, sums_pixels = engine == "descriptors", op.endswith("weight_gradient")
-    first = 64 if target.name in ("sm_90", "sm_100") else 16
+    whole = target.name in ("sm_90", "sm_100")
+    first = 64 if whole else 16
     least_rows, least_columns = (16, first) if descriptors and not sums_pixels else (first, 16)
     most_rows, most_columns, results = 128, 128, 128 * 128
     n, wide = work.n, descriptors and size == 2
     if wide:
-        most_rows, results = 256, (128 if task.epilogue in READING else 256) * 128
+        most_rows, results = 256, (256 if whole else 128) * 128
         n = 2 * bucket(n) if sums_pixels else n  # two taps side by side
     elif is_busy(task):
         most_columns, results = 64, 128 * 64

@@ -29,10 +29,10 @@ TRANSFORM = 9  # for a value that a prologue changes
 # For 4096 FLOPs, one HMMA, with the loads of its operands; sm_90 and sm_100 multiply tiles whole.
 MATRIX = {"sm_80": 1.5, "sm_89": 1.5, "sm_120": 1.0, "gfx942": 0.5, "gfx950": 0.5}
 # Behind the loop, for each result of a thread.
-EPILOGUE = {"store": 4, "statistics": 12, "gradient": 24, "actgrad": 12}
+EPILOGUE = {"store": 4, "statistics": 12, "gradient": 24, "actgrad": 9}
 # Registers of a thread: some, and more for each of its results. Descriptors' addresses take none.
 REGISTERS = {
-    "store": (26, 1.0), "statistics": (0, 2.0), "gradient": (40, 2.5), "actgrad": (40, 2.5),
+    "store": (26, 1.0), "statistics": (0, 2.0), "gradient": (71, 1.4), "actgrad": (26, 1.2),
 }  # fmt: skip
 READING = ("gradient", "actgrad")  # epilogues that read a tensor like the result
 WITH_POINTERS, BUSY = (64, 2.0), 64  # and where operands go through them, or an epilogue reads

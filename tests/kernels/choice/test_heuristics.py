@@ -86,11 +86,7 @@ def check(task, tile, target):
     most = 64
     if tile.engine == "descriptors":
         assert task.prologue == "none"
-        wide = (
-            task.epilogue not in ("gradient", "actgrad")
-            and task.dtype != torch.float32
-            and tile.warps == 8
-        )
+        wide = task.dtype != torch.float32 and tile.warps == 8 and target.name != "sm_120"
         most = 128 if wide else 64
         if task.op == "conv":
             assert task.geometry.CL % tile.depth == 0
@@ -165,11 +161,16 @@ def test_a_convolutions_boxes_hold_one_tap(channels, depths):
 
 
 def test_a_weight_gradients_boxes_are_rows_of_pixels():
-    """Where 12 columns are cut into boxes of 4, loads are by pointers."""
+    """Where 12 columns are cut into boxes of 4, or a box has images of two groups, loads are by
+    pointers."""
     task = layer("D3", 128, "weight_gradient")
     assert choose.tile_for(task, SM_90).engine == "descriptors"
     odd = replace(task, geometry=replace(task.geometry, P=12, Q=12, H=24, W=24))
     assert {tile.engine for tile in heuristics.candidates(odd, SM_90)} == {"pointers"}
+    small = layer("D4", 2, "weight_gradient")  # images of 4 x 4
+    for groups, depths in ((1, {32, 16}), (2, {16})):
+        every = heuristics.candidates(replace(small, groups=groups), SM_90)
+        assert {tile.depth for tile in every if tile.engine == "descriptors"} == depths
 
 
 @pytest.mark.parametrize(
