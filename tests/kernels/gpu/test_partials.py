@@ -33,8 +33,8 @@ def results_start_as_nan():
 
 @pytest.fixture(autouse=True)
 def multiprocessors(monkeypatch):
-    """Three: at most six rows of partials."""
-    monkeypatch.setattr(targets, "INTERPRETER", replace(targets.INTERPRETER, multiprocessors=3))
+    """Two: at most four rows of partials."""
+    monkeypatch.setattr(targets, "INTERPRETER", replace(targets.INTERPRETER, multiprocessors=2))
 
 
 @pytest.fixture
@@ -106,10 +106,10 @@ def by_convolutions(groups, transposed, g, family):
 
 RUNS = {
     "by rows": by_rows,
-    "down": lambda groups: by_convolutions(groups, False, layer(6, 4, 6, 20, 3), conv_pointers),
+    "down": lambda groups: by_convolutions(groups, False, layer(8, 2, 5, 20, 3), conv_pointers),
     "up": lambda groups: by_convolutions(groups, True, layer(4, 2, 3, 3, 20), conv_pointers),
     "from an image": lambda groups: by_convolutions(
-        groups, False, layer(4, 5, 6, 20, 3), conv_image
+        groups, False, layer(8, 2, 5, 20, 3), conv_image
     ),
     "to an image": lambda groups: by_convolutions(groups, True, layer(4, 5, 6, 5, 3), conv_image),
 }
@@ -143,7 +143,7 @@ def test_who_comes_last_is_in_no_bit(run, groups, monkeypatch, taken):
 @pytest.mark.parametrize("kind", ["statistics", "gradient"])
 def test_a_launch_of_its_own_merges_the_same(kind, family, groups):
     """Where the launch that made the rows left them."""
-    draw, g = Draw(torch.float32), layer(6, 4, 6, 40, 3)
+    draw, g = Draw(torch.float32), layer(8, 2, 5, 40, 3)
     small, large = draw.sides(g)
     source, weight = draw.operand(large, groups, "none", "none"), draw.weight(g)
     epilogue = draw.epilogue(small, groups, kind, "relu")
@@ -176,7 +176,7 @@ def test_at_most_two_rows_a_multiprocessor(target, batch):
 
 def test_groups_share_the_rows():
     device = torch.device("cpu")
-    assert [partials.rows_of(100, groups, device) for groups in (1, 2, 4, 7)] == [6, 3, 1, 1]
+    assert [partials.rows_of(100, groups, device) for groups in (1, 2, 4, 7)] == [4, 2, 1, 1]
     assert partials.rows_of(2, 1, device) == 2
 
 
