@@ -215,6 +215,20 @@ def test_bytes_through_the_l2_are_those_of_all_steps_of_all_tiles(how, dtype, mo
     assert seen == 9
 
 
+def test_features_of_an_image_pass_the_l2_once_by_hand():
+    """G's last layer: 12 tiles of 128 small pixels for an image's 1024, each with a weight of 64
+    columns. Borders of tiles and padding around the image count as if they were loaded."""
+    x, weight = meta(BATCH, 64, 32, 32), meta(64, 3, 4, 4)
+    options = {"stride": 2, "padding": 1, "activation": "tanh"}
+    work = {w.name: w for w in ours(lambda: functional.conv_transpose_act(x, weight, **options))}
+    up = work["image_up"]
+    features, image = BATCH * 32 * 32 * 64 * 2, BATCH * 64 * 64 * 3 * 2
+    assert (up.read, up.written) == (features + 64 * 48 * 2, image)
+    assert up.tile_loads == 12 * BATCH * (128 + 64) * 64 * 2
+    assert up.l2 == up.tile_loads + image
+    assert 12 * 128 * 64 * 2 * BATCH == 1.5 * features
+
+
 def test_launches_of_known_operations():
     a, b = (torch.empty(64, 1024, device="meta") for _ in range(2))
     with counting() as work:

@@ -236,9 +236,8 @@ def image_up(
         place = first + tl.arange(0, BLOCK_M)
         p, q = place // WIDTH - 1, left + place % WIDTH - 1
         inside = (p >= 0) & (p < S.P) & (q >= 0) & (q < S.Q)
-        pixel = (
-            n * (S.P * S.Q * S.CS) + (p * S.Q + q) * S.CS
-        )  # one image has less than 2^31 elements
+        # One image has fewer than 2^31 elements.
+        pixel = n * (S.P * S.Q * S.CS) + (p * S.Q + q) * S.CS
         acc = tl.zeros((WINDOW, BLOCK_M), dtype=tl.float32)
         for step in range(CHUNKS):
             c = step * BLOCK_K + tl.arange(0, BLOCK_K)
