@@ -145,7 +145,7 @@ def reduce(parts: Tensor, out: Tensor, epilogue: Epilogue = Epilogue(), groups: 
             "parts": parts, "out": out, **epilogue.arguments(result, column_tiles),
             "groups": groups, "rows": rows, "C": columns, "SPLITS": splits, "BLOCK_S": block_s,
             "BLOCK_M": block_m, "BLOCK_N": block_n,
-        }).run(out.device)  # fmt: skip
+        }, warps=8 if flat else 4).run(out.device)  # fmt: skip
     return result
 
 
