@@ -344,7 +344,7 @@ def with_norm(
         buffers = replace(buffers, momenta=momentum)
     else:
         spec = replace(spec, momentum=momentum)
-    inputs = replace(inputs, x_activated=_activated(x, how), working=_working(inputs))
+    inputs = replace(inputs, x_activated=_activated(x, weight, spec, how), working=_working(inputs))
     y, coef = ops.conv_bn(*SIGNATURES["conv_bn"].flatten(inputs, buffers, spec))
     deferred = Deferred(y, coef, spec.activation, spec.slope)
     return deferred if defer else materialise(deferred)
@@ -363,17 +363,20 @@ def without_norm(x: Input, inputs: Inputs, spec: BlockSpec, defer: bool = False)
     if how == "reference":
         inputs = _like(inputs) if kernels else inputs
         return reference.block_without_norm(replace(inputs, x=materialise(x)), spec)
-    inputs = replace(inputs, x_activated=_activated(x, how), working=_working(inputs))
+    inputs = replace(inputs, x_activated=_activated(x, weight, spec, how), working=_working(inputs))
     undoes = how in ("hybrid", "prologue") and spec.activation != "none"
     spec = replace(spec, undone=defer and undoes and torch.is_grad_enabled())
     out = ops.conv_act(*SIGNATURES["conv_act"].flatten(inputs, spec))
     return Activated(out, spec.activation, spec.slope) if spec.undone else out
 
 
-def _activated(x: Input, how: How) -> Tensor | None:
+def _activated(x: Input, weight: Tensor, spec: BlockSpec, how: How) -> Tensor | None:
     """What a hybrid block reads for a `Deferred` in place of its y, without gradients: those of y
-    and coef are the block's own."""
+    and coef are the block's own. None: y itself, where activating a value as it is loaded repeats
+    nothing."""
     if how != "hybrid" or not isinstance(x, Deferred):
+        return None
+    if spec.geometry(x.y, weight).reads_once(spec.transposed):
         return None
     return materialise(x._replace(y=x.y.detach(), coef=x.coef.detach()))
 

@@ -271,19 +271,42 @@ def saved_elements(run):
     return seen
 
 
-def test_a_hybrid_block_keeps_activated_values_for_its_weights_gradient_alone():
-    x, first, second, gamma, beta = leaves((4, 3, 8, 8), (6, 3, 4, 4), (5, 6, 4, 4), (6,), (6,))
+@pytest.mark.parametrize(
+    ("op", "weight", "stride", "kept"),
+    [
+        ("conv_act", (5, 6, 4, 4), 2, 1), ("conv_transpose_act", (6, 5, 4, 4), 2, 1),
+        ("conv_act", (17, 6, 4, 4), 1, 1), ("conv_act", (16, 6, 4, 4), 1, 0),
+        ("conv_transpose_act", (6, 3, 4, 4), 2, 0),
+    ],
+)  # fmt: skip
+def test_a_hybrid_block_keeps_activated_values_for_its_weights_gradient_alone(
+    op, weight, stride, kept
+):
+    """And not where it reads each value once, to an image or to a few numbers."""
+    found = []
+    tensors = leaves((4, 3, 8, 8), (6, 3, 4, 4), weight, (6,), (6,))
     y = 4 * 6 * 4 * 4
 
-    def run():
-        h = run_bn(fk.conv_bn_act, (x, first, None, gamma, beta), (None, None), 2, defer=True)
-        return fk.conv_act(h, second, stride=2, padding=1, activation="none")
+    def run(own, room, **more):
+        x, first, second, gamma, beta = own
+        h = run_bn(room.conv_bn_act, (x, first, None, gamma, beta), (None, None), 2, **more)
+        options = {"stride": stride, "padding": stride - 1, "activation": "none"}
+        return getattr(room, op)(h, second, **options)
 
-    assert saved_elements(run).count(y) == 3  # the first's y, the second's x: one tensor; activated
-    second.requires_grad_(False)
-    assert saved_elements(run).count(y) == 2
+    def ours():
+        return run(tensors, functional, defer=True)
+
+    for own, room, more in ((tensors, functional, {"defer": True}), (wide(tensors), reference, {})):
+        out = run(own, room, **more)
+        out.square().sum().backward()
+        found.append([out, *(t.grad for t in own)])
+    for mine, theirs in zip(*found, strict=True):
+        close(mine, theirs, 1e-5, 1e-4)
+    assert saved_elements(ours).count(y) == 2 + kept  # y twice: the first's, and the second's x
+    tensors[2].requires_grad_(False)
+    assert saved_elements(ours).count(y) == 2
     with torch.no_grad():
-        assert saved_elements(run) == []
+        assert saved_elements(ours) == []
 
 
 def test_a_hybrid_backward_may_be_run_twice_and_inside_a_checkpoint():

@@ -1,8 +1,9 @@
 """Which implementation and which tile. Policy: no kernels here, and no Triton.
 
 A choice is one of
-    hybrid        our GEMM on activated tensors; the gradient's GEMM undoes the activation as it
-                  stores, the gradient through the norm is a pass of its own
+    hybrid        our GEMM on activated tensors, or as prologue where it reads each value once; the
+                  gradient's GEMM undoes the activation as it stores, and the gradient through the
+                  norm is a pass of its own
     materialised  our GEMM; activations, their gradients and those of the norm are passes
     prologue      our GEMM, which normalises and activates its operands as it loads them
     vendor        PyTorch's convolution, with our statistics, normalise, activate and backward
@@ -12,9 +13,9 @@ device, and what it stored (measured.py) is taken before any default.
 
 By count (benchmarks/cost_model.py) a step of 128 images of the standard DCGAN moves
 
-    materialised  1.68 GB in 110 launches
-    hybrid        1.49 GB in 99
-    prologue      1.24 GB in 79
+    materialised  1.73 GB in 92 launches
+    hybrid        1.50 GB in 78
+    prologue      1.27 GB in 61
 
 That counts no instructions. An epilogue touches each value once, and is nearly free beside the pass
 that it replaces. A prologue transforms each value once for every tap and column tile that reads it:

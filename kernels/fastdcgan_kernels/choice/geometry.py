@@ -29,6 +29,13 @@ class Geometry:
     stride: int
     pad: int
 
+    def reads_once(self, transposed: bool) -> bool:
+        """Whether the convolution, or the transposed one, loads each value of its input about once,
+        whatever its tiles: to an image, or to a few numbers."""
+        if transposed:
+            return self.stride == 2 and self.CL <= 4
+        return self.stride == 1 and self.CS <= 16
+
     def shape(self, transposed: bool = False) -> Shape:
         """As the kernels' constants, for the convolution or the transposed one."""
         small, large = (self.CS, self.P, self.Q), (self.CL, self.H, self.W)

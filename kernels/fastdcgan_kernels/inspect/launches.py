@@ -96,7 +96,7 @@ def _of_layer(
     x, weight = _image(batch, layer.ci, layer.side, dtype), _few(g.CS, g.CL, 4, 4)
     coef = _few(5, 1, layer.ci) if deferred and layer.before != "none" else None
     given: dict[str, Any] = {"x": x, "weight": weight, "x_coef": coef}
-    if how == "hybrid" and coef is not None:
+    if how == "hybrid" and coef is not None and not g.reads_once(layer.transposed):
         given["x_activated"] = x
     if not layer.norm:
         with recording() as forward:

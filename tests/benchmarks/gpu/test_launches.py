@@ -77,7 +77,9 @@ def test_every_other_launch_has_its_layer(seen, how):
     for layer in with_norm:
         times = 1 if layer in G else 2  # D: in its own step and in G's
         assert norms[layer, "activation_gradient"] == times * (how == "materialised")
-        assert norms[layer, "apply_prologue"] == 2 * times, "forward, and the norm's gradient"
+        # Forward, unless the last layer activates as it loads; and the norm's gradient.
+        passes = 1 if how == "hybrid" and layer in ("G4", "D4") else 2
+        assert norms[layer, "apply_prologue"] == passes * times
     first = {"D1"} if how == "materialised" else set()
     assert {layer for (layer, _), times in norms.items() if times} == {*with_norm} | first
 
