@@ -81,6 +81,8 @@ def engines(task: Task, target: Target) -> tuple[Engine, ...]:
 def candidates(task: Task, target: Target) -> Iterator[Tile]:
     """All tiles that fit the target and, by docs/inspect.md, compile without a spill."""
     work, stages = work_of(task), STAGES[target.backend, is_busy(task)]
+    if task.prologue != "none" and task.epilogue in READING:
+        stages = stages[:1]  # both go through registers
     for engine in engines(task, target):
         for rows, columns, depth in _sizes(task, target, engine):
             warps = _warps(task, target, engine, rows, columns)
@@ -147,8 +149,10 @@ def _warps(task: Task, target: Target, engine: Engine, rows: int, columns: int) 
     if task.op == "image_conv_transposed" and few:
         return (4,)
     along = {"conv": g.CL, "conv_transposed": g.CS, "weight_gradient": 8}[op]
-    through = task.epilogue in READING and engine == "pointers"
-    most = 64 * 64 if through else 128 * 64
+    most = 128 * 64
+    if task.epilogue in READING:
+        most = 64 * 64 if engine == "pointers" else most
+        most = 32 * 64 if target.name == "sm_120" else most
     if task.prologue != "none":
         most = 64 * 32
     if task.dtype == torch.float32:
