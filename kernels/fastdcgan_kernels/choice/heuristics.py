@@ -118,7 +118,8 @@ def _sizes(task: Task, target: Target, engine: Engine) -> Iterator[tuple[int, in
         most_rows, results = 256, (256 if whole else 128) * 128
         n = 2 * bucket(n) if sums_pixels else n  # two taps side by side
     elif is_busy(task):
-        most_columns, results = 64, 128 * 64
+        both = task.prologue != "none" and task.epilogue in READING
+        most_columns, results = 64, (64 if both and target.name == "sm_100" else 128) * 64
     if _is_image(task):
         most_rows = 64 if sums_pixels else 128
         least_columns = most_columns = min(64, n)  # of two kernels it is what they have
