@@ -81,6 +81,8 @@ def engines(task: Task, target: Target) -> tuple[Engine, ...]:
 def candidates(task: Task, target: Target) -> Iterator[Tile]:
     """All tiles that fit the target and, by docs/inspect.md, compile without a spill."""
     work, stages = work_of(task), STAGES[target.backend, is_busy(task)]
+    if task.prologue != "none" and task.epilogue in READING:
+        stages = stages[:1]  # both go through registers
     for engine in engines(task, target):
         for rows, columns, depth in _sizes(task, target, engine):
             warps = _warps(task, target, engine, rows, columns)
@@ -116,7 +118,8 @@ def _sizes(task: Task, target: Target, engine: Engine) -> Iterator[tuple[int, in
         most_rows, results = 256, (256 if whole else 128) * 128
         n = 2 * bucket(n) if sums_pixels else n  # two taps side by side
     elif is_busy(task):
-        most_columns, results = 64, 128 * 64
+        both = task.prologue != "none" and task.epilogue in READING
+        most_columns, results = 64, (64 if both and target.name == "sm_100" else 128) * 64
     if _is_image(task):
         most_rows = 64 if sums_pixels else 128
         least_columns = most_columns = min(64, n)  # of two kernels it is what they have
@@ -147,8 +150,10 @@ def _warps(task: Task, target: Target, engine: Engine, rows: int, columns: int) 
     if task.op == "image_conv_transposed" and few:
         return (4,)
     along = {"conv": g.CL, "conv_transposed": g.CS, "weight_gradient": 8}[op]
-    through = task.epilogue in READING and engine == "pointers"
-    most = 64 * 64 if through else 128 * 64
+    most = 128 * 64
+    if task.epilogue in READING:
+        most = 64 * 64 if engine == "pointers" else most
+        most = 32 * 64 if target.name == "sm_120" else most
     if task.prologue != "none":
         most = 64 * 32
     if task.dtype == torch.float32:

@@ -161,12 +161,13 @@ def test_a_convolutions_boxes_hold_one_tap(channels, depths):
 
 
 def test_a_weight_gradients_boxes_are_rows_of_pixels():
-    """Where 12 columns are cut into boxes of 4, or a box has images of two groups, loads are by
+    """Where boxes cut rows of 12 or 24 pixels, or one has images of two groups, loads are by
     pointers."""
     task = layer("D3", 128, "weight_gradient")
     assert choose.tile_for(task, SM_90).engine == "descriptors"
-    odd = replace(task, geometry=replace(task.geometry, P=12, Q=12, H=24, W=24))
-    assert {tile.engine for tile in heuristics.candidates(odd, SM_90)} == {"pointers"}
+    for p, q in ((12, 12), (8, 24)):
+        odd = replace(task, geometry=replace(task.geometry, P=p, Q=q, H=2 * p, W=2 * q))
+        assert {tile.engine for tile in heuristics.candidates(odd, SM_90)} == {"pointers"}
     small = layer("D4", 2, "weight_gradient")  # images of 4 x 4
     for groups, depths in ((1, {32, 16}), (2, {16})):
         every = heuristics.candidates(replace(small, groups=groups), SM_90)
