@@ -157,7 +157,7 @@ def _memory(tensor: Tensor) -> int:
 def _work_of(func: Any, args: Any, kwargs: Any, result: Any) -> list[Work]:
     """One launch for every operation, but none for a view or an allocation."""
     name = func._opname
-    if func.namespace != "aten" or func.is_view or "empty" in name or name == "detach":
+    if func.namespace != "aten" or func.is_view or "empty" in name or name in ("detach", "set_"):
         return []
     if name.startswith("_foreach_"):
         return [_multi_tensor(func, [arg for arg in args if isinstance(arg, (list, tuple))])]

@@ -122,4 +122,4 @@ def _kind(launch: Launch) -> tuple[Any, ...]:
         return value
 
     plain = {name: one(value) for name, value in launch.arguments.items()}
-    return launch.kernel.fn.__name__, tuple(plain.items()), launch.warps, launch.stages
+    return launch.kernel.fn.__name__, tuple(plain.items()), tuple(launch.options.items())

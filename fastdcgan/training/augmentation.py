@@ -103,6 +103,11 @@ class Augmentation:
         self._sigma, self._steps = config.instance_noise, config.instance_noise_steps
         self._clock = clock
 
+    @property
+    def changes(self) -> bool:
+        """Whether D is shown anything but the images themselves."""
+        return bool(self._policy) or self._clock is not None
+
     def __call__(self, images: Tensor) -> Tensor:
         """(B, C, H, W), like `images`; new random numbers at every call."""
         if self._policy:

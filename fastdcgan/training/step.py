@@ -27,6 +27,7 @@ from fastdcgan_kernels.choice.targets import implementation
 from fastdcgan_kernels.functional import runs_cpu_kernels, runs_kernels
 from fastdcgan_kernels.modules.block import stat_groups
 from fastdcgan_kernels.modules.copies import WorkingCopies
+from fastdcgan_kernels.placing import joined, placed, side_by_side
 
 READINGS = ("loss_d", "loss_g", "d_real", "d_fake", "d_fake_g")
 """What a step measures: both losses, penalties left out, and the mean D(x), D(G(z)) before and
@@ -57,11 +58,10 @@ def discriminate_aside(netD: nn.Module, images: Tensor, *labels: Tensor) -> Tens
         return discriminate(netD, images, *labels)
 
 
-def discriminate_both(netD: nn.Module, images: Tensor, fake: Tensor, *labels: Tensor) -> Tensor:
-    """A fused D's logits of real and of generated images, as many of each: one pass over both, each
-    normalised by its own statistics."""
+def discriminate_both(netD: nn.Module, both: Tensor, *labels: Tensor) -> Tensor:
+    """A fused D's logits of real and, behind them, as many generated images: one pass over both,
+    each normalised by its own statistics."""
     logits: Tensor
-    both = torch.cat([images.to(fake.dtype), fake])
     with stat_groups(2):
         logits = netD(both, *(each.repeat(2) for each in labels))
     return logits
@@ -121,12 +121,28 @@ class Step:
         # Made at the first step that needs them, which is in no CUDA graph.
         self._copies: list[WorkingCopies] = []
 
-    def __call__(self, images: Tensor, z: Tensor, *labels: Tensor, share: float = 1.0) -> Tensor:
+    def side_by_side(self, batch: int) -> tuple[Tensor | None, Tensor | None]:
+        """Where kernels write `batch` real and as many generated images, if these stand side by
+        side in memory, for D to take both in one pass without a copy. None: nothing is gained."""
+        config, device = self.state.config, self.state.device
+        alternating = config.updates == "alternating" and config.n_critic == 1
+        with implementation(self.impl):
+            if not (alternating and runs_kernels(device)) or self.shown.changes:
+                return None, None
+        assert config.channels is not None
+        shape = batch, config.channels, config.image_size, config.image_size
+        return side_by_side(*shape, self.autocast or torch.float32, device)
+
+    def __call__(
+        self, images: Tensor, z: Tensor, *labels: Tensor, share: float = 1.0,
+        behind: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """One step on real `images` (B, C, H, W), latent vectors `z` (B, nz, 1, 1) and, where the
         nets have classes, `labels` (B,) int64; B being `n_critic` times `batch_size`, or less.
 
         Args:
             share: this process's part of the global batch; 1 where there is one process.
+            behind: where the generated images may be written, as of `side_by_side`.
 
         Returns:
             The `READINGS`, shape (5,), float32 on the device, times `share`: their sum over all
@@ -138,7 +154,8 @@ class Step:
         whole = self.batch_size * state.config.n_critic
         self._whole = images.shape[0] == whole and not self.eagerly
         with implementation(self.impl):
-            row = self._train(images, z, share, *labels)
+            with placed(behind):
+                row = self._train(images, z, share, *labels)
             if state.clock is not None:
                 state.clock.add_(1)
         state.step += 1
@@ -242,7 +259,7 @@ class Step:
         loss, and the mean D of either."""
         netD = self.state.netD
         if self._in_one_pass():
-            logits = self._run(discriminate_both, netD, real, fake, *labels)
+            logits = self._run(discriminate_both, netD, joined(real, fake), *labels)
         elif self.loss.paired:
             logits = torch.cat([self._run(discriminate, netD, x, *labels) for x in (real, fake)])
         else:  # one after the other: so half the activations are held at a time

@@ -31,6 +31,7 @@ from fastdcgan.training.step import Step
 from fastdcgan_kernels.choice.targets import implementation
 from fastdcgan_kernels.compared import ALLOWED, Compared
 from fastdcgan_kernels.functional import runs_kernels
+from fastdcgan_kernels.placing import placed
 
 WARM_UPS = 3  # PyTorch's recipe: libraries make their workspaces and choices before the capture
 ROUNDING = 0.02
@@ -155,7 +156,8 @@ class WholeStep:
         state, ranks = self.state, self.ranks
         self._replayed = None
         whole = batch == self.feed.order.batch
-        with implementation(self._step.impl):
+        first, behind = self._step.side_by_side(len(rows))
+        with implementation(self._step.impl), placed(first):
             real = self.feed.assemble(
                 images, rows, batch, state.generator,
                 cut=self._cut if whole and not self._step.eagerly else cut,
@@ -163,7 +165,7 @@ class WholeStep:
         z = torch.randn(
             batch, state.config.nz, 1, 1, generator=state.generator, device=state.device
         ).tensor_split(ranks.world)[ranks.rank]
-        row = self._step(real, z, *labels, share=len(z) / batch)
+        row = self._step(real, z, *labels, share=len(z) / batch, behind=behind)
         if self.readings is not None:
             self.readings.put(row)
         return row

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..choice.geometry import cdiv
-from .launch import Launch
+from .launch import Launch, begin
 
 BLOCK = 1024
 
@@ -70,9 +70,11 @@ def adam(
     SCALED: tl.constexpr,
     FIRST: tl.constexpr,  # block of each value's first element, and how many blocks there are
     SIZES: tl.constexpr, BLOCK: tl.constexpr,  # elements of each value, and of a block
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """m += (1 - beta1) (g - m); v += (1 - beta2) (g g - v);
     p -= rate / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps). Grid: (blocks,)."""
+    begin(PDL)
     block = tl.program_id(0)
     at = (block - pick(FIRST, block, FIRST)) * BLOCK + tl.arange(0, BLOCK)
     mask = at < pick(SIZES, block, FIRST)

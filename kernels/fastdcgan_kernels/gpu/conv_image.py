@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..choice.geometry import Geometry, Shape, Tile, cdiv, empty
-from .launch import Launch
+from ..placing import place_for
+from .launch import Launch, begin
 from .partials import finish, join, nothing, place_of, turns_of
 from .tile import Epilogue, Operand, Result, load_operand, of_group, parts_like, pixels, reduce
 
@@ -51,7 +52,10 @@ def convolve(
         kernel, column_tiles = image_down, cdiv(g.CS, tile.columns)
         sizes |= {"BLOCK_N": tile.columns, "BLOCK_K": min(tile.depth, WINDOW.value)}
         tiles = cdiv(images * g.P * g.Q, tile.rows)
-    out = empty(g.N, shape.CO, shape.HO, shape.WO, source.value)
+    sides = g.N, shape.CO, shape.HO, shape.WO
+    out = place_for(*sides, source.value)
+    if out is None:
+        out = empty(*sides, source.value)
     programs = epilogue.programs(tiles, groups, out.device)
     result = epilogue.result(out, groups, programs, column_tiles)
     Launch(
@@ -166,9 +170,11 @@ def image_down(
     HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr,
     ONE: tl.constexpr,  # tile a program
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """From the image. Grid: (programs * column tiles, groups). Rows are small pixels of a group;
     BLOCK_K divides 64."""
+    begin(PDL)
     at = place_of(S.CS, BLOCK_N)
     tiles = tl.cdiv(images * (S.P * S.Q), BLOCK_M)
     own = nothing(BLOCK_N)
@@ -206,6 +212,7 @@ def image_up(
     HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr,
     ONE: tl.constexpr,  # tile a program
     STRIP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """To the image. Grid: (programs, groups), which share (images of a group * strips * tiles of a
     strip); see `strips`.
@@ -213,6 +220,7 @@ def image_up(
     Corner (i, j) is where the small pixels (i - 1, j - 1) to (i, j) meet. Each of these 4 pixels
     has 4 of its 16 taps in the 2x2 square of the image around the corner.
     """
+    begin(PDL)
     CHUNKS: tl.constexpr = (S.CS + BLOCK_K - 1) // BLOCK_K
     STRIPS: tl.constexpr = (S.Q + STRIP) // STRIP
     WIDTH: tl.constexpr = STRIP + (STRIPS > 1)
@@ -285,9 +293,11 @@ def image_weight_gradient(
     small_slope, large_slope, S: tl.constexpr, SMALL_PROLOGUE: tl.constexpr,
     SMALL_ACTIVATION: tl.constexpr, LARGE_PROLOGUE: tl.constexpr, LARGE_ACTIVATION: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tiles of CS, SPLIT). The second axis cuts the blocks of pixels into SPLIT ranges; no
     block has pixels of two groups. All taps at once: the columns are 4 kernel rows of 16."""
+    begin(PDL)
     s_tile, split = tl.program_id(0), tl.program_id(1)
     cs = s_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     cs_mask = cs < S.CS

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..choice.geometry import Geometry, Tile, box_of, cdiv
 from .descriptors import box_pixels, described, descriptor, fits_descriptors, large_box, load_box
+from .launch import begin
 from .partials import finish, join, nothing, place_of, turns_of
 from .tile import Epilogue, Loaded, Operand, Result, apply, gather_launch, store_pixels
 
@@ -50,6 +51,30 @@ def convolve(
     return result()
 
 
+@triton.jit
+def halves(tile):
+    """The first and the last pixels of a tile [channels, pixels]."""
+    return tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def parts_of(tile, EPILOGUE: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """The tile in parts, one stored after the other. An epilogue that reads a tile like this one
+    would not have the registers for all of both at once; that of statistics has not quite, on the
+    way up, where a tile is small and the compiler saves registers."""
+    CHANNELS: tl.constexpr = tile.shape[0]
+    PIXELS: tl.constexpr = tile.shape[1]
+    if EPILOGUE == "gradient" or EPILOGUE == "actgrad":
+        parts = halves(tile)
+        if PIXELS >= 256:
+            parts = halves(parts[0]) + halves(parts[1])
+    elif EPILOGUE == "statistics" and TRANSPOSED and CHANNELS * PIXELS == 64 * 64:
+        parts = halves(tile)
+    else:
+        parts = (tile,)
+    return parts
+
+
 @triton.jit(do_not_specialize=["images"])
 def gather_descriptors(
     x,  # descriptor of the side that is read
@@ -63,10 +88,12 @@ def gather_descriptors(
     X_ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr,
     ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, ONE: tl.constexpr,  # tile a program
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (programs * column tiles, groups, SPLIT). A box has BLOCK_M pixels; each phase of it is
     a tile of the product, [BLOCK_N, BLOCK_M]; but for the transposed convolution BLOCK_K divides
     CL."""
+    begin(PDL)
     CHUNKS: tl.constexpr = (S.CI + BLOCK_K - 1) // BLOCK_K
     TAPS: tl.constexpr = S.SIDE * S.SIDE
     STEPS: tl.constexpr = TAPS * CHUNKS
@@ -113,19 +140,14 @@ def gather_descriptors(
                 a = tl.trans(a)
             acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
 
-        # One half of the pixels after the other, where an epilogue reads a tile like this one: both
-        # at once would not fit the registers.
-        if EPILOGUE == "gradient" or EPILOGUE == "actgrad":
-            halves = acc.reshape(BLOCK_N, 2, BLOCK_M // 2).permute(0, 2, 1).split()
-        else:
-            halves = (acc,)
-        for half in tl.static_range(len(halves)):
+        parts = parts_of(acc, EPILOGUE, S.TRANSPOSED)
+        for part in tl.static_range(len(parts)):
             _, _, _, image, p, q = box_pixels(
-                tile // PHASES, at.group, images, S, BOX, half, len(halves)
+                tile // PHASES, at.group, images, S, BOX, part, len(parts)
             )
             n = (at.group * images + image).to(tl.int64)
             found = store_pixels(
-                halves[half], out, n, p, q, r, s, image < images, at, end, slope, groups, images,
+                parts[part], out, n, p, q, r, s, image < images, at, end, slope, groups, images,
                 split, S, SPLIT, HAS_BIAS, EPILOGUE, ACTIVATION, ROWS=1,
             )  # fmt: skip
             own = join(own, found, EPILOGUE)

@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..choice.geometry import cdiv, empty
-from .launch import Launch
+from ..placing import place_for
+from .launch import Launch, begin
 
 BLOCK = 1024
 
@@ -34,7 +35,9 @@ def squares(
         (b, C, size, size), channels_last.
     """
     b, (_, height, width, channels) = rows.shape[0], images.shape
-    out = empty(b, channels, size, size, images, dtype)
+    out = place_for(b, channels, size, size, images, dtype)
+    if out is None:
+        out = empty(b, channels, size, size, images, dtype)
     top, left = (rows, rows) if corner is None else (each.contiguous() for each in corner)
     Launch(
         crop,
@@ -58,9 +61,10 @@ def crop(
     flipped,  # [b] int64: 1 for from right to left; read where FLIPPED
     out,  # [b, SIZE, SIZE, C]
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr, SIZE: tl.constexpr,
-    MOVED: tl.constexpr, FLIPPED: tl.constexpr, BLOCK: tl.constexpr,
+    MOVED: tl.constexpr, FLIPPED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """value / 127.5 - 1, in float32 and rounded once. Grid: (blocks of an image's values, b)."""
+    begin(PDL)
     image = tl.program_id(1)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < SIZE * SIZE * C

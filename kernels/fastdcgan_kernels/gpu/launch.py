@@ -1,14 +1,26 @@
 """One kernel launch as data: what runs on a device and what inspect/ compiles ahead of time are
-the same object. Not here: which launches a block needs (the families beside)."""
+the same object. Not here: which launches a block needs (the families beside).
+
+Programmatic dependent launch (CUDA C++ Programming Guide, the section of that name): where a target
+has it, a launch's programs may start while the launch ahead of it in the stream still ends, and
+wait there. So what a launch costs besides its work is done in the shade of another's. That is safe
+where every kernel waits before all else, which `begin` is for: then whatever has ended has seen the
+end of what came before it, too.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from ..choice.targets import pushed, target_of
 
 # Of every compilation. a * b + c as one rounding: what Triton did before it asked to be told.
 OPTIONS = {"enable_fp_fusion": True}
@@ -17,13 +29,26 @@ OPTIONS = {"enable_fp_fusion": True}
 @dataclass(frozen=True)
 class Launch:
     """kernel: a triton.jit function; grid: programs along each axis; arguments: every parameter by
-    name, tensors and tensor descriptors and constants alike; warps and stages: for the compiler."""
+    name but PDL, tensors and tensor descriptors and constants alike; warps and stages: for the
+    compiler; pdl: whether it may start early."""
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
     warps: int = 4
     stages: int = 2
+    pdl: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of its compilation. Some targets do not know the option that they do not have."""
+        early = {"launch_pdl": True} if self.pdl else {}
+        return {"num_warps": self.warps, "num_stages": self.stages, **OPTIONS, **early}
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Every argument of the kernel."""
+        return {**self.arguments, "PDL": self.pdl}
 
     @property
     def named(self) -> dict[str, Any]:
@@ -36,28 +61,21 @@ class Launch:
 
     def run(self, device: torch.device) -> None:
         """Launch on `device` (whichever is current), or record if somebody is recording; on the
-        meta device there is nothing to do."""
+        meta device there is nothing to do. It may start early if the device has that."""
+        launch = replace(self, pdl=_starts_early(device))
         for see in _watchers:
-            see(self)
+            see(launch)
         if _recorders:
-            _recorders[-1].append(self)
+            _recorders[-1].append(launch)
         if _recorders or device.type == "meta":
             return
         current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         with current:
-            self.kernel[self.grid](
-                **self.arguments, num_warps=self.warps, num_stages=self.stages, **OPTIONS
-            )
+            launch.kernel[launch.grid](**launch.given, **launch.options)
 
     def compile(self) -> Any:
         """What Triton compiles for this launch and keeps in its cache; nothing runs."""
-        return self.kernel.warmup(
-            **self.arguments,
-            grid=self.grid,
-            num_warps=self.warps,
-            num_stages=self.stages,
-            **OPTIONS,
-        )
+        return self.kernel.warmup(**self.given, grid=self.grid, **self.options)
 
 
 def _one_by_one(name: str, value: Any) -> dict[str, Any]:
@@ -71,6 +89,26 @@ def _one_by_one(name: str, value: Any) -> dict[str, Any]:
     return found
 
 
+@triton.jit
+def begin(PDL: tl.constexpr):
+    """The first statement of every kernel: waits until all that the launch ahead has stored is
+    there, then lets the next launch start as soon as there is room beside this one."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+def _starts_early(device: torch.device) -> bool:
+    target = target_of(device)
+    return _early[-1] and target is not None and target.pdl
+
+
+def early(on: bool) -> contextlib.AbstractContextManager[bool]:
+    """Inside, launches start early, where the device has that, or do not. Default: they do."""
+    return pushed(_early, on)
+
+
+_early: list[bool] = [True]
 _recorders: list[list[Launch]] = []
 _watchers: list[Callable[[Launch], object]] = []
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..choice.geometry import cdiv
 from ..choice.targets import target_of
 from ..choice.types import Target
-from .launch import Launch
+from .launch import Launch, begin
 
 POOL = 1 << 16  # tickets of a device
 ROWS = tl.constexpr(2048)  # times channels: what of the rows a program has in its registers
@@ -445,9 +445,10 @@ def merge_rows(
     partials,  # [*, groups, rows, C] fp32
     counts,  # [groups, rows] fp32; of statistics
     end,  # Rows, fewer of them
-    groups, rows, C: tl.constexpr, BLOCK_C: tl.constexpr, KIND: tl.constexpr,
+    groups, rows, C: tl.constexpr, BLOCK_C: tl.constexpr, KIND: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Rows that are there already: programs share them in blocks, by `Place`."""
+    begin(PDL)
     at = place_of(C, BLOCK_C)
     own = nothing(BLOCK_C)
     for block in range(at.program, tl.cdiv(rows, ROWS // BLOCK_C), at.programs):

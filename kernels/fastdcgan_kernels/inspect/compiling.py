@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 
 from ..choice.targets import TARGETS
 from ..choice.types import Target
-from ..gpu.launch import OPTIONS, Launch
+from ..gpu.launch import Launch
 from .assembly import describe_amdgcn, describe_cubin, unordered
 
 # What a multiprocessor holds: CUDA C++ Programming Guide, "Technical Specifications per Compute
@@ -40,8 +40,7 @@ class Order:
     signature: tuple[tuple[str, Any], ...]  # of a tuple of arguments: one of its class
     constants: tuple[tuple[tuple[int, ...], Any], ...]  # by place
     aligned: tuple[tuple[int, ...], ...]  # places of what is divisible by 16
-    warps: int
-    stages: int
+    options: tuple[tuple[str, Any], ...]
 
 
 def order_of(launch: Launch) -> Order:
@@ -72,7 +71,7 @@ def order_of(launch: Launch) -> Order:
 
     signature = []
     for at, parameter in enumerate(launch.kernel.params):
-        value, kind = launch.arguments[parameter.name], "constexpr"
+        value, kind = launch.given[parameter.name], "constexpr"
         if parameter.is_constexpr:
             constants.append(((at,), value))
         else:
@@ -80,7 +79,7 @@ def order_of(launch: Launch) -> Order:
         signature.append((parameter.name, kind))
     return Order(
         launch.kernel.fn.__module__, launch.kernel.fn.__name__, tuple(signature), tuple(constants),
-        tuple(aligned), launch.warps, launch.stages,
+        tuple(aligned), tuple(launch.options.items()),
     )  # fmt: skip
 
 
@@ -104,7 +103,7 @@ def build(order: Order, arch: str) -> Any:
     return triton.compile(
         source,
         target=GPUTarget(target.backend, target.arch, target.warp_size),
-        options={"num_warps": order.warps, "num_stages": order.stages, **OPTIONS},
+        options=dict(order.options),
     )
 
 
