@@ -268,7 +268,10 @@ def _readme_of(run: gpu.Summary, link: str) -> str:
             _rate(beside[batch][name]) if name in faster else ""
             for name in (gpu.EXAMPLE, gpu.TUNED)
         ]
-        words = [f"{gain:.2f}x {name.split()[-1]}" for name, gain in sorted(faster.items())]
+        words = [
+            f"{gain:.2f}x {name.split()[-1]}" for name, gain in sorted(faster.items())
+            if name in (gpu.EXAMPLE, gpu.TUNED)
+        ]  # fmt: skip
         row = [f"training step, batch {batch}", *cells, _rate(own, *words)]
         lines.append(f"| {' | '.join(row)} |")
     lines += ["", *(f"{line[0].upper()}{line[1:]}." for line in gpu.verdicts(run)), ""]

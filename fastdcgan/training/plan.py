@@ -29,6 +29,7 @@ class Engine:
     impl: str = "auto"
     cuda_graph: str = "off"
     """"auto", "on" or "off", as TrainConfig's; "off" where no graph can be captured."""
+    overlap: bool = False
     notes: tuple[str, ...] = ()
     """One line for each wish of the configuration that this machine cannot grant."""
 
@@ -42,7 +43,8 @@ class Engine:
 
 
 def choose_engine(config: TrainConfig, ranks: Ranks, device: torch.device) -> Engine:
-    """Grants --amp, --compile and --cuda-graph where the machine can, and says where it cannot.
+    """Grants --amp, --compile, --overlap and --cuda-graph where the machine can, and says where it
+    cannot.
 
     Raises:
         InputError: `impl` is "triton", or `cuda_graph` "on", and that cannot be here; or
@@ -67,13 +69,35 @@ def choose_engine(config: TrainConfig, ranks: Ranks, device: torch.device) -> En
     if compile and config.sync_bn and ranks.world > 1:
         compile = False
         notes.append("--compile: not together with --sync-bn (its sums cross processes); eager")
+    why = _no_overlap(config, device, compile) if config.overlap else ""
+    if why:
+        notes.append(f"--overlap: off, because {why}")
+    overlap = config.overlap and not why
     why = _no_graph(config, ranks, device)
     if why and config.cuda_graph == "on":
         raise InputError(f"--cuda-graph on was given; {why}: leave it out")
     if why and config.cuda_graph == "auto" and device.type == "cuda":
         notes.append(f"--cuda-graph: off, because {why}")
     graph = "off" if why else config.cuda_graph
-    return Engine(device, autocast, compile, config.impl, graph, tuple(notes))
+    return Engine(device, autocast, compile, config.impl, graph, overlap, tuple(notes))
+
+
+def _no_overlap(config: TrainConfig, device: torch.device, compile: bool) -> str:
+    """Why nothing of a step can run beside the rest; "" if it can."""
+    if device.type != "cuda":
+        return f"it takes a second CUDA stream, and this is {device}"
+    if compile:
+        return "passes that --compile compiles read the gradients on their way"
+    if config.updates == "simultaneous":
+        return "with --updates simultaneous two passes add their gradients"
+    if not _blocks_are_kernels(config, device):
+        return "it is for fused blocks, and these are plain PyTorch"
+    return ""
+
+
+def _blocks_are_kernels(config: TrainConfig, device: torch.device) -> bool:
+    with targets.implementation(config.impl):
+        return targets.mode() != "reference" and targets.target_of(device) is not None
 
 
 def _no_graph(config: TrainConfig, ranks: Ranks, device: torch.device) -> str:
@@ -201,7 +225,8 @@ def describe(
         f"device     {where}" + (f", {ranks.world} processes" if ranks.world > 1 else ""),
         f"precision  {engine.precision}",
         f"compile    {'torch.compile' if engine.compile else 'off (eager)'}"
-        + ("" if engine.cuda_graph == "off" else ", whole steps as CUDA graph"),
+        + ("" if engine.cuda_graph == "off" else ", whole steps as CUDA graph")
+        + (", two streams" if engine.overlap else ""),
         f"blocks     {_blocks(engine)}",
         f"nets       {config.net}, {config.channels}x{config.image_size}x{config.image_size}, "
         f"nz {config.nz}, ngf {config.ngf}, ndf {config.ndf}",

@@ -23,6 +23,7 @@ from fastdcgan.training.compiling import Compiler
 from fastdcgan.training.losses import Loss, Role
 from fastdcgan.training.regularisers import Penalty
 from fastdcgan.training.state import TrainState
+from fastdcgan_kernels.aside import forked
 from fastdcgan_kernels.choice.targets import implementation
 from fastdcgan_kernels.functional import runs_cpu_kernels, runs_kernels
 from fastdcgan_kernels.modules.block import stat_groups
@@ -80,6 +81,9 @@ class Step:
         compile: compile both nets' passes, forward and backward, and what is not one kernel already
             of the losses, with torch.compile, as whole graphs. Where that fails (no C++ compiler,
             say), goes on eagerly.
+        overlap: weight gradients, and updates of layers that have theirs, in a second stream beside
+            the rest of the way back (fastdcgan_kernels/aside.py): where D takes both batches in one
+            pass, and not in compiled passes, which read gradients on their way.
         say: is called with one line where compilation failed.
     """
 
@@ -90,6 +94,7 @@ class Step:
         batch_size: int,
         autocast: torch.dtype | None = None,
         compile: bool = False,
+        overlap: bool = False,
         say: Callable[[str], None] = print,
     ) -> None:
         self.state = state
@@ -97,6 +102,7 @@ class Step:
         self.compiles = compile
         self.batch_size = batch_size
         self.autocast = autocast
+        self.overlap = overlap
         self.impl = state.config.impl
         """How fused blocks run: "auto", "reference" or "triton"."""
         self.eagerly = False
@@ -202,7 +208,9 @@ class Step:
                 against = None
                 if self.loss.paired:  # with what the updated D says of the real images
                     against = self._run(discriminate_aside, state.netD, real, *y)
-                loss_g, d_fake_g = self._back(1, logits, ("wanted",), share, against).split(1)
+                roles: tuple[Role, ...] = ("wanted",)
+                with self._overlapping(1):
+                    loss_g, d_fake_g = self._back(1, logits, roles, share, against).split(1)
             finally:
                 state.netD.requires_grad_(True)
             self._update(1, state.optG, state.netG)
@@ -260,15 +268,17 @@ class Step:
         netD = self.state.netD
         if self._in_one_pass():
             logits = self._run(discriminate_both, netD, joined(real, fake), *labels)
+            with self._overlapping(0):
+                row = self._back(0, logits, ("real", "fake"), share)
         elif self.loss.paired:
             logits = torch.cat([self._run(discriminate, netD, x, *labels) for x in (real, fake)])
+            row = self._back(0, logits, ("real", "fake"), share)
         else:  # one after the other: so half the activations are held at a time
             logits = self._run(discriminate, netD, real, *labels)
             loss_real, d_real = self._back(0, logits, ("real",), share).split(1)
             logits = self._run(discriminate, netD, fake, *labels)
             loss_fake, d_fake = self._back(0, logits, ("fake",), share).split(1)
             return loss_real + loss_fake, d_real, d_fake
-        row = self._back(0, logits, ("real", "fake"), share)
         return row[:1], row[1:2], row[2:]
 
     def _iterate_norms(self) -> None:
@@ -340,6 +350,18 @@ class Step:
         scaled gradient of the loss."""
         scale = self.state.scalers[scaler]
         return self.loss(logits, roles, share, scale, compiled=self._whole, against=against)
+
+    @contextmanager
+    def _overlapping(self, which: int) -> Iterator[None]:
+        """Inside, a backward pass through D (0) or G (1) puts aside what it need not wait for. Not
+        an update before its time: gradients that are scaled, or are summed over processes or with a
+        penalty's first; Keras's epsilon."""
+        state, on = self.state, self.overlap and not (self.compiles and self._whole)
+        optimiser = (state.optD, state.optG)[which]
+        later = state.scalers[which].is_enabled() or dist.is_initialized()
+        later = later or (which == 0 and self.penalty.chosen) or state.config.keras_epsilon
+        with forked(state.device, on), optimiser.early(on and not later):
+            yield
 
     def _update(self, scaler: int, optimiser: torch.optim.Adam, net: nn.Module) -> None:
         distributed.sum_gradients(net.parameters())

@@ -99,6 +99,7 @@ class WholeStep:
             batch_size=state.config.batch_size,
             autocast=engine.autocast,
             compile=engine.compile,
+            overlap=engine.overlap,
             say=say,
         )
 

@@ -4,15 +4,17 @@ where gradients come from."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
+from .aside import aside
 from .functional import runs_kernels
 
 if TYPE_CHECKING:
@@ -21,6 +23,11 @@ if TYPE_CHECKING:
 MOST = 48
 """Parameters of a launch: a launch has room for 4 KB of arguments, and up to ten pointers are for
 each of them (its gradient, moments, count, copy and average, and a norm's buffers)."""
+
+
+EARLY = 1 << 16
+"""Elements of a parameter from which on an update of its own, beside a backward pass, is worth a
+launch: all weights of a convolution between features have more."""
 
 
 class Average:
@@ -42,11 +49,12 @@ class Average:
         """Updates until now, float32."""
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Takes in the values as they are now; the twin of what the kernel does."""
+    def update(self, but: Collection[Tensor] = ()) -> None:
+        """Takes in the values as they are now, but those that are in already; the twin of what the
+        kernel does."""
         # 1 - d, in a form that float32 does not cancel.
         share = (9 / (10 + self.updates)).clamp(min=self.least)
-        values = [value for value in self.of if value.is_floating_point()]
+        values = [value for value in self.of if value.is_floating_point() and value not in but]
         averages = [self.of[value] for value in values]
         if share.device.type == "cpu":  # one pass over memory, where launches cost nothing
             for average, value in zip(averages, values, strict=True):
@@ -71,6 +79,8 @@ class Adam(torch.optim.Adam):
 
     A CUDA graph may hold a step: the counts are on the device, and so is the learning rate, which
     `refresh` takes there from its group.
+
+    `early` lets a backward pass update large parameters as their gradients come.
     """
 
     average: Average | None = None
@@ -80,6 +90,12 @@ class Adam(torch.optim.Adam):
     _rate: Tensor | None = None
     _given_rate: float | None = None
     _tickets: Tensor | None = None
+    _early: dict[Tensor, None]
+    """Updated already, in this step."""
+
+    def __init__(self, *given: Any, **options: Any) -> None:
+        super().__init__(*given, **options)
+        self._early = {}
 
     def prepare(self) -> None:
         """Makes the state that PyTorch's Adam makes in its first step."""
@@ -108,16 +124,48 @@ class Adam(torch.optim.Adam):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update by the gradients as they are; returns what the closure does."""
-        if closure is None and self._in_one_launch():
-            self._launch()
+        early, self._early = self._early, {}
+        rest = [p for p in self._parameters() if p not in early]
+        if closure is None and self._in_one_launch(rest):
+            self._launch(rest)
             return None
+        gradients = {p: p.grad for p in early}
+        for p in early:  # PyTorch leaves out what has no gradient
+            p.grad = None
         self._widen()
         result = super().step(closure)
+        for p, gradient in gradients.items():
+            p.grad = gradient
         if self.copies is not None:
             self.copies.refresh()
         if self.average is not None:
-            self.average.update()
+            self.average.update(early)
         return result
+
+    @contextlib.contextmanager
+    def early(self, on: bool = True) -> Iterator[None]:
+        """Inside, a backward pass that gives each parameter its whole gradient also updates those
+        of `EARLY` elements or more as soon as theirs is there, beside what it does next (aside.py).
+        The step that follows updates the others, and is one with all. Nothing where not `on`, or
+        where gradients are scaled: whether one of them overflows is not known before the end."""
+        self._early = {}
+        every = sorted(self._parameters(), key=lambda p: -p.numel())
+        chosen = [p for p in every[:-1] if on and p.numel() >= EARLY]  # one is left to the step
+        hooks = [p.register_post_accumulate_grad_hook(self._update) for p in chosen]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @torch.no_grad()
+    def _update(self, parameter: Tensor) -> None:
+        """Of one parameter, if a launch takes it."""
+        if self._in_one_launch([parameter]):
+            self.refresh()  # in the first stream
+            with aside(parameter.grad):
+                self._launch([parameter], last=False)
+            self._early[parameter] = None
 
     def _parameters(self) -> list[nn.Parameter]:
         return list(itertools.chain(*(group["params"] for group in self.param_groups)))
@@ -130,9 +178,10 @@ class Adam(torch.optim.Adam):
                 p.grad_dtype = p.dtype
                 p.grad = wide
 
-    def _in_one_launch(self) -> bool:
-        parameters = self._parameters()
-        (group, *others), device = self.param_groups, parameters[0].device
+    def _in_one_launch(self, parameters: list[Any]) -> bool:
+        """Whether the kernel takes these, and the average and copies of all."""
+        every = self._parameters()
+        (group, *others), device = self.param_groups, every[0].device
         unknown = ("weight_decay", "amsgrad", "maximize", "differentiable")
         if others or any(group[name] for name in unknown) or isinstance(group["lr"], Tensor):
             return False
@@ -142,11 +191,12 @@ class Adam(torch.optim.Adam):
         self.prepare()
         copied = {} if self.copies is None else self.copies.of
         followed = {} if self.average is None else self.average.of
-        known = set(parameters)
+        known = set(every)
         if not copied.keys() <= known or (followed and not known <= followed.keys()):
             return False
         gradients: dict[Tensor, Tensor] = {p: p.grad for p in parameters if p.grad is not None}
-        narrow = {copy.dtype for copy in copied.values()} == {gradients[p].dtype for p in copied}
+        own = [p for p in parameters if p in copied]
+        narrow = {copied[p].dtype for p in own} == {gradients[p].dtype for p in own}
         pairs = [pair for pair in followed.items() if pair[0].is_floating_point()]
         for p in parameters:
             slots = self.state[p]
@@ -158,18 +208,21 @@ class Adam(torch.optim.Adam):
         pairs += gradients.items()
         return all(t.dtype == torch.float32 for t in wide) and all(_alike(*pair) for pair in pairs)
 
-    def _launch(self) -> None:
+    def _launch(self, parameters: list[Any], last: bool = True) -> None:
+        """Of these. The last launch of an update also moves the average of the buffers, and counts
+        the update."""
         from .gpu.adam import update  # imports Triton, which some devices lack
 
         self.refresh()
         assert self._rate is not None
         copied = {} if self.copies is None else self.copies.of
-        parameters = sorted(self._parameters(), key=lambda p: p not in copied)
-        average, group, own = self.average, self.param_groups[0], set(parameters)
+        parameters = sorted(parameters, key=lambda p: p not in copied)
+        average, group, own = self.average, self.param_groups[0], set(self._parameters())
         followed = {} if average is None else average.of
-        buffers = [v for v in followed if v.is_floating_point() and v not in own]
+        rest = [value for value in followed if last and value not in own]
+        buffers = [value for value in rest if value.is_floating_point()]
         values: list[Tensor] = [*parameters, *buffers]
-        counts = [v for v in followed if not v.is_floating_point()]
+        counts = [value for value in rest if not value.is_floating_point()]
         gradients = [p.grad for p in parameters if p.grad is not None]
         state = [self.state[p] for p in parameters]
         beta1, beta2 = group["betas"]
@@ -191,11 +244,11 @@ class Adam(torch.optim.Adam):
             share1=1.0 - beta1, share2=1.0 - beta2, log1=log1, log2=log2,
             eps=float(group["eps"]), scale=self._rate if scale is None else scale,
             found_inf=self._rate if found_inf is None else found_inf, tickets=self._tickets,
-            SCALED=scale is not None,
+            SCALED=scale is not None, LAST=last,
         )  # fmt: skip
-        increment_version([*values, *followed.values()])
+        increment_version([*values, *(followed[v] for v in [*values, *counts] if followed)])
         if self.copies is not None:
-            self.copies.written()
+            self.copies.written(p for p in parameters if p in copied)
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

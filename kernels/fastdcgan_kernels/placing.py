@@ -4,7 +4,6 @@ Not here: who wants that (a training step), who writes (gpu/)."""
 from __future__ import annotations
 
 import contextlib
-import math
 
 import torch
 from torch import Tensor

@@ -68,6 +68,7 @@ def adam(
     found_inf,  # [] fp32: where it is not 0 the parameters stay as they are; read where SCALED
     tickets,  # [] int32: 0, before and after
     SCALED: tl.constexpr,
+    LAST: tl.constexpr,  # of the launches of an update: it counts the update
     FIRST: tl.constexpr,  # block of each value's first element, and how many blocks there are
     SIZES: tl.constexpr, BLOCK: tl.constexpr,  # elements of each value, and of a block
     PDL: tl.constexpr,
@@ -134,7 +135,7 @@ def adam(
         tl.store(tickets, 0)
         for i in tl.static_range(len(steps)):
             tl.store(steps[i], tl.load(steps[i]) + tl.where(taken, 1.0, 0.0))
-        if len(averages) > 0:
+        if len(averages) > 0 and LAST:
             tl.store(updates, tl.load(updates) + 1.0)
         for i in tl.static_range(len(counts)):
             tl.store(counted[i], tl.load(counts[i]))

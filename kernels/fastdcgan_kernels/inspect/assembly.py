@@ -74,7 +74,8 @@ def instructions_of(text: str) -> list[tuple[int, str]]:
 
 
 def describe_sass(code: list[tuple[int, str]], matrix: str) -> dict[str, Any]:
-    """Matrix instructions, 128-bit accesses and the main loop of (address, instruction) pairs."""
+    """Matrix instructions, 128-bit accesses, the main loop, and whether a launch that starts early
+    waits, of (address, instruction) pairs."""
     jumps = {}
     for at, text in code:
         branch = re.search(r"\bBRA\S*\s+(?:\S+,\s*)?`?\(?(0x[0-9a-f]+)", text)
@@ -89,7 +90,15 @@ def describe_sass(code: list[tuple[int, str]], matrix: str) -> dict[str, Any]:
             loops.append([t for a, t in code if to <= a <= at])
     texts, wide = [text for _, text in code], r"\b(LDG|STG|LDGSTS)\S*\.128"
     copies = {"TMA": r"\bUTMALDG", "cp.async": r"\bLDGSTS"}
-    return _described(texts, loops, matrix, rf"\b{matrix}\b", wide, r"\b(LDL|STL)\b", copies)
+    found = _described(texts, loops, matrix, rf"\b{matrix}\b", wide, r"\b(LDL|STL)\b", copies)
+    return {**found, "waits_first": _waits_first(texts)}
+
+
+def _waits_first(lines: list[str]) -> bool:
+    """Whether the launch ahead is waited for before anything is done to global memory."""
+    memory = r"\b(LDG|STG|LDGSTS|LD|ST|ATOM|ATOMG|RED|REDG|UTMA\w+|UBLKCP)\b"
+    events = (line for line in lines if re.search(rf"\bACQBULK\b|{memory}", line))
+    return "ACQBULK" in next(events, "")
 
 
 # What a warp-specialised kernel does in an order that its source leaves to the compiler.

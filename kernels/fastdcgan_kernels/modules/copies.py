@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -60,9 +61,10 @@ class WorkingCopies:
             torch._foreach_copy_(self._copies, self._weights)
         self._versions = [w._version for w in self._weights]
 
-    def written(self) -> None:
-        """To be called by who has changed the weights and the copies as `refresh` would have."""
-        increment_version(self._copies)
+    def written(self, weights: Iterable[Tensor]) -> None:
+        """To be called by who has changed these weights, and their copies as `refresh` would."""
+        of = self.of
+        increment_version([of[weight] for weight in weights])
         self._versions = [w._version for w in self._weights]
 
     def leave(self) -> None:

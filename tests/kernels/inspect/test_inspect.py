@@ -28,7 +28,7 @@ LIMIT = {  # bytes of shared memory a block may have
 # own; 3.6 does not use gfx950's copies into LDS either.
 OLD = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
 STACK = 8 if OLD else 0
-WITH_TMA = ("sm_90", "sm_100", "sm_120")
+WITH_TMA = WITH_PDL = ("sm_90", "sm_100", "sm_120")
 
 
 KINDS = {
@@ -48,6 +48,7 @@ def test_every_kernel_on_every_target(command, kind):
     every_layer_is_there(rows, archs)
     nothing_spills_and_everything_fits(rows)
     every_gemm_has_its_matrix_instruction(rows)
+    what_may_start_early_waits(rows)
     no_main_loop_waits_for_its_loads(rows, archs)
 
 
@@ -93,6 +94,12 @@ def every_gemm_has_its_matrix_instruction(rows):
     for row in gemms(rows):
         assert row["matrix_instruction"] == MATRIX[row["arch"]], row
         assert row["matrix_instructions"] > 0, row
+
+
+def what_may_start_early_waits(rows):
+    """Read in the binaries: the first that a kernel does to memory comes after its wait."""
+    for row in rows:
+        assert row.get("waits_first", False) == (row["arch"] in WITH_PDL), row
 
 
 def no_main_loop_waits_for_its_loads(rows, archs):
