@@ -150,7 +150,7 @@ def test_a_hybrid_gradient_by_hand():
         ).sum().backward()  # fmt: skip
 
     work = [w for w in ours(run, "hybrid") if w.name != "_to_copy"]
-    data, weight, add, image, add_image = work[-5:]
+    weight, add, data, image, add_image = work[-5:]
     assert (data.name, data.read) == ("gather_descriptors", 3 * between // 2 + 128 * 1024 * 2)
     assert data.written == between
     assert (weight.name, weight.read) == ("weight_gradient_descriptors", 3 * between // 2)
@@ -327,14 +327,14 @@ def steps():
 def test_a_step_makes_few_launches(steps):
     launches = {name: step.launches for name, step in steps.items()}
     assert launches["prologue"] <= 61
-    assert launches["default"] <= 78
+    assert launches["default"] <= 77
     assert launches["default"] <= launches["materialised"] - 14
     assert launches["eager-amp"] > 2.5 * launches["prologue"]
 
 
 def test_a_step_moves_few_bytes(steps):
     assert steps["prologue"].bytes * 2.18 <= steps["eager-amp"].bytes
-    assert steps["default"].bytes * 1.85 <= steps["eager-amp"].bytes
+    assert steps["default"].bytes * 1.87 <= steps["eager-amp"].bytes
 
 
 def test_a_step_wastes_no_flops(steps):

@@ -15,7 +15,7 @@ from fastdcgan_kernels.adam import Adam, Average
 from fastdcgan_kernels.choice import targets
 from fastdcgan_kernels.choice.geometry import gradient_dtype
 from fastdcgan_kernels.gpu.adam import BLOCK
-from fastdcgan_kernels.gpu.launch import recording
+from fastdcgan_kernels.gpu.launch import recording, watching
 from fastdcgan_kernels.modules.copies import WorkingCopies
 from tests.kernels import exact
 from tests.kernels.exact import Draw
@@ -167,6 +167,70 @@ def test_all_of_it_is_one_launch():
     assert launch.kernel.fn.__name__ == "adam"
     ours.step()
     assert launch.arguments["tickets"] == 0
+
+
+def test_early_updates_and_the_step_are_one_update(monkeypatch):
+    """To the bit, with average and copies; a step without a backward pass before is whole again."""
+    monkeypatch.setattr(adam, "EARLY", 200)
+    results, counts = [], []
+    for on in (True, False):
+        net = made()
+        ours = Adam(net.parameters(), **GROUP)
+        ours.average, ours.copies = averaged(net), WorkingCopies(net, torch.bfloat16, narrow=True)
+        for _ in range(2):
+            net.zero_grad()
+            loss = sum((p.to(gradient_dtype(p)).float() ** 2).sum() for p in net.parameters())
+            launches = []
+            with watching(lambda one: launches.append(one.kernel.fn.__name__)):  # noqa: B023
+                with ours.early(on):
+                    loss.backward()
+                ours.step()
+            counts.append(len(launches))
+        give_gradients(Draw(torch.float32), net)
+        assert len(launches_of(ours.step)) == 1
+        slots = [t for slot in moments(ours) for t in slot.values()]
+        copies, average = ours.copies, ours.average
+        results.append([*net.state_dict().values(), *slots, *copies.of.values(),
+                        *average.of.values(), average.updates])  # fmt: skip
+        assert copies.fresh()
+        assert average.updates == 2
+    assert counts == [3, 3, 1, 1]  # the weight, the other parameter, the rest
+    assert all(map(torch.equal, *results))
+
+
+def test_what_no_launch_takes_after_early_updates_is_pytorchs(monkeypatch):
+    """A parameter without a gradient is left out; what is updated already is not updated twice."""
+    monkeypatch.setattr(adam, "EARLY", 200)
+    net, plain = made(), made()
+    ours = Adam(net.parameters(), **GROUP)
+    theirs = torch.optim.Adam(plain.parameters(), **GROUP, foreach=False)
+    ours.average, twin = averaged(net), averaged(plain)
+    for one, optimiser in ((net, ours), (plain, theirs)):
+        for _ in range(2):
+            one.zero_grad()
+            with ours.early(one is net):
+                (one.conv.weight.square().sum() + one.norm.weight.sum()).backward()
+            assert one.other.grad is None
+            optimiser.step()
+            if one is plain:
+                twin.update()
+            assert one.conv.weight.grad is not None
+    for mine, truth in zip(net.parameters(), plain.parameters(), strict=True):
+        close(mine, truth.double(), rtol=1e-5, atol=2e-6)
+    for mine, truth in zip(ours.average.of.values(), twin.of.values(), strict=True):
+        close(mine, truth.double(), rtol=1e-5, atol=2e-6)
+    assert ours.average.updates == twin.updates == 2
+
+
+def test_one_parameter_is_left_to_the_step(monkeypatch):
+    monkeypatch.setattr(adam, "EARLY", 1)
+    net = made()
+    ours = Adam(net.parameters(), **GROUP)
+    with ours.early():
+        sum(p.square().sum() for p in net.parameters()).backward()
+    assert len(ours._early) == len(list(net.parameters())) - 1
+    ours.step()
+    assert {int(slots["step"]) for slots in moments(ours)} == {1}
 
 
 def test_a_first_step_keeps_its_digits():
