@@ -5,7 +5,7 @@ the step is captured as a CUDA graph, compared with itself run eagerly, and from
 The algorithm is in step.py; nothing is added to it here."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from fastdcgan.training.proof import (
 from fastdcgan.training.readings import Readings
 from fastdcgan.training.state import TrainState
 from fastdcgan.training.step import Step
-from fastdcgan_kernels.choice.targets import implementation
+from fastdcgan_kernels.choice.targets import early, implementation, starts_early
 from fastdcgan_kernels.compared import ALLOWED, Compared
 from fastdcgan_kernels.functional import runs_kernels
 from fastdcgan_kernels.placing import placed
@@ -55,7 +55,8 @@ class WholeStep:
     Whole batches are replayed where the engine asks for a graph; the ragged last batch of an epoch
     runs eagerly, on the same tensors. Steps with a lazy penalty and those without have a graph
     each: a graph has no branches. Where fused blocks fail or are wrong on this GPU, steps run
-    in plain PyTorch, and where a graph does, eagerly, after a line that says so.
+    in plain PyTorch; where a graph does, it is tried again without what overlaps in it, and then
+    steps run eagerly. Each time a line says so.
 
     Args:
         state: is changed in place.
@@ -92,7 +93,7 @@ class WholeStep:
         self._say, self._wanted = say, engine.cuda_graph
         self._graphs: dict[bool, _StepGraph] = {}
         self._replayed: _StepGraph | None = None  # in the last step
-        self._prove = prove
+        self._prove, self._early = prove, True  # whether launches may start early
         self._proved = False
         self._step = Step(
             state,
@@ -128,6 +129,10 @@ class WholeStep:
     def __call__(self) -> Tensor:
         """One step; returns step.READINGS, (5,) float32 on the device, times this process's share
         of the batch. The next replay overwrites it."""
+        with early(self._early):
+            return self._next()
+
+    def _next(self) -> Tensor:
         step = self.state.step
         images, rows = self.feed.rows(step)
         labels = self.feed.labels(step)
@@ -268,22 +273,41 @@ class WholeStep:
 
     def _capture(self, given: tuple[Tensor, ...], batch: int) -> "_StepGraph | None":
         """The graph of this step, proved; None, after saying why, where it cannot be had."""
-        tensors = self._tensors()
-        graph, why = None, ""
-        with undone(self.state, tensors) as undo:
-            try:
-                graph = _StepGraph(self._run, self.feed, given, batch, self.state)
-                undo()
-                why = self._disagreement(graph, given, batch, tensors, undo)
-            except (RuntimeError, NotImplementedError) as error:
-                why = _first_line(error)
-        if not why:
-            return graph
+        retreats = self._retreats()
+        while True:
+            with early(self._early):
+                graph, why = self._captured(given, batch)
+            if not why:
+                return graph
+            retreat = next(retreats, "")
+            if not retreat:
+                break
+            self._say(f"--cuda-graph: the step does not work as a graph here ({why}); {retreat}")
         if self._wanted == "on":
             raise RunError(f"--cuda-graph on was given, and the step's graph does not work: {why}")
         self._say(f"--cuda-graph: the whole step does not work as a graph here ({why}); eager")
         self._wanted = "off"
         return None
+
+    def _retreats(self) -> Iterator[str]:
+        """Gives up what launches overlap in, one thing after the other, and says what."""
+        if self._step.overlap:
+            self._step.overlap = False
+            yield "once more without --overlap"
+        if starts_early(self.state.device):
+            self._early = False
+            yield "once more without launches that start early"
+
+    def _captured(self, given: tuple[Tensor, ...], batch: int) -> "tuple[_StepGraph | None, str]":
+        """The graph, and what is wrong with it; "": nothing."""
+        tensors = self._tensors()
+        with undone(self.state, tensors) as undo:
+            try:
+                graph = _StepGraph(self._run, self.feed, given, batch, self.state)
+                undo()
+                return graph, self._disagreement(graph, given, batch, tensors, undo)
+            except (RuntimeError, NotImplementedError) as error:
+                return None, _first_line(error)
 
     def _disagreement(
         self, graph: "_StepGraph", given: tuple[Tensor, ...], batch: int,

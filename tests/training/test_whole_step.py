@@ -294,9 +294,9 @@ def test_a_replay_that_differs_from_a_step_is_given_up_aloud(tape, monkeypatch):
     """An average that counts its steps on the host would be frozen at the capture's count."""
     original = Step.__call__
 
-    def frozen(self, images, z, *, share=1.0):
+    def frozen(self, *given, **options):
         self.state.ema.updates.fill_(self.state.step)
-        return original(self, images, z, share=share)
+        return original(self, *given, **options)
 
     monkeypatch.setattr(Step, "__call__", frozen)
     expected, _, _ = trained(build(), 7)
@@ -312,6 +312,50 @@ def test_a_replay_that_differs_from_a_step_is_given_up_aloud(tape, monkeypatch):
         assert torch.equal(value, got[name]), name
     with pytest.raises(RunError, match="of a step from"):
         trained(build("on"), 1)
+
+
+@pytest.mark.parametrize("fails", [1, 2, 3])
+def test_a_graph_is_tried_again_without_what_overlaps(tape, monkeypatch, fails):
+    """First without the second stream, then without launches that start early; then steps run
+    eagerly. What was given up stays so, in steps outside the graph, too."""
+    starts, seen, failed = targets.starts_early, [], []
+    monkeypatch.setattr(whole_step, "starts_early", lambda device: targets._early[-1])
+    real = whole_step._StepGraph
+
+    def graph(*given):
+        seen.append((whole._step.overlap, targets._early[-1]))
+        if len(seen) <= fails:
+            raise RuntimeError(f"made up {len(seen)}")
+        return real(*given)
+
+    monkeypatch.setattr(whole_step, "_StepGraph", graph)
+    said = []
+    whole = build("auto", said=said)
+    whole._step.overlap = True
+    expected, _, _ = trained(build(), 3)
+    run = WholeStep._run
+    monkeypatch.setattr(
+        WholeStep,
+        "_run",
+        lambda self, *given: failed.append(targets._early[-1]) or run(self, *given),
+    )
+    got, _, _ = trained(whole, 3)
+    assert seen == [(True, True), (False, True), (False, False)][: fails + 1]
+    assert (
+        said
+        == [
+            "--cuda-graph: the step does not work as a graph here (made up 1); "
+            "once more without --overlap",
+            "--cuda-graph: the step does not work as a graph here (made up 2); "
+            "once more without launches that start early",
+            "--cuda-graph: the whole step does not work as a graph here (made up 3); eager",
+        ][:fails]
+    )
+    assert whole.graphed == (fails < 3)
+    assert failed[-1] == (fails < 2)
+    assert starts(CPU) is False
+    for name, value in expected.items():
+        assert torch.equal(value, got[name]), name
 
 
 def test_stale_noise_is_seen(tape, monkeypatch):

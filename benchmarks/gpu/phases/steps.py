@@ -17,7 +17,7 @@ from benchmarks.gpu.step import whole_step
 from benchmarks.timing import Measured, Workload
 from benchmarks.timing import measure as timed
 from fastdcgan.hardware import amp_dtype
-from fastdcgan_kernels.gpu.launch import early
+from fastdcgan_kernels.choice.targets import early
 
 
 def measure(to: Items, setting: Setting) -> None:

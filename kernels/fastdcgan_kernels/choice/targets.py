@@ -41,6 +41,7 @@ INTERPRETER = Target(
 
 _modes: list[str] = []
 _assumed: list[Target] = []
+_early: list[bool] = [True]
 Given = TypeVar("Given")
 
 
@@ -98,6 +99,17 @@ def target_of(device: torch.device) -> Target | None:
 def _driver() -> int:
     """The CUDA version of the driver: 12030 for 12.3."""
     return int(torch._C._cuda_getDriverVersion())  # type: ignore[attr-defined]
+
+
+def starts_early(device: torch.device) -> bool:
+    """Whether launches on this device start while the one ahead ends (gpu/launch.py)."""
+    target = target_of(device)
+    return _early[-1] and target is not None and target.pdl
+
+
+def early(on: bool) -> contextlib.AbstractContextManager[bool]:
+    """Inside, where the device has that, launches start early if they do outside and it is `on`."""
+    return pushed(_early, on and _early[-1])
 
 
 @functools.cache

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..choice.targets import pushed, target_of
+from ..choice.targets import starts_early
 
 # Of every compilation. a * b + c as one rounding: what Triton did before it asked to be told.
 OPTIONS = {"enable_fp_fusion": True}
@@ -62,7 +62,7 @@ class Launch:
     def run(self, device: torch.device) -> None:
         """Launch on `device` (whichever is current), or record if somebody is recording; on the
         meta device there is nothing to do. It may start early if the device has that."""
-        launch = replace(self, pdl=_starts_early(device))
+        launch = replace(self, pdl=starts_early(device))
         for see in _watchers:
             see(launch)
         if _recorders:
@@ -98,17 +98,6 @@ def begin(PDL: tl.constexpr):
         gdc_launch_dependents()
 
 
-def _starts_early(device: torch.device) -> bool:
-    target = target_of(device)
-    return _early[-1] and target is not None and target.pdl
-
-
-def early(on: bool) -> contextlib.AbstractContextManager[bool]:
-    """Inside, launches start early, where the device has that, or do not. Default: they do."""
-    return pushed(_early, on)
-
-
-_early: list[bool] = [True]
 _recorders: list[list[Launch]] = []
 _watchers: list[Callable[[Launch], object]] = []
 

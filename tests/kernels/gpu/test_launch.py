@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from fastdcgan_kernels.choice import targets
-from fastdcgan_kernels.choice.targets import TARGETS, assume
+from fastdcgan_kernels.choice.targets import TARGETS, assume, early
 from fastdcgan_kernels.gpu import launch
 from fastdcgan_kernels.gpu.crop import squares
-from fastdcgan_kernels.gpu.launch import early, recording
+from fastdcgan_kernels.gpu.launch import recording
 
 FOLDER = Path(launch.__file__).parent
 CPU, META = torch.device("cpu"), torch.device("meta")
