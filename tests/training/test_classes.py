@@ -110,9 +110,9 @@ def test_the_watch_shows_d_each_image_with_its_label(folders, tiny):
 def test_a_run_trains_on_each_image_with_its_label(tiny, tmp_path, monkeypatch):
     shown, step = [], Step.__call__
 
-    def watched(self, images, z, *labels, share=1.0):
+    def watched(self, images, z, *labels, **options):
         shown.append((images.mean((1, 2, 3)), *labels))
-        return step(self, images, z, *labels, share=share)
+        return step(self, images, z, *labels, **options)
 
     monkeypatch.setattr(Step, "__call__", watched)
     train(dataclasses.replace(tiny, out=tmp_path / "run", steps=5))
