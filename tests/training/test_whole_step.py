@@ -318,9 +318,8 @@ def test_a_replay_that_differs_from_a_step_is_given_up_aloud(tape, monkeypatch):
 def test_a_graph_is_tried_again_without_what_overlaps(tape, monkeypatch, fails):
     """First without the second stream, then without launches that start early; then steps run
     eagerly. What was given up stays so, in steps outside the graph, too."""
-    starts, seen, failed = targets.starts_early, [], []
+    seen, early, run, real = [], [], WholeStep._run, whole_step._StepGraph
     monkeypatch.setattr(whole_step, "starts_early", lambda device: targets._early[-1])
-    real = whole_step._StepGraph
 
     def graph(*given):
         seen.append((whole._step.overlap, targets._early[-1]))
@@ -328,32 +327,28 @@ def test_a_graph_is_tried_again_without_what_overlaps(tape, monkeypatch, fails):
             raise RuntimeError(f"made up {len(seen)}")
         return real(*given)
 
-    monkeypatch.setattr(whole_step, "_StepGraph", graph)
+    def watched(self, *given):
+        early.append(targets._early[-1])
+        return run(self, *given)
+
+    expected, _, _ = trained(build(), 3)
     said = []
     whole = build("auto", said=said)
     whole._step.overlap = True
-    expected, _, _ = trained(build(), 3)
-    run = WholeStep._run
-    monkeypatch.setattr(
-        WholeStep,
-        "_run",
-        lambda self, *given: failed.append(targets._early[-1]) or run(self, *given),
-    )
+    monkeypatch.setattr(whole_step, "_StepGraph", graph)
+    monkeypatch.setattr(WholeStep, "_run", watched)
     got, _, _ = trained(whole, 3)
     assert seen == [(True, True), (False, True), (False, False)][: fails + 1]
-    assert (
-        said
-        == [
-            "--cuda-graph: the step does not work as a graph here (made up 1); "
-            "once more without --overlap",
-            "--cuda-graph: the step does not work as a graph here (made up 2); "
-            "once more without launches that start early",
-            "--cuda-graph: the whole step does not work as a graph here (made up 3); eager",
-        ][:fails]
+    lines = (
+        "the step does not work as a graph here (made up 1); once more without --overlap",
+        "the step does not work as a graph here (made up 2); once more without launches that start "
+        "early",
+        "the whole step does not work as a graph here (made up 3); eager",
     )
+    assert said == [f"--cuda-graph: {line}" for line in lines[:fails]]
     assert whole.graphed == (fails < 3)
-    assert failed[-1] == (fails < 2)
-    assert starts(CPU) is False
+    assert early[-1] == (fails < 2)
+    assert targets._early == [True]
     for name, value in expected.items():
         assert torch.equal(value, got[name]), name
 
