@@ -3,9 +3,10 @@ the weights' gradients, and updates by them. Not here: what is launched there (g
 adam.py), and where a step asks for it.
 
 Inside `forked`, `aside` puts launches into the second stream, behind all that the first has got so
-far. At the end of `forked` the first waits for the second. What is read there is kept until then:
-its memory would be handed out again in the first stream. It follows PyTorch's recipe for streams in
-CUDA graphs: a capture takes in a stream that waits for a captured one, and must see it join.
+far, or had at a `mark`. At the end of `forked` the first waits for the second. What is read there
+is kept until then: its memory would be handed out again in the first stream. It follows PyTorch's
+recipe for streams in CUDA graphs: a capture takes in a stream that waits for a captured one, and
+must see it join.
 
 A gradient is complete only where the streams have joined. Autograd takes it as it is, without a
 launch, where it is the only one of a parameter and lies in memory as the parameter does; else it
@@ -30,10 +31,15 @@ class Fork:
         self.second = second
         self._kept: list[object] = []
 
+    def mark(self) -> torch.cuda.Event:
+        """As `mark`."""
+        event: torch.cuda.Event = torch.cuda.current_stream(self.second.device).record_event()
+        return event
+
     @contextlib.contextmanager
-    def aside(self, *read: object) -> Iterator[None]:
+    def aside(self, *read: object, since: torch.cuda.Event | None = None) -> Iterator[None]:
         """As `aside`."""
-        self.second.wait_stream(torch.cuda.current_stream(self.second.device))
+        self.second.wait_event(since or self.mark())
         self._kept.append(read)
         with torch.cuda.stream(self.second):
             yield
@@ -74,9 +80,18 @@ def waits(weight: Tensor) -> bool:
     return not weight.is_leaf or weight.grad is not None
 
 
+def mark() -> torch.cuda.Event | None:
+    """Where the current stream is now, for `aside`; None: there is no second."""
+    return _forks[-1].mark() if _forks else None
+
+
 @contextlib.contextmanager
-def aside(*read: object) -> Iterator[None]:
-    """Inside, launches are in the second stream, where there is one. `read`: tensors, or what holds
-    tensors, of the first that they read or write."""
-    with _forks[-1].aside(*read) if _forks else contextlib.nullcontext():
+def aside(*read: object, since: torch.cuda.Event | None = None) -> Iterator[None]:
+    """Inside, launches are in the second stream, where there is one.
+
+    Args:
+        *read: tensors, or what holds tensors, of the first that they read or write.
+        since: they wait for what the first had got at that `mark`. Default: by now.
+    """
+    with _forks[-1].aside(*read, since=since) if _forks else contextlib.nullcontext():
         yield

@@ -150,7 +150,7 @@ def test_a_hybrid_gradient_by_hand():
         ).sum().backward()  # fmt: skip
 
     work = [w for w in ours(run, "hybrid") if w.name != "_to_copy"]
-    weight, add, data, image, add_image = work[-5:]
+    data, weight, add, image, add_image = work[-5:]
     assert (data.name, data.read) == ("gather_descriptors", 3 * between // 2 + 128 * 1024 * 2)
     assert data.written == between
     assert (weight.name, weight.read) == ("weight_gradient_descriptors", 3 * between // 2)

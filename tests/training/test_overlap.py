@@ -40,11 +40,13 @@ class Trace(TorchDispatchMode):
 
     def stream(self, name):
         own = types.SimpleNamespace(device=CUDA, name=name)
-        own.wait_stream = lambda other: self.wait(own.name, other.name)
+        own.record_event = lambda: dict(self.clocks.get(own.name, {}))
+        own.wait_event = lambda seen: self.wait(own.name, seen)
+        own.wait_stream = lambda other: self.wait(own.name, other.record_event())
         return own
 
-    def wait(self, one, other):
-        mine, seen = self.clocks.setdefault(one, {}), self.clocks.get(other, {})
+    def wait(self, one, seen):
+        mine = self.clocks.setdefault(one, {})
         for name, time in seen.items():
             mine[name] = max(mine.get(name, 0), time)
 
@@ -219,8 +221,10 @@ def test_a_wait_that_is_missing_is_found(monkeypatch, where):
     trace = Trace()
 
     class Wrong(aside.Fork):
-        def aside(self, *read):
-            return super().aside(*read) if where == "join" else torch.cuda.stream(self.second)
+        def aside(self, *read, **since):
+            if where == "join":
+                return super().aside(*read, **since)
+            return torch.cuda.stream(self.second)
 
         def join(self):
             if where == "aside":
@@ -236,10 +240,10 @@ def test_what_the_second_stream_reads_is_kept(monkeypatch):
     trace, kept = Trace(), []
 
     class Seen(aside.Fork):
-        def aside(self, *read):
+        def aside(self, *read, **since):
             given = [vars(each) if dataclasses.is_dataclass(each) else each for each in read]
             kept.extend(places(given))
-            return super().aside(*read)
+            return super().aside(*read, **since)
 
         def join(self):
             assert self._kept

@@ -88,7 +88,7 @@ def expected(of):
     g_to_both = of["picture to both"] + 3 * of["to both"] + of["to weight"]
     return [
         *DATA, *g_forward,
-        "cat", *d_forward, "bce_rows", *d_to_both, *ADAM,
+        *d_forward, "bce_rows", *d_to_both, *ADAM,
         *d_forward, "bce_rows", *d_to_images, *g_to_both, *ADAM,
         *READINGS,
     ]  # fmt: skip

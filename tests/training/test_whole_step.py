@@ -62,7 +62,8 @@ class Tape(TorchDispatchMode):
         Tape.running = None  # launches of an operator run again with it
         out = func(*args, **(kwargs or {}))
         Tape.running = self
-        self.done.append((func, args, kwargs or {}, out))
+        if "empty" not in func._opname:  # an allocation is no work of a graph's
+            self.done.append((func, args, kwargs or {}, out))
         return out
 
     @torch.no_grad()

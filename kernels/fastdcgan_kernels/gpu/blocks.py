@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..aside import aside, waits
+from ..aside import aside, mark, waits
 from ..choice import choose
 from ..choice.geometry import Geometry, Tile, gradient_dtype
 from ..choice.spec import BlockSpec, Buffers, Inputs, Need, Saved
@@ -300,11 +300,7 @@ def _convolution_backward(
         elif spec.x_activation != "none":
             found["x"] = batchnorm.pointwise(Operand(found["x"], "actgrad", raw, None, *act))
         return found
-    if need.weight:  # first, for all of it to be beside what comes next
-        with nullcontext() if waits(saved.weight) else aside(source, dy):
-            found["weight"] = weight_gradient(
-                source, dy, geometry, transposed=transposed, dtype=dtype, groups=groups
-            )
+    before = mark()
     if need.x:
         kind = "store" if spec.x_activation == "none" else "actgrad"
         epilogue = Epilogue(kind, None, raw, None, *act)
@@ -315,6 +311,11 @@ def _convolution_backward(
         found["x"] = convolve(
             dy, weight, geometry, transposed=not transposed, epilogue=epilogue, groups=groups
         ).value
+    if need.weight:  # beside that, where there is a second stream
+        with nullcontext() if waits(saved.weight) else aside(source, dy, since=before):
+            found["weight"] = weight_gradient(
+                source, dy, geometry, transposed=transposed, dtype=dtype, groups=groups
+            )
     return found
 
 

@@ -266,7 +266,7 @@ def test_compiling_ends_at_its_limit_and_names_what_fails(monkeypatch, third):
     launches = [
         SimpleNamespace(
             kernel=SimpleNamespace(fn=SimpleNamespace(__name__="kernel")),
-            arguments={"n": n}, warps=4, stages=2,
+            arguments={"n": n}, options={"num_warps": 4},
         )
         for n in (1, 2, 2, third)
     ]  # fmt: skip
