@@ -16,8 +16,8 @@ _places: list[Tensor | None] = []
 def side_by_side(
     n: int, c: int, h: int, w: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Two uninitialised channels_last tensors (n, c, h, w), one behind the other. To autograd they
-    are strangers: neither is a view."""
+    """Two uninitialised channels_last tensors (n, c, h, w), one behind the other. Neither
+    is a view, so autograd gives each a history of its own."""
     both = torch.empty(2 * n * c * h * w, dtype=dtype, device=device)
     return _at(both, 0, (n, c, h, w)), _at(both, n * c * h * w, (n, c, h, w))
 

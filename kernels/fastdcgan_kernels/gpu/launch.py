@@ -2,10 +2,9 @@
 the same object. Not here: which launches a block needs (the families beside).
 
 Programmatic dependent launch (CUDA C++ Programming Guide, the section of that name): where a target
-has it, a launch's programs may start while the launch ahead of it in the stream still ends, and
-wait there. So what a launch costs besides its work is done in the shade of another's. That is safe
-where every kernel waits before all else, which `begin` is for: then whatever has ended has seen the
-end of what came before it, too.
+has it, a launch is set up, and its programs start, while the one ahead of it in the stream still
+ends; there they wait. That is safe where every kernel waits before all else, which `begin` is for:
+so a launch that has ended has seen the end of all before it.
 """
 
 from __future__ import annotations
@@ -18,9 +17,13 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..choice.targets import starts_early
+
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # a Triton made for AMD alone
+    gdc_launch_dependents = gdc_wait = None
 
 # Of every compilation. a * b + c as one rounding: what Triton did before it asked to be told.
 OPTIONS = {"enable_fp_fusion": True}
