@@ -43,6 +43,21 @@ def test_every_prologue_and_epilogue(kind, prologue, epilogue):
     exact.check_pair(convolve, *KINDS[kind], prologue, epilogue, tile_of(16, 32, 32))
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("epilogue", "rows", "columns"),
+    [("gradient", 256, 32), ("actgrad", 256, 32), ("statistics", 64, 64)],
+)
+def test_tiles_that_are_stored_in_parts(transposed, epilogue, rows, columns):
+    """Four parts, and two; the last tile is not full, nor is its last part."""
+    g = layer(5, 8, 8, 24, 64)
+    tile = tile_of(rows, columns, 32)
+    activations = ("none", "leaky_relu")
+    exact.check_gather(
+        convolve, transposed, g, torch.float32, "none", epilogue, activations, 1, tile
+    )
+
+
 layers = st.builds(
     layer, st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.sampled_from([4, 16, 100]),
     st.sampled_from([32, 64, 100]), st.sampled_from([2, 2, 1]),
