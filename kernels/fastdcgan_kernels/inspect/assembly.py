@@ -91,14 +91,21 @@ def describe_sass(code: list[tuple[int, str]], matrix: str) -> dict[str, Any]:
     texts, wide = [text for _, text in code], r"\b(LDG|STG|LDGSTS)\S*\.128"
     copies = {"TMA": r"\bUTMALDG", "cp.async": r"\bLDGSTS"}
     found = _described(texts, loops, matrix, rf"\b{matrix}\b", wide, r"\b(LDL|STL)\b", copies)
-    return {**found, "waits_first": _waits_first(texts)}
-
-
-def _waits_first(lines: list[str]) -> bool:
-    """Whether the launch ahead is waited for before anything is done to global memory."""
     memory = r"\b(LDG|STG|LDGSTS|LD|ST|ATOM|ATOMG|RED|REDG|UTMA\w+|UBLKCP)\b"
-    events = (line for line in lines if re.search(rf"\bACQBULK\b|{memory}", line))
-    return "ACQBULK" in next(events, "")
+    return {**found, "waits_first": _first(r"\bACQBULK\b", memory, texts)}
+
+
+def waits_first(ptx: str) -> bool:
+    """`waits_first` of a kernel in Gluon. Its binary may have other warps' code ahead of the wait;
+    they start at a barrier behind it."""
+    memory = r"\b(ld|st|atom|red)\.global|\bcp\.async\.bulk\.tensor|\bbarrier\.sync"
+    return _first(r"\bgriddepcontrol\.wait\b", memory, ptx.splitlines())
+
+
+def _first(wait: str, memory: str, lines: list[str]) -> bool:
+    """Whether a wait is there, and before anything is done to global memory."""
+    events = (line for line in lines if re.search(rf"{wait}|{memory}", line))
+    return re.search(wait, next(events, "")) is not None
 
 
 # What a warp-specialised kernel does in an order that its source leaves to the compiler.

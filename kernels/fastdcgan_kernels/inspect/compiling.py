@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 from ..choice.targets import TARGETS
 from ..choice.types import Target
 from ..gpu.launch import Launch
-from .assembly import describe_amdgcn, describe_cubin, unordered
+from .assembly import describe_amdgcn, describe_cubin, unordered, waits_first
 
 # What a multiprocessor holds: CUDA C++ Programming Guide, "Technical Specifications per Compute
 # Capability": warps, blocks, bytes of shared memory (1 KB of it is the system's, each block).
@@ -117,6 +117,7 @@ def compile_order(order: Order, arch: str) -> dict[str, Any]:
         if kernel_of(order).is_gluon():
             ptx = built.asm["ptx"]
             found["unordered"] = unordered(ptx)
+            found["waits_first"] = waits_first(ptx)
             found["setmaxnreg"] = sorted(
                 {int(n) for n in re.findall(r"setmaxnreg\S+\s+(\d+)", ptx)}
             )
