@@ -32,17 +32,17 @@ def meta(*shape):
     return torch.empty(shape, dtype=torch.bfloat16, device="meta", memory_format=memory)
 
 
-@pytest.mark.parametrize("engine", ["pointers", "descriptors"])
-@pytest.mark.parametrize("g", [D3, D2, D5, G1], ids=["D3", "D2", "D5", "G1"])
+@pytest.mark.parametrize(
+    ("engine", "g"),
+    [*(("pointers", g) for g in (D3, D2, D5, G1)),
+     *(("descriptors", g) for g in (D3, D2))],  # the others' channels are no whole 16 bytes
+)  # fmt: skip
 @pytest.mark.parametrize(
     ("op", "groups"),
     [("conv", 1), ("conv", 2), ("conv_transposed", 2), ("weight_gradient", 1)],
 )
 @pytest.mark.parametrize("split", [1, 4])
 def test_programs_are_those_of_the_launch(op, g, groups, split, engine):
-    fits = g in (D3, D2)
-    if engine == "descriptors" and not fits:
-        pytest.skip("these channels are no whole 16 bytes")
     tile = replace(TILE, engine=engine, split=split)
     small, large = meta(g.N, g.CS, g.P, g.Q), meta(g.N, g.CL, g.H, g.W)
     weight, up = meta(g.CS, g.CL, 4, 4), op == "conv_transposed"
