@@ -30,8 +30,8 @@ def placed(place: Tensor | None) -> contextlib.AbstractContextManager[Tensor | N
 def place_for(
     n: int, c: int, h: int, w: int, like: Tensor, dtype: torch.dtype | None = None
 ) -> Tensor | None:
-    """Where a result is to go, on the device and by default in the dtype of `like`; None: nobody
-    said, or another result is there already."""
+    """Where a result is to go, on the device and by default in the dtype of `like`; None:
+    `placed` said nothing, or another result is there already."""
     if not _places or _places[-1] is None:
         return None
     place = _places[-1]

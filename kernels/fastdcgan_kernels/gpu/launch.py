@@ -32,8 +32,8 @@ OPTIONS = {"enable_fp_fusion": True}
 @dataclass(frozen=True)
 class Launch:
     """kernel: a triton.jit function; grid: programs along each axis; arguments: every parameter by
-    name but PDL, tensors and tensor descriptors and constants alike; warps and stages: for the
-    compiler; pdl: whether it may start early."""
+    name but PDL: tensors, tensor descriptors and constants; warps and stages: for the compiler;
+    pdl: whether it may start early."""
 
     kernel: Any
     grid: tuple[int, ...]
