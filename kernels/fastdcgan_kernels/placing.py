@@ -8,6 +8,7 @@ import contextlib
 import torch
 from torch import Tensor
 
+from .choice.geometry import empty
 from .choice.targets import pushed
 
 _places: list[Tensor | None] = []
@@ -40,6 +41,14 @@ def place_for(
         return None
     _places[-1] = None
     return place
+
+
+def empty_or_placed(
+    n: int, c: int, h: int, w: int, like: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Where a kernel writes a result (n, c, h, w), channels_last: `place_for` it, else new."""
+    place = place_for(n, c, h, w, like, dtype)
+    return empty(n, c, h, w, like, dtype) if place is None else place
 
 
 def joined(first: Tensor, second: Tensor) -> Tensor:

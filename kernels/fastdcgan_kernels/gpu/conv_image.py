@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..choice.geometry import Geometry, Shape, Tile, cdiv, empty
-from ..placing import place_for
+from ..placing import empty_or_placed
 from .launch import Launch, begin
 from .partials import finish, join, nothing, place_of, turns_of
 from .tile import Epilogue, Operand, Result, load_operand, of_group, parts_like, pixels, reduce
@@ -52,10 +52,7 @@ def convolve(
         kernel, column_tiles = image_down, cdiv(g.CS, tile.columns)
         sizes |= {"BLOCK_N": tile.columns, "BLOCK_K": min(tile.depth, WINDOW.value)}
         tiles = cdiv(images * g.P * g.Q, tile.rows)
-    sides = g.N, shape.CO, shape.HO, shape.WO
-    out = place_for(*sides, source.value)
-    if out is None:
-        out = empty(*sides, source.value)
+    out = empty_or_placed(g.N, shape.CO, shape.HO, shape.WO, source.value)
     programs = epilogue.programs(tiles, groups, out.device)
     result = epilogue.result(out, groups, programs, column_tiles)
     Launch(

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..choice.geometry import cdiv, empty
-from ..placing import place_for
+from ..choice.geometry import cdiv
+from ..placing import empty_or_placed
 from .launch import Launch, begin
 
 BLOCK = 1024
@@ -35,9 +35,7 @@ def squares(
         (b, C, size, size), channels_last.
     """
     b, (_, height, width, channels) = rows.shape[0], images.shape
-    out = place_for(b, channels, size, size, images, dtype)
-    if out is None:
-        out = empty(b, channels, size, size, images, dtype)
+    out = empty_or_placed(b, channels, size, size, images, dtype)
     top, left = (rows, rows) if corner is None else (each.contiguous() for each in corner)
     Launch(
         crop,
