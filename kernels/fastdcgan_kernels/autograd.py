@@ -16,6 +16,8 @@ from torch import Tensor
 
 from . import ops as operators
 from . import reference
+from .choice import plain
+from .choice.geometry import is_channels_last
 from .choice.spec import BlockSpec, Inputs, Need, Saved, Signature
 from .ops import GRADIENTS, SIGNATURES, ops
 
@@ -44,6 +46,24 @@ def handed_back(
     """The gradients that were asked for, for each argument of this operator."""
     needs = SIGNATURES[name].named(ctx.needs_input_grad)
     return tuple(grads.get(of) if need else None for of, need in needs.items())
+
+
+def formatted(saved: Saved, grads: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """The kernels' gradients, which are channels_last, in the format that PyTorch's would have: of
+    x, channels_last where it or the weight is; of the weight, its own."""
+    weight_is = is_channels_last(saved.weight)
+    x, weight = grads.get("x"), grads.get("weight")
+    if x is not None and not weight_is and not is_channels_last(saved.x):
+        grads["x"] = x.contiguous()
+    if weight is not None and not weight_is:
+        grads["weight"] = weight.contiguous()
+    return grads
+
+
+def needs_reference() -> bool:
+    """Whether a gradient is to be plain PyTorch's: with a graph of its own, or of many upstream
+    gradients at once (`is_grads_batched`)."""
+    return torch.is_grad_enabled() or plain.is_transformed()
 
 
 def needs_of(ctx: Any, name: str) -> Need:
@@ -120,7 +140,7 @@ def _conv_bn_gradient(
     if gy is None:
         assert saved.y is not None
         gy = torch.zeros_like(saved.y)
-    if torch.is_grad_enabled():
+    if needs_reference():
         return by_reference(ctx, "conv_bn", reference.conv_bn, saved, (gy, gcoef))
     need = needs_of(ctx, "conv_bn")
     given = SIGNATURES["conv_bn_backward"].flatten(gy, gcoef, saved, spec, need)
@@ -129,7 +149,7 @@ def _conv_bn_gradient(
         for of, plane in (("gamma", 3), ("beta", 4)):
             parameter = getattr(saved, of)
             grads[of] = None if parameter is None else gcoef[plane, 0].to(parameter.dtype)
-    return handed_back(ctx, "conv_bn", grads)
+    return handed_back(ctx, "conv_bn", formatted(saved, grads))
 
 
 def gradient_of(
@@ -139,11 +159,11 @@ def gradient_of(
 
     def gradient(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         saved, _spec = kept(ctx)
-        if torch.is_grad_enabled():
+        if needs_reference():
             return by_reference(ctx, name, twin, saved, (g,))
         given = SIGNATURES[backward].flatten(g, saved, ctx.spec, needs_of(ctx, name))
         grads = dict(zip(names, getattr(ops, backward)(*given), strict=True))
-        return handed_back(ctx, name, grads)
+        return handed_back(ctx, name, formatted(saved, grads))
 
     return gradient
 
@@ -168,7 +188,7 @@ def _save_activate(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _activate_gradient(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     (y, coef), spec = ctx.saved_tensors, ctx.spec
-    if torch.is_grad_enabled():
+    if needs_reference():
         plain = _Coefficients.apply(coef)
         needs = SIGNATURES["activate"].named(ctx.needs_input_grad)
         wanted = {of: t for of, t in (("y", y), ("coef", plain)) if needs[of]}

@@ -13,14 +13,14 @@ the gradient is computed in plain PyTorch, so that higher orders are those of it
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeAlias, TypeGuard
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from . import autograd as _  # noqa: F401  (gives the operators their gradients)
 from . import reference
-from .choice import choose
+from .choice import choose, plain
 from .choice.spec import BlockSpec, Buffers, Inputs
 from .choice.targets import mode, target_of
 from .choice.types import Block, How
@@ -184,6 +184,24 @@ def defers(x: Input, weight: Tensor, spec: BlockSpec, norm: bool = True) -> bool
     return _how(x, weight, spec, norm) in ("hybrid", "prologue")
 
 
+def is_fused(x: Input, weight: Tensor, spec: BlockSpec, norm: bool = True) -> bool:
+    """Whether this block runs by kernels on x, of Triton or of the CPU; else it is plain PyTorch.
+
+    Raises:
+        ValueError: FASTDCGAN_IMPL=triton and no kernel for this.
+    """
+    return _runs(_cast(x), weight, spec, norm) != "reference"
+
+
+def _runs(x: Input, weight: Tensor, spec: BlockSpec, norm: bool) -> How | Literal["cpu"]:
+    """What runs a block: the CPU's kernels, or Triton's in which way, or plain PyTorch."""
+    if plain.is_asked_for(_tensor(x), weight):
+        return "reference"
+    if not spec.sync and _takes_cpu_kernels(x, weight, spec, norm):
+        return "cpu"
+    return _how(x, weight, spec, norm) if _takes_kernels(x, weight, spec) else "reference"
+
+
 def _how(x: Input, weight: Tensor, spec: BlockSpec, norm: bool) -> How:
     """The choice for this block; the default where no device is known."""
     y = _tensor(x)
@@ -265,7 +283,7 @@ def runs_cpu_kernels(device: torch.device) -> bool:
     )
 
 
-def _takes_cpu_kernels(x: Input, weight: Tensor, spec: BlockSpec, norm: bool) -> TypeGuard[Tensor]:
+def _takes_cpu_kernels(x: Input, weight: Tensor, spec: BlockSpec, norm: bool) -> bool:
     """Whether x is a tensor that the kernels of the CPU take: cpu/blocks.py."""
     return (
         isinstance(x, Tensor)
@@ -309,22 +327,20 @@ def with_norm(
     x, weight, groups = _cast(x), inputs.weight, spec.groups
     inputs, spec = _given(x, inputs, spec)
     tracked = buffers.running_mean is not None and buffers.running_var is not None
-
-    def count() -> None:
-        if training and buffers.batches is not None:
-            buffers.batches.add_(groups)
-
-    if not spec.sync and _takes_cpu_kernels(x, weight, spec, norm=True):
-        count()
-        return cpu.conv_bn_act(inputs, buffers, spec, training, momentum)
-    kernels = _takes_kernels(x, weight, spec)
-    if kernels and not training and tracked:
+    how = _runs(x, weight, spec, True)
+    if how != "reference" and not training and tracked:
         return without_norm(x, reference.fold(inputs, buffers, spec), spec)
     if x.shape[0] % groups:
         raise ValueError(f"stat_groups={groups} does not divide a batch of {x.shape[0]}")
-    how = _how(x, weight, spec, True) if kernels else "reference"
+    if not training:
+        buffers = replace(buffers, batches=None)
+
+    def count() -> None:
+        if buffers.batches is not None:
+            buffers.batches.add_(groups)
+
     if how == "reference":
-        inputs = _like(inputs) if kernels else inputs
+        inputs = _like(inputs) if runs_kernels(inputs.x.device) else inputs
         outs = [
             reference.block(
                 replace(inputs, x=part), buffers, spec, training,
@@ -344,6 +360,9 @@ def with_norm(
         buffers = replace(buffers, momenta=momentum)
     else:
         spec = replace(spec, momentum=momentum)
+    if how == "cpu":
+        flat = SIGNATURES["cpu_conv_norm"].flatten(inputs, buffers, spec)
+        return ops.cpu_conv_norm(*flat)[0]
     inputs = replace(inputs, x_activated=_activated(x, weight, spec, how), working=_working(inputs))
     y, coef = ops.conv_bn(*SIGNATURES["conv_bn"].flatten(inputs, buffers, spec))
     deferred = Deferred(y, coef, spec.activation, spec.slope)
@@ -355,13 +374,12 @@ def without_norm(x: Input, inputs: Inputs, spec: BlockSpec, defer: bool = False)
     reference.check_activation(spec.activation)
     x, weight = _cast(x), inputs.weight
     inputs, spec = _given(x, inputs, spec)
-    if _takes_cpu_kernels(x, weight, spec, norm=False):
-        return cpu.conv_act(inputs, spec)
-    kernels = _takes_kernels(x, weight, spec)
     spec = replace(spec, groups=x.coef.shape[1] if isinstance(x, Deferred) else 1)
-    how = _how(x, weight, spec, False) if kernels else "reference"
+    how = _runs(x, weight, spec, False)
+    if how == "cpu":
+        return ops.cpu_conv_act(*SIGNATURES["cpu_conv_act"].flatten(inputs, spec))
     if how == "reference":
-        inputs = _like(inputs) if kernels else inputs
+        inputs = _like(inputs) if runs_kernels(inputs.x.device) else inputs
         return reference.block_without_norm(replace(inputs, x=materialise(x)), spec)
     inputs = replace(inputs, x_activated=_activated(x, weight, spec, how), working=_working(inputs))
     undoes = how in ("hybrid", "prologue") and spec.activation != "none"

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from .choice import plain
 from .choice.spec import BlockSpec, Buffers, Inputs
 
 Activation = Literal["relu", "leaky_relu", "tanh", "none"]
@@ -134,7 +135,10 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, spec: BlockSpec) -
 
 
 def _channels_last(y: Tensor) -> Tensor:
-    return y.contiguous(memory_format=torch.channels_last) if y.dim() == 4 else y
+    """As promised, but inside torch.func, whose batches have no such format."""
+    if y.dim() != 4 or plain.is_transformed():
+        return y
+    return y.contiguous(memory_format=torch.channels_last)
 
 
 def check_activation(activation: str) -> None:

@@ -164,11 +164,13 @@ CASES = {
     "cpu_conv_norm": {
         "alone": lambda: {
             **CPU_LAYER, "x": leaf(16, 32, 8, 8), "weight": leaf(32, 32, 4, 4),
-            "activation": "leaky_relu",
+            "activation": "leaky_relu", "momentum": 0.1,
         },
         "with all": lambda: {
             **CPU_LAYER, "x": leaf(16, 32, 8, 8), "weight": leaf(32, 32, 4, 4), "bias": leaf(32),
-            "gamma": leaf(32), "beta": leaf(32), "activation": "tanh",
+            "gamma": leaf(32), "beta": leaf(32), "activation": "tanh", "running_mean": normal(32),
+            "running_var": torch.rand(32), "batches": torch.tensor(3), "momenta": torch.rand(2),
+            "momentum": 0.0,
         },
     },
     "cpu_conv_norm_backward": {

@@ -117,6 +117,21 @@ def box_is_rows(pixels: int, geometry: Geometry, groups: int) -> bool:
     return in_a_row and whole
 
 
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether PyTorch's convolutions take a tensor for channels_last: by its strides, as
+    c10's `is_channels_last_strides_2d` does; one that is both counts as contiguous."""
+    if tensor.dim() != 4:
+        return False
+    sizes, strides, least = tensor.shape, tensor.stride(), 0
+    if strides[1] == 0:
+        return False
+    for axis in (1, 3, 2, 0):
+        if sizes[axis] == 0 or strides[axis] < least or (axis == 0 and least == strides[1]):
+            return False
+        least = strides[axis] * max(sizes[axis], 1)
+    return True
+
+
 def geometry_of(x: Tensor, weight: Tensor, transposed: bool, stride: int) -> Geometry:
     """Sides of the layer that takes x [N, C, *, *] by this weight."""
     n, _, h, w = x.shape

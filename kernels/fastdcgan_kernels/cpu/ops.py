@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import reference
 from ..autograd import gradient_of, keep, save_conv_act
-from ..choice.spec import BlockSpec, Inputs, Need, Saved, Signature
+from ..choice.spec import BlockSpec, Buffers, Inputs, Need, Saved, Signature
 from ..ops import CHANNELS_LAST, NEED, SIGNATURES, gradients, operator, output
 from .convolution import call, convolve, weight_gradient
 
@@ -24,9 +24,12 @@ LAYER = "transposed stride padding activation slope"
 NORM = f"{LAYER} groups eps"
 
 
-def conv_norm(inputs: Inputs, spec: BlockSpec) -> tuple[Tensor, Tensor, Tensor]:
+def conv_norm(
+    inputs: Inputs, buffers: Buffers, spec: BlockSpec
+) -> tuple[Tensor, Tensor, Tensor]:
     """(out, y, stats): out = act(norm(y)) with y = convolution + bias, and stats [3, groups, C]
-    (mean, biased variance, count) of y; float32, the number of channels a multiple of 16."""
+    (mean, biased variance, count) of y, by which the buffers move; float32, the number of channels
+    a multiple of 16."""
     y = _convolve(inputs, spec)
     n, channels, h, w = y.shape
     rows = n * h * w // spec.groups
@@ -37,10 +40,16 @@ def conv_norm(inputs: Inputs, spec: BlockSpec) -> tuple[Tensor, Tensor, Tensor]:
         "norm", y, _flat(inputs.gamma), _flat(inputs.beta), stats[0], stats[1], out, spec.groups,
         rows, channels, spec.eps, _slope(spec),
     )  # fmt: skip
+    momenta = buffers.momenta
+    reference.update_running(buffers, stats, spec.momentum if momenta is None else momenta)
+    if buffers.batches is not None:
+        buffers.batches.add_(spec.groups)
     return (out.tanh_() if spec.activation == "tanh" else out), y, stats
 
 
-def _fake_conv_norm(inputs: Inputs, spec: BlockSpec) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_conv_norm(
+    inputs: Inputs, buffers: Buffers, spec: BlockSpec
+) -> tuple[Tensor, Tensor, Tensor]:
     out = output(inputs, spec)
     return out, torch.empty_like(out), out.new_empty((3, spec.groups, out.shape[1]))
 
@@ -124,7 +133,7 @@ def _conv_norm_twin(inputs: Inputs, spec: BlockSpec) -> Tensor:
 
 
 def _save_conv_norm(ctx: Any, inputs: Any, output: Any) -> None:
-    given, spec = SIGNATURES["cpu_conv_norm"].restore(inputs)
+    given, _, spec = SIGNATURES["cpu_conv_norm"].restore(inputs)
     out, y, stats = output
     keep(ctx, given, spec, out=out if spec.activation == "tanh" else None, y=y, stats=stats)
     ctx.mark_non_differentiable(y, stats)
@@ -136,8 +145,11 @@ def _save_conv_act(ctx: Any, inputs: Any, output: Any) -> None:
 
 # fmt: off
 _norm = operator(
-    "cpu_conv_norm", Signature("", (Inputs, "x weight bias gamma beta"), (BlockSpec, NORM)),
-    conv_norm, _fake_conv_norm, returns=3,
+    "cpu_conv_norm",
+    Signature(
+        "", (Inputs, "x weight bias gamma beta"), (Buffers, ""), (BlockSpec, f"{NORM} momentum")
+    ),
+    conv_norm, _fake_conv_norm, returns=3, changed=("running_mean", "running_var", "batches"),
 )
 gradients(
     "cpu_conv_norm_backward",
@@ -153,10 +165,9 @@ gradients(
     Signature("g", (Saved, "x weight bias out"), (BlockSpec, LAYER), NEED),
     conv_act_backward, CONVOLUTION,
 )
-_norm.register_autograd(
-    gradient_of("cpu_conv_norm", "cpu_conv_norm_backward", BLOCK, _conv_norm_twin),
-    setup_context=_save_conv_norm,
-)
+# As for conv_bn: register_autograd refuses an operator that changes arguments (autograd.py).
+_norm._setup_context_fn = _save_conv_norm
+_norm._backward_fn = gradient_of("cpu_conv_norm", "cpu_conv_norm_backward", BLOCK, _conv_norm_twin)
 _act.register_autograd(
     gradient_of("cpu_conv_act", "cpu_conv_act_backward", CONVOLUTION, reference.conv_act_of),
     setup_context=_save_conv_act,
