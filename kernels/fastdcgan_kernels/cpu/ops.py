@@ -24,9 +24,7 @@ LAYER = "transposed stride padding activation slope"
 NORM = f"{LAYER} groups eps"
 
 
-def conv_norm(
-    inputs: Inputs, buffers: Buffers, spec: BlockSpec
-) -> tuple[Tensor, Tensor, Tensor]:
+def conv_norm(inputs: Inputs, buffers: Buffers, spec: BlockSpec) -> tuple[Tensor, Tensor, Tensor]:
     """(out, y, stats): out = act(norm(y)) with y = convolution + bias, and stats [3, groups, C]
     (mean, biased variance, count) of y, by which the buffers move; float32, the number of channels
     a multiple of 16."""

@@ -10,6 +10,7 @@ so a launch that has ended has seen the end of all before it.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -72,8 +73,7 @@ class Launch:
             _recorders[-1].append(launch)
         if _recorders or device.type == "meta":
             return
-        current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-        with current:
+        with torch.cuda.device(device) if device.type == "cuda" else _interpreting:
             launch.kernel[launch.grid](**launch.given, **launch.options)
 
     def compile(self) -> Any:
@@ -101,6 +101,7 @@ def begin(PDL: tl.constexpr):
         gdc_launch_dependents()
 
 
+_interpreting = threading.Lock()  # Triton's interpreter has one state for all threads
 _recorders: list[list[Launch]] = []
 _watchers: list[Callable[[Launch], object]] = []
 

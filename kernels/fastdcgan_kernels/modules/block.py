@@ -5,19 +5,25 @@ found in a user's model (fusion.py)."""
 from __future__ import annotations
 
 import contextlib
+import copy
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .. import functional
+from ..choice import plain
+from ..choice.geometry import is_channels_last
 from ..choice.spec import BlockSpec, Buffers
-from ..functional import Deferred, Input
+from ..functional import Activated, Deferred, Input
 
 _stat_groups: list[int] = [1]
 
@@ -81,10 +87,12 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The block's output, (N, C, P, Q) channels_last."""
-        if is_block(self.conv, self.norm, self.activation) and isinstance(x, Tensor):
-            result: Tensor = run_block(self.conv, self.norm, self.activation, x, False)
-            return result
-        for part in (self.conv, self.norm, self.activation):
+        parts = self.conv, self.norm, self.activation
+        if isinstance(x, Tensor) and is_block(*parts) and not plain.is_asked_for():
+            result: Tensor = run_block(*parts, x, False)
+            wide = result.dim() == 4
+            return result.contiguous(memory_format=torch.channels_last) if wide else result
+        for part in parts:
             x = x if part is None else part(x)
         return x
 
@@ -92,29 +100,64 @@ class ConvBlock(nn.Module):
 def run_block(
     conv: Convolution, norm: Norm | None, activation: nn.Module | None, x: Input, defer: bool
 ) -> Any:
-    """What the modules compute one after the other; with `defer`, `Deferred` or `Activated` where
-    the block left something to the one that takes the result."""
+    """What the modules compute one after the other. By kernels it is channels_last, and with
+    `defer` it may be a `Deferred` or `Activated`, which leaves something to the one that takes it;
+    where no kernel takes x, it is plain PyTorch's."""
     found = activation_of(activation)
     assert found is not None
     spec = replace(spec_of(conv), activation=found[0], slope=found[1])
-    inputs = functional.inputs_of(x, conv.weight, conv.bias, getattr(conv, "_working", None))
+    weight, bias = conv.weight, conv.bias  # once: a parametrised weight may move with each access
+    groups = groups_now()
+    if norm is not None:
+        spec = replace(spec, eps=norm.eps, groups=groups, sync=_process_group(norm))
+    if not functional.is_fused(x, weight, spec, norm is not None):
+        op = F.conv_transpose2d if spec.transposed else F.conv2d
+        y = op(functional.materialise(x), weight, bias, spec.stride, spec.padding)
+        y = y if norm is None else _for_each_group(norm, y)
+        return y if activation is None else activation(y)
+    inputs = functional.inputs_of(x, weight, bias, getattr(conv, "_working", None))
     if norm is None:
         return functional.without_norm(x, inputs, spec, defer)
     # As nn.BatchNorm2d.forward; the count stays on its device.
-    groups = groups_now()
     momentum: float | Tensor = 0.0 if norm.momentum is None else norm.momentum
     batches = norm.num_batches_tracked if norm.training and norm.track_running_stats else None
     if batches is not None and norm.momentum is None:  # of each group in turn
         batches.add_(groups)
         counts = [batches - left for left in reversed(range(groups))]
         momentum, batches = 1.0 / torch.stack(counts).float(), None
-    spec = replace(spec, eps=norm.eps, groups=groups, sync=_process_group(norm))
     inputs = replace(inputs, gamma=norm.weight, beta=norm.bias)
     moving = not norm.training or norm.track_running_stats
     mean, var = (norm.running_mean, norm.running_var) if moving else (None, None)
     training = norm.training or (norm.running_mean is None and norm.running_var is None)
     buffers = Buffers(mean, var, batches)
     return functional.with_norm(x, inputs, buffers, spec, training, momentum, defer)
+
+
+# --- Memory formats: kernels are channels_last, what leaves them is as plain PyTorch's ------------
+
+
+def format_of(x: object) -> torch.memory_format:
+    """channels_last for what PyTorch's convolutions take for that, else contiguous."""
+    wide = isinstance(x, Tensor) and not plain.is_transformed() and is_channels_last(x)
+    return torch.channels_last if wide else torch.contiguous_format
+
+
+def format_after(form: torch.memory_format, conv: nn.Module) -> torch.memory_format:
+    """Of what a convolution makes of an input in this format: channels_last where either its input
+    or its weight is."""
+    if form == torch.channels_last or not is_parametrized(conv):
+        return form if form == torch.channels_last else format_of(conv.weight)
+    own = (format_of(parameter) for parameter in conv.parameters())
+    return torch.channels_last if torch.channels_last in own else torch.contiguous_format
+
+
+def formatted(x: Any, form: torch.memory_format) -> Any:
+    """A block's result as others may take it, in this format; anything else as it is."""
+    if isinstance(x, Deferred | Activated):
+        x = functional.materialise(x)
+    if form == torch.contiguous_format and isinstance(x, Tensor) and format_of(x) != form:
+        return x.contiguous()
+    return x
 
 
 def spec_of(conv: Convolution) -> BlockSpec:
@@ -178,7 +221,7 @@ def why_not_conv(conv: Convolution) -> str:
     return ""
 
 
-# Whose forward, as their class has it, blocks stand for.
+# Modules whose stock `forward` a block reproduces.
 KINDS: tuple[type[nn.Module], ...] = (
     nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.LeakyReLU, nn.Tanh,
 )  # fmt: skip
@@ -187,15 +230,17 @@ METHODS = ("__call__", "forward", "_conv_forward", "_output_padding", "_check_in
 
 def is_special(module: nn.Module) -> bool:
     """Whether calling this module may do more than PyTorch's class does: hooks, or code of its own.
-    Classes of this package that stand in for PyTorch's have their `plain`."""
+    The classes that `fuse` gives do not count."""
     if is_hooked(module):
         return True
-    own: Any = getattr(type(module), "plain", type(module))
+    own = type(module)
     for kind in KINDS:
-        if issubclass(own, kind):
-            changed = (getattr(own, name, None) is not getattr(kind, name, None)
-                       for name in METHODS)  # fmt: skip
-            return any(changed)
+        if isinstance(module, kind):
+            stock = [kind, FUSED[kind]]
+            return any(
+                getattr(own, name, None) not in [getattr(one, name, None) for one in stock]
+                for name in METHODS
+            )
     return True
 
 
@@ -225,21 +270,21 @@ class FusedSequential(nn.Sequential):
     """An nn.Sequential that runs the blocks among its children, and in nn.Sequentials in it, as
     fused blocks."""
 
-    plain = nn.Sequential
-
-    def forward(self, input: Tensor) -> Tensor:
-        """As nn.Sequential's."""
-        traced: Any = input
-        if isinstance(traced, fx.Proxy):
-            proxy: Tensor = super().forward(traced)
-            return proxy
-        x: Input = input
+    def forward(self, input: Any) -> Any:
+        """As nn.Sequential's: what is no tensor passes through."""
+        if isinstance(input, fx.Proxy) or plain.is_traced():
+            return super().forward(input)
+        x, form = input, format_of(input)  # as plain PyTorch would have it
         children = list(flat(self))
-        at = 0
+        at, kept = 0, False  # kept: x is saved for the way back as it is
         while at < len(children):
-            block = block_at(children, at)
+            block = block_at(children, at) if _is_tensor(x) else []
             if not block:
-                x = _for_each_group(children[at], functional.materialise(x))
+                child, result = children[at], formatted(x, form)
+                if kept and result is x and getattr(child, "inplace", False):
+                    result = result.clone()
+                x, kept = _for_each_group(child, result), False
+                form = format_of(x)
                 at += 1
                 continue
             conv, norm, activation = _parts(block)
@@ -247,29 +292,42 @@ class FusedSequential(nn.Sequential):
                 x = functional.materialise(x)
             at += len(block)
             another = at < len(children) and len(block_at(children, at)) > 0
+            form, kept = format_after(form, conv), norm is None and activation is not None
             x = run_block(conv, norm, activation, x, another)
-        return functional.materialise(x)
+        return formatted(x, form)
+
+    def __prepare_scriptable__(self) -> nn.Sequential:
+        """For torch.jit.script, which reads a class's code: the plain twin."""
+        return plain_twin(self)
 
 
-def _for_each_group(module: nn.Module, x: Tensor) -> Tensor:
+def _is_tensor(x: object) -> bool:
+    return isinstance(x, Tensor | Deferred | Activated)
+
+
+def _for_each_group(module: nn.Module, x: Any) -> Any:
     """A module that knows nothing of groups is called once for each."""
     groups = groups_now()
-    if groups == 1:
-        one: Tensor = module(x)
-        return one
+    if groups == 1 or not isinstance(x, Tensor):
+        return module(x)
     with stat_groups(1):
         # Of its own each: a module may write over its input.
         return torch.cat([module(part.clone()) for part in x.chunk(groups)])
 
 
 def flat(sequential: nn.Module) -> Iterator[nn.Module]:
-    """Children in order, those of nn.Sequentials without hooks in their place."""
+    """Children in order, those of nn.Sequentials and ConvBlocks without hooks in their place."""
     for child in sequential._modules.values():  # a module that is there twice, twice
-        assert child is not None
-        if type(child) in (nn.Sequential, FusedSequential) and not is_hooked(child):
+        if child is not None and _is_chain(child):
             yield from flat(child)
-        else:
+        elif child is not None:
             yield child
+
+
+def _is_chain(module: nn.Module) -> bool:
+    """Whether a module calls its children one after the other, and is not watched."""
+    chain = type(module) in (nn.Sequential, FusedSequential, ConvBlock)
+    return chain and not is_hooked(module)
 
 
 def block_at(modules: list[nn.Module], at: int) -> list[nn.Module]:
@@ -295,79 +353,115 @@ def _parts(block: list[nn.Module]) -> tuple[Any, Any, Any]:
 
 def _defers(x: Deferred, conv: Any, norm: nn.Module | None) -> bool:
     spec = replace(spec_of(conv), groups=x.coef.shape[1])
-    return functional.defers(x, conv.weight, spec, norm is not None)
+    if is_parametrized(conv):  # its weight moves with each access
+        sides = (conv.in_channels, conv.out_channels)
+        sides = sides if spec.transposed else sides[::-1]
+        weight = x.y.new_empty(()).expand(*sides, *conv.kernel_size)
+    else:
+        weight = conv.weight
+    return functional.defers(x, weight, spec, norm is not None)
 
 
 # --- Attributes: the first module runs the block, the others let its result pass ------------------
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
-    """A block among a module's attributes. While the module's forward runs, in one thread at a
-    time: `owner`: that thread; `active`: it has yet to call the convolution; `waiting`: whom it has
-    yet to call with `result`, the block's."""
+    """A block among a module's attributes, by their names in it. `keeps`: the result goes to the
+    convolution of another run and nowhere else, so it may stay channels_last."""
 
     names: list[str]
     modules: list[nn.Module]
-    owner: int | None = None
-    active: bool = False
-    waiting: list[nn.Module] = field(default_factory=list)
-    result: Tensor | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(Run(self.names, self.modules))
+    keeps: bool = False
 
 
-@dataclass
-class Reading:
-    """What a module's forward was read with: `arguments` without a default, by name, and
-    attributes that its code may look at."""
+@dataclass(eq=False)
+class Begun:
+    """A run whose convolution was called: what it returned, the format that plain PyTorch's would
+    have, and the modules that have yet to be called with it."""
 
-    runs: list[Run]
-    arguments: list[str]
-    attributes: dict[str, Any]
+    run: Run
+    result: Tensor
+    form: torch.memory_format
+    rest: list[nn.Module]
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a module's forward, at this depth of Python's stack: the runs that it has yet to
+    reach, and those that it is in."""
+
+    depth: int
+    expected: list[Run]
+    begun: list[Begun] = field(default_factory=list)
+
+
+_calls: dict[int, list[Call]] = {}
+"""Of each thread, the innermost last; 0 stands for what torch.compile compiles."""
 
 
 def _thread() -> int:
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
+def _here() -> list[Call]:
+    """The calls that this one may be in, the innermost first."""
+    keys = {0, _thread()}  # what is compiled may go on where it is not
+    return [call for key in keys for call in reversed(_calls.get(key, ()))]
+
+
+def _depth() -> int:
+    if torch.compiler.is_compiling():
+        return 0
+    depth, frame = 0, sys._getframe()
+    while frame.f_back is not None:
+        depth, frame = depth + 1, frame.f_back
+    return depth
+
+
 def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Before a module's forward: whether it will run as it was read."""
-    reading: Reading = module._fuse_reading  # type: ignore[assignment]
-    asked = reading.arguments[len(args) :]
-    same = len(args) <= len(reading.arguments) and sorted(kwargs) == sorted(asked)
-    if same and any(getattr(module, n, None) != v for n, v in reading.attributes.items()):
-        same = False
-        if not torch.compiler.is_compiling():
-            warnings.warn(
-                f"attributes of {type(module).__name__} changed after fuse(model): it runs as it "
-                "did before; call fuse again",
-                stacklevel=2,
-            )
-    for run in reading.runs:
-        if run.owner not in (None, _thread()):
-            continue  # this thread's calls run by themselves
-        run.owner = _thread()
-        here = (_submodule(module, name) for name in run.names)
-        run.active = same and all(a is b for a, b in zip(here, run.modules, strict=True))
-        run.waiting = []
-        run.result = None
+    """Before a module's forward: which of its runs it will reach."""
+    reading: Any = module._fuse_reading
+    calls = _calls.setdefault(_thread(), [])
+    depth = _depth()
+    while depth and calls and calls[-1].depth >= depth:
+        calls.pop()  # it was left by a KeyboardInterrupt, after which no hook is called
+    expected = []
+    given = (*args, *kwargs.values())
+    if not plain.is_asked_for() and not any(isinstance(x, fx.Proxy) for x in given):
+        asked = reading.arguments[len(args) :]
+        if len(args) <= len(reading.arguments) and sorted(kwargs) == sorted(asked):
+            expected = [run for run in reading.runs if _is_there(module, run)]
+            changed = reading.changed(module) if expected else ""
+            if changed:
+                expected = []
+                if not torch.compiler.is_compiling():
+                    warnings.warn(
+                        f"attributes of {type(module).__name__} changed after fuse(model) "
+                        f"({changed}): it runs as the plain model does; call fuse again",
+                        stacklevel=2,
+                    )
+    calls.append(Call(depth, expected))
 
 
 def after(module: nn.Module, args: Any, result: Any) -> None:
     """After it: a block's result that not everybody passed on would be a wrong number."""
-    reading: Reading = module._fuse_reading  # type: ignore[assignment]
-    for run in reading.runs:
-        if run.owner != _thread():
-            continue
-        waiting, run.waiting = run.waiting, []
-        run.active, run.result, run.owner = False, None, None
-        if waiting and result is not None:
-            raise RuntimeError(
-                f"{type(module).__name__}.forward called {run.names[0]} and not {run.names[-1]} "
-                "after it, as it did when fuse(model) read it; call fuse(model) again"
-            )
+    calls = _calls[_thread()]
+    left = [begun for begun in calls.pop().begun if begun.rest]
+    if not calls:
+        del _calls[_thread()]
+    if left and result is not None:
+        names = left[0].run.names
+        raise RuntimeError(
+            f"{type(module).__name__}.forward called {names[0]} and not {names[-1]} after it, as "
+            "it did when fuse(model) read it; call fuse(model) again, or unfuse(model)"
+        )
+
+
+def _is_there(module: nn.Module, run: Run) -> bool:
+    """Whether the modules of a run are those that were read."""
+    here = (_submodule(module, name) for name in run.names)
+    return all(a is b for a, b in zip(here, run.modules, strict=True))
 
 
 def _submodule(module: nn.Module, name: str) -> nn.Module | None:
@@ -380,22 +474,56 @@ def _submodule(module: nn.Module, name: str) -> nn.Module | None:
 def _convolve(conv: nn.Module, input: object) -> Tensor | None:
     """The result of the block that a convolution is the first of; None: it is to run by itself."""
     run: Any = conv._fuse_run
-    if not run.active or run.owner != _thread() or run.modules[0] is not conv:
+    if run.modules[0] is not conv or not isinstance(input, Tensor):
         return None
-    run.active = False
+    for call in _here():
+        if run in call.expected:
+            return _begin(call, run, input) if call.depth <= _depth() else None
+    return None
+
+
+def _begin(call: Call, run: Run, input: Tensor) -> Tensor | None:
+    call.expected.remove(run)
     whole, norm, activation = _parts(run.modules)
-    if not isinstance(input, Tensor) or not is_block(whole, norm, activation):
+    if not is_block(whole, norm, activation):
         return None
-    run.waiting = run.modules[1:]
+    form = format_of(input)
+    for kept in call.begun:
+        if kept.run.keeps and input is kept.result:
+            form = kept.form
+            call.begun.remove(kept)
+            break
+    form = format_after(form, whole)
     result: Tensor = run_block(whole, norm, activation, input, False)
-    run.result = result
+    if not run.keeps:
+        result = formatted(result, form)
+    if run.keeps or len(run.modules) > 1:
+        call.begun.append(Begun(run, result, form, run.modules[1:]))
     return result
 
 
-class FusedConv2d(nn.Conv2d):
-    """A convolution that runs the norm and the activation after it, too."""
+def _passes(module: nn.Module, input: object) -> bool:
+    """Whether this is the result of a block that goes through this module next."""
+    for call in _here():
+        for begun in call.begun:
+            if begun.rest and input is begun.result and begun.rest[0] is module:
+                begun.rest = begun.rest[1:]
+                if not begun.rest and not begun.run.keeps:
+                    call.begun.remove(begun)
+                return True
+    return False
 
-    plain = nn.Conv2d
+
+class Fused(nn.Module):
+    """What the classes have in common that `fuse` gives to modules among attributes."""
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """For torch.jit.script, which reads a class's code: the plain twin."""
+        return plain_twin(self)
+
+
+class FusedConv2d(Fused, nn.Conv2d):
+    """A convolution that runs the norm and the activation after it, too."""
 
     def forward(self, input: Tensor) -> Tensor:
         """The output of the whole block, or as nn.Conv2d's."""
@@ -403,10 +531,8 @@ class FusedConv2d(nn.Conv2d):
         return super().forward(input) if result is None else result
 
 
-class FusedConvTranspose2d(nn.ConvTranspose2d):
+class FusedConvTranspose2d(Fused, nn.ConvTranspose2d):
     """A transposed convolution that runs the norm and the activation after it, too."""
-
-    plain = nn.ConvTranspose2d
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """The output of the whole block, or as nn.ConvTranspose2d's."""
@@ -414,16 +540,13 @@ class FusedConvTranspose2d(nn.ConvTranspose2d):
         return super().forward(input, output_size) if result is None else result
 
 
-class Absorbed(nn.Module):
+class Absorbed(Fused):
     """Its work is done by the convolution before it."""
 
     def forward(self, input: Tensor) -> Tensor:
         """input, if it is the result of a block that this module is in; else as its class's."""
-        runs: list[Run] = self._fuse_run  # type: ignore[assignment]
-        for run in runs:
-            if run.waiting and input is run.result and run.waiting[0] is self:
-                run.waiting = run.waiting[1:]
-                return input
+        if _passes(self, input):
+            return input
         forward: Any = super().forward
         result: Tensor = forward(input)
         return result
@@ -432,37 +555,75 @@ class Absorbed(nn.Module):
 class AbsorbedBatchNorm2d(Absorbed, nn.BatchNorm2d):
     """Run by the fused convolution before it."""
 
-    plain = nn.BatchNorm2d
-
 
 class AbsorbedSyncBatchNorm(Absorbed, nn.SyncBatchNorm):
     """Run by the fused convolution before it."""
-
-    plain = nn.SyncBatchNorm
 
 
 class AbsorbedReLU(Absorbed, nn.ReLU):
     """Run by the fused convolution before it."""
 
-    plain = nn.ReLU
-
 
 class AbsorbedLeakyReLU(Absorbed, nn.LeakyReLU):
     """Run by the fused convolution before it."""
-
-    plain = nn.LeakyReLU
 
 
 class AbsorbedTanh(Absorbed, nn.Tanh):
     """Run by the fused convolution before it."""
 
-    plain = nn.Tanh
+
+FUSED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv2d: FusedConv2d,
+    nn.ConvTranspose2d: FusedConvTranspose2d,
+    nn.BatchNorm2d: AbsorbedBatchNorm2d,
+    nn.SyncBatchNorm: AbsorbedSyncBatchNorm,
+    nn.ReLU: AbsorbedReLU,
+    nn.LeakyReLU: AbsorbedLeakyReLU,
+    nn.Tanh: AbsorbedTanh,
+}
 
 
-FUSED: dict[type[nn.Module], Any] = {
-    one.plain: one
-    for one in (
-        FusedConv2d, FusedConvTranspose2d, AbsorbedBatchNorm2d, AbsorbedSyncBatchNorm, AbsorbedReLU,
-        AbsorbedLeakyReLU, AbsorbedTanh,
-    )
-}  # fmt: skip
+# --- Classes, which PyTorch changes, too: parametrisations and FSDP derive one from a module's ----
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def give_class(module: nn.Module) -> None:
+    """A module of one of PyTorch's classes, or of one that a parametrisation derived from it, gets
+    the fused class in its place."""
+    for own, fused in FUSED.items():
+        if isinstance(module, own) and not isinstance(module, fused):
+            module.__class__ = _rebased(type(module), own, fused)
+            # Tracers of torch.fx take modules of torch.nn as they are, and look into others.
+            module.__dict__["__module__"] = own.__module__
+            break
+
+
+def take_class(module: nn.Module) -> None:
+    """The module gets PyTorch's class back."""
+    for own, fused in {**FUSED, nn.Sequential: FusedSequential}.items():
+        if isinstance(module, fused):
+            module.__class__ = _rebased(type(module), fused, own)
+            module.__dict__.pop("__module__", None)
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether `fuse` has given this module its class."""
+    return isinstance(module, Fused | FusedSequential)
+
+
+def plain_twin(module: Module) -> Module:
+    """A module of PyTorch's class with the same parameters and children."""
+    twin = module.__new__(type(module))
+    twin.__dict__ = {**module.__dict__, "_modules": copy.copy(module._modules)}
+    take_class(twin)
+    return twin
+
+
+def _rebased(kind: type, old: type, new: type) -> type:
+    """The class with another in its place, or in the place of one that it is derived from."""
+    if kind is old:
+        return new
+    bases = tuple(_rebased(b, old, new) if issubclass(b, old) else b for b in kind.__bases__)
+    body = {n: v for n, v in vars(kind).items() if n not in ("__dict__", "__weakref__")}
+    return type(kind)(kind.__name__.replace(old.__name__, new.__name__), bases, body)

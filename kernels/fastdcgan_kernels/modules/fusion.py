@@ -10,31 +10,29 @@ as it was read, and is itself whenever anybody else calls it.
 
 from __future__ import annotations
 
-import inspect
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from torch import fx, nn
+from torch import nn
 
 from .block import (
-    FUSED,
-    Absorbed,
     ConvBlock,
     FusedSequential,
-    Reading,
-    Run,
-    activation_of,
     after,
     before,
     block_at,
     flat,
+    give_class,
     is_block,
     is_convolution,
-    is_norm_of,
+    is_fused,
     is_special,
+    take_class,
     why_not_conv,
 )
+from .reading import read
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -103,9 +101,7 @@ def fuse(model: Model, *, verbose: bool = False) -> Model:
 def unfuse(model: Model) -> Model:
     """Undo `fuse`: every module gets its own class back. Returns the model."""
     for module in model.modules():
-        plain = getattr(type(module), "plain", None)
-        if plain is not None:
-            module.__class__ = plain
+        take_class(module)
         for name in ("_fuse_findings", "_fuse_run", "_fuse_reading"):
             module.__dict__.pop(name, None)
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
@@ -116,19 +112,26 @@ def unfuse(model: Model) -> Model:
     return model
 
 
+@contextlib.contextmanager
+def unfused(model: Model) -> Iterator[Model]:
+    """Inside, the model is as it was before `fuse`, for tools that look at classes and code
+    (torch.jit.script, quantisation, initialisers that ask `type(m) == nn.Conv2d`); afterwards what
+    was fused is fused again."""
+    fused = [module for module in model.modules() if "_fuse_findings" in module.__dict__]
+    if not fused and any(is_fused(module) for module in model.modules()):
+        fused = [model]  # a part of a model that was fused
+    unfuse(model)
+    try:
+        yield model
+    finally:
+        for module in fused:
+            fuse(module)
+
+
 def findings(model: nn.Module) -> tuple[Finding, ...]:
     """What `fuse` found in this model; () for a model that it has not seen."""
     found: tuple[Finding, ...] = model.__dict__.get("_fuse_findings", ())
     return found
-
-
-def _attributes_of(module: nn.Module) -> dict[str, Any]:
-    own = nn.Module().__dict__
-    return {
-        name: value
-        for name, value in module.__dict__.items()
-        if isinstance(value, bool | int | float | str | None) and name not in own
-    }
 
 
 def _fuse_one(module: nn.Module, reasons: dict[nn.Module, str]) -> list[list[nn.Module]]:
@@ -149,26 +152,23 @@ def _fuse_one(module: nn.Module, reasons: dict[nn.Module, str]) -> list[list[nn.
     if not convs:
         return []
     try:
-        arguments, runs = _read(module, own)
+        reading = read(module, own)
     except Exception as error:  # whatever a user's forward may raise when it is given a proxy
         first = str(error).splitlines()[0] if str(error) else ""
         why = f"its forward cannot be read by torch.fx ({type(error).__name__}: {first})"
         reasons.update(dict.fromkeys(convs, why))
         return []
     reasons.update(dict.fromkeys(convs, "its module's forward does not call it once, by itself"))
-    if not runs:
+    if not reading.runs:
         return []
-    for run in runs:
-        conv, *absorbed = run.modules
-        conv.__class__ = FUSED[type(conv)]
-        conv.__dict__["_fuse_run"] = run
-        for other in absorbed:
-            other.__class__ = FUSED.get(type(other), type(other))
-            other.__dict__["_fuse_run"] = [*other.__dict__.get("_fuse_run", []), run]
-    module.__dict__["_fuse_reading"] = Reading(runs, arguments, _attributes_of(module))
+    for run in reading.runs:
+        for one in run.modules:
+            give_class(one)
+        run.modules[0].__dict__["_fuse_run"] = run
+    module.__dict__["_fuse_reading"] = reading
     module.register_forward_pre_hook(before, with_kwargs=True)
     module.register_forward_hook(after, always_call=True)
-    return [run.modules for run in runs]
+    return [run.modules for run in reading.runs]
 
 
 def _called(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -178,65 +178,3 @@ def _called(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modul
             yield from _called(child, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", child
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-
-def _read(module: nn.Module, own: dict[str, nn.Module]) -> tuple[list[str], list[Run]]:
-    """Names of the arguments of a module's own forward that have no default, and the runs that it
-    calls both in training and in evaluation, given just those."""
-    parameters = inspect.signature(module.forward).parameters.values()
-    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD, p.KEYWORD_ONLY) for p in parameters):
-        raise TypeError("*args, **kwargs and keyword-only arguments are not read")
-    asked = [p.name for p in parameters if p.default is p.empty]
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    training = module.training
-    try:
-        every = []
-        for mode in (True, False):
-            module.training = mode
-            every.append(_runs_of(own, _Tracer().trace(module, concrete_args=defaults)))
-    finally:
-        module.training = training
-    modules = [run.modules for run in every[1]]
-    return asked, [run for run in every[0] if run.modules in modules]
-
-
-def _runs_of(own: dict[str, nn.Module], graph: fx.Graph) -> list[Run]:
-    calls = {node: own.get(str(node.target)) for node in graph.nodes if node.op == "call_module"}
-    uses = list(calls.values())
-
-    def follower(node: fx.Node) -> fx.Node | None:
-        """The module call that alone takes this node's result, and takes nothing else."""
-        users = list(node.users)
-        alone = len(users) == 1 and users[0] in calls and users[0].args == (node,)
-        return users[0] if alone and not users[0].kwargs else None
-
-    def kind(node: fx.Node | None) -> Any:
-        """The module, where it is one of PyTorch's own classes; else None."""
-        found = None if node is None else calls[node]
-        return found if type(found) in FUSED or isinstance(found, Absorbed) else None
-
-    runs = []
-    for node in calls:
-        conv: Any = calls[node]
-        first = type(conv) in (nn.Conv2d, nn.ConvTranspose2d) and uses.count(conv) == 1
-        if not first or len(node.args) != 1 or node.kwargs or not is_block(conv, None, None):
-            continue
-        nodes, modules = [node], [conv]
-        after = follower(node)
-        norm = kind(after)
-        once = norm is not None and uses.count(norm) == 1
-        if after and once and is_norm_of(norm, conv) and is_block(conv, norm, None):
-            nodes.append(after)
-            modules.append(norm)
-            after = follower(after)
-        activation = kind(after)
-        if after and activation_of(activation) and is_block(conv, None, activation):
-            nodes.append(after)
-            modules.append(activation)
-        runs.append(Run([str(node.target) for node in nodes], modules))
-    return runs

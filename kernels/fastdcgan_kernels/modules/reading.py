@@ -1,0 +1,222 @@
+"""How a module's own forward calls its convolutions, norms and activations: read once with
+torch.fx, from a twin without values, so that the module and the random generators stay as they
+were. Not here: how the runs that are found are run (block.py).
+
+A later call may go another way, if an option that the forward looks at has changed. So what it
+looked at is noted (watching.py) and compared before each call.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.overrides import TorchFunctionMode
+
+from .block import FUSED, Fused, Run, activation_of, is_block, is_norm_of
+from .watching import Place, Watch, at, known, undisturbed
+
+
+@dataclass(eq=False)
+class Reading:
+    """The runs of a module's forward; its `arguments` without a default, by name, which it was read
+    with; and what it looked at, as it was then."""
+
+    runs: list[Run]
+    arguments: list[str]
+    seen: dict[Place, Any] = field(default_factory=dict)
+
+    def changed(self, module: nn.Module) -> str:
+        """The first of what the forward looked at that is another now; "" for none."""
+        if torch.compiler.is_compiling():
+            return _changed_while_compiling(self, module)
+        for place, value in self.seen.items():
+            if known(at(module, place)) != value:
+                return place.name
+        return ""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Reading:
+        return Reading(copy.deepcopy(self.runs, memo), self.arguments, self.seen)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "seen": {p: v for p, v in self.seen.items() if p.can_be_pickled()}}
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _changed_while_compiling(reading: Reading, module: nn.Module) -> str:
+    """As `Reading.changed`, once for each compilation: PyTorch compiles a forward anew when what it
+    looks at has changed."""
+    for place, value in reading.seen.items():
+        if known(at(module, place)) != value:
+            return place.name
+    return ""
+
+
+def read(module: nn.Module, own: dict[str, nn.Module]) -> Reading:
+    """The runs that a module's forward calls both in training and in evaluation, given just the
+    arguments that have no default.
+
+    Args:
+        own: the modules that it may call, by name.
+
+    Raises:
+        Exception: whatever a forward may raise that is given proxies; or why it is not read.
+    """
+    parameters = inspect.signature(module.forward).parameters.values()
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD, p.KEYWORD_ONLY) for p in parameters):
+        raise TypeError("*args, **kwargs and keyword-only arguments are not read")
+    asked = [p.name for p in parameters if p.default is p.empty]
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    every: list[list[Run]] = []
+    seen: dict[Place, Any] = {}
+    for mode in (True, False):
+        twin = _twin(module).train(mode)
+        with undisturbed(), Watch(module, twin) as watch, _WithoutValues(), torch.device("meta"):
+            graph = _Tracer().trace(twin, concrete_args=copy.deepcopy(defaults))
+        seen |= watch.seen()
+        every.append(_runs_of(own, graph))
+    in_evaluation = [(run.modules, run.keeps) for run in every[1]]
+    runs = []
+    for run in every[0]:
+        if any(modules == run.modules for modules, _ in in_evaluation):
+            run.keeps = (run.modules, run.keeps) in in_evaluation
+            runs.append(run)
+    return Reading(runs, asked, seen)
+
+
+# --- The twin: the same classes and attributes, tensors without values ----------------------------
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Inside, a tensor is copied without its values, to the meta device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.__deepcopy__, Tensor.clone) and isinstance(args[0], Tensor):
+            return _meta(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def _meta(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        return tensor
+    empty = torch.empty_like(tensor.detach(), device="meta")
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(empty, tensor.requires_grad)
+    return empty
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """The module and its children once more, with copies of their attributes. What cannot be copied
+    (locks, files) they share."""
+    twins = {m: m.__new__(type(m)) for m in module.modules()}
+    memo: dict[int, Any] = {id(m): twin for m, twin in twins.items()}
+    for m in module.modules():
+        memo.update({id(t): _meta(t) for t in (*m._parameters.values(), *m._buffers.values())
+                     if t is not None})  # fmt: skip
+    with _WithoutValues():
+        for m, twin in twins.items():
+            twin.__dict__ = {name: _copied(value, memo) for name, value in vars(m).items()}
+    return twins[module]
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception:  # whatever a user's object may raise
+        return copy.copy(value) if isinstance(value, dict | list | set) else value
+
+
+# --- The order of calls ---------------------------------------------------------------------------
+
+
+class _Tracer(fx.Tracer):
+    """Takes every module as a whole, and notes in which mode of PyTorch's it is called."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        proxy = super().call_module(m, forward, args, kwargs)
+        if isinstance(proxy, fx.Proxy):
+            proxy.node.meta["mode"] = _mode()
+        return proxy
+
+
+def _mode() -> tuple[Any, ...]:
+    """Of differentiation and autocast. A block runs in one."""
+    kinds = ("cpu", "cuda")
+    casts = [(torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds]
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *casts
+
+
+def _is_stock(module: nn.Module | None) -> bool:
+    """Whether a module is of a class that `fuse` may change: PyTorch's own, or one that a
+    parametrisation derived from it."""
+    kind = type(module)
+    if isinstance(module, nn.Module) and is_parametrized(module):
+        kind = kind.__bases__[0]
+    return kind in FUSED or issubclass(kind, Fused)
+
+
+def _runs_of(own: dict[str, nn.Module], graph: fx.Graph) -> list[Run]:
+    calls = {node: own.get(str(node.target)) for node in graph.nodes if node.op == "call_module"}
+    uses = list(calls.values())
+
+    def follower(node: fx.Node) -> fx.Node | None:
+        """The module call that alone takes this node's result, takes nothing else, and is made in
+        the same mode."""
+        users = list(node.users)
+        alone = len(users) == 1 and users[0] in calls and users[0].args == (node,)
+        alone = alone and not users[0].kwargs and users[0].meta.get("mode") == node.meta["mode"]
+        return users[0] if alone else None
+
+    def kind(node: fx.Node | None) -> Any:
+        """The module, where it is one of PyTorch's own classes; else None."""
+        found = None if node is None else calls[node]
+        return found if _is_stock(found) else None
+
+    ends: dict[fx.Node, Run] = {}
+    starts: dict[fx.Node, Run] = {}
+    for node in calls:
+        conv: Any = kind(node)
+        if conv is None or uses.count(conv) != 1 or not is_block(conv, None, None):
+            continue
+        if len(node.args) != 1 or node.kwargs:
+            continue
+        nodes, modules = [node], [conv]
+        after = follower(node)
+        norm = kind(after)
+        once = norm is not None and uses.count(norm) == 1
+        if after and once and is_norm_of(norm, conv) and is_block(conv, norm, None):
+            nodes.append(after)
+            modules.append(norm)
+            after = follower(after)
+        activation = kind(after)
+        if after and activation_of(activation) and is_block(conv, None, activation):
+            normed = len(modules) > 1
+            if normed or not _changed_in_place(after, calls):  # it is saved for the way back
+                nodes.append(after)
+                modules.append(activation)
+        run = Run([str(node.target) for node in nodes], modules)
+        ends[nodes[-1]] = starts[node] = run
+    for node, run in ends.items():
+        run.keeps = follower(node) in starts
+    return list(ends.values())
+
+
+_OPERATORS = {"iadd", "isub", "imul", "itruediv", "ipow", "setitem"}  # x += 1 and its like
+
+
+def _changed_in_place(node: fx.Node, calls: dict[fx.Node, nn.Module | None]) -> bool:
+    """Whether something may write over this node's result."""
+    for user in node.users:
+        name = user.target if isinstance(user.target, str) else user.target.__name__
+        in_place = user.kwargs.get("inplace") or getattr(calls.get(user), "inplace", False)
+        if in_place or name in _OPERATORS or (name.endswith("_") and not name.endswith("__")):
+            return True
+    return False
