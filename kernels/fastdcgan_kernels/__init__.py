@@ -17,19 +17,21 @@ if TYPE_CHECKING:
         materialise,
     )
     from .modules.block import ConvBlock
-    from .modules.fusion import Finding, findings, fuse, unfuse
+    from .modules.fusion import Finding, findings, fuse, share, unfuse, unfused
     from .tuner import tune
 
 __all__ = [
     "Activated", "ConvBlock", "Deferred", "Finding", "conv_act", "conv_bn_act",
-    "conv_transpose_act", "conv_transpose_bn_act", "findings", "fuse", "materialise", "tune",
-    "unfuse",
+    "conv_transpose_act", "conv_transpose_bn_act", "findings", "fuse", "materialise", "share",
+    "tune", "unfuse", "unfused",
 ]  # fmt: skip
 
 _ROOMS = {
     "ConvBlock": "modules.block",
     "tune": "tuner",
-    **dict.fromkeys(["Finding", "findings", "fuse", "unfuse"], "modules.fusion"),
+    **dict.fromkeys(
+        ["Finding", "findings", "fuse", "share", "unfuse", "unfused"], "modules.fusion"
+    ),
 }
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import ops as operators
 from . import reference
 from .choice import plain
-from .choice.geometry import is_channels_last
+from .choice.geometry import contiguous, is_channels_last
 from .choice.spec import BlockSpec, Inputs, Need, Saved, Signature
 from .ops import GRADIENTS, SIGNATURES, ops
 
@@ -54,9 +54,9 @@ def formatted(saved: Saved, grads: dict[str, Tensor | None]) -> dict[str, Tensor
     weight_is = is_channels_last(saved.weight)
     x, weight = grads.get("x"), grads.get("weight")
     if x is not None and not weight_is and not is_channels_last(saved.x):
-        grads["x"] = x.contiguous()
+        grads["x"] = contiguous(x)
     if weight is not None and not weight_is:
-        grads["weight"] = weight.contiguous()
+        grads["weight"] = contiguous(weight)
     return grads
 
 
@@ -84,7 +84,7 @@ def by_reference(
     needs = SIGNATURES[name].named(ctx.needs_input_grad)
     wanted = {of: getattr(inputs, of) for of, need in needs.items() if need}
     found = gradients_of(lambda: twin(inputs, ctx.spec), list(wanted.values()), grads)
-    return handed_back(ctx, name, dict(zip(wanted, found, strict=True)))
+    return handed_back(ctx, name, formatted(saved, dict(zip(wanted, found, strict=True))))
 
 
 def gradients_of(

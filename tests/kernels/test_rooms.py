@@ -40,8 +40,10 @@ PUBLIC = [
     "findings",
     "fuse",
     "materialise",
+    "share",
     "tune",
     "unfuse",
+    "unfused",
 ]
 
 

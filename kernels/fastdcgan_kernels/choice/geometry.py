@@ -132,6 +132,13 @@ def is_channels_last(tensor: Tensor) -> bool:
     return True
 
 
+def contiguous(tensor: Tensor) -> Tensor:
+    """The tensor as PyTorch's convolutions take it for contiguous: `is_channels_last` is False,
+    also with one channel or one pixel, where both formats are one."""
+    found = tensor.contiguous()
+    return found.view(-1).view(found.shape) if is_channels_last(found) else found
+
+
 def geometry_of(x: Tensor, weight: Tensor, transposed: bool, stride: int) -> Geometry:
     """Sides of the layer that takes x [N, C, *, *] by this weight."""
     n, _, h, w = x.shape

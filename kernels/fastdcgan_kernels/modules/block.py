@@ -21,7 +21,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .. import functional
 from ..choice import plain
-from ..choice.geometry import is_channels_last
+from ..choice.geometry import contiguous, is_channels_last
 from ..choice.spec import BlockSpec, Buffers
 from ..functional import Activated, Deferred, Input
 
@@ -156,7 +156,7 @@ def formatted(x: Any, form: torch.memory_format) -> Any:
     if isinstance(x, Deferred | Activated):
         x = functional.materialise(x)
     if form == torch.contiguous_format and isinstance(x, Tensor) and format_of(x) != form:
-        return x.contiguous()
+        return contiguous(x)
     return x
 
 

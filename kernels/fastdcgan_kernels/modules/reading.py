@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
-from torch.overrides import TorchFunctionMode
 
 from .block import FUSED, Fused, Run, activation_of, is_block, is_norm_of
+from .twins import CopyTensors, twin_of, without_values
 from .watching import Place, Watch, at, known, undisturbed
 
 
@@ -75,60 +75,24 @@ def read(module: nn.Module, own: dict[str, nn.Module]) -> Reading:
     every: list[list[Run]] = []
     seen: dict[Place, Any] = {}
     for mode in (True, False):
-        twin = _twin(module).train(mode)
-        with undisturbed(), Watch(module, twin) as watch, _WithoutValues(), torch.device("meta"):
+        twin = twin_of(module, without_values).train(mode)
+        copies, empty = CopyTensors(without_values), torch.device("meta")
+        with (
+            undisturbed() as generators, torch.enable_grad(), Watch(module, twin) as watch, copies,
+            empty,
+        ):  # fmt: skip
             graph = _Tracer().trace(twin, concrete_args=copy.deepcopy(defaults))
+        if generators.moved:
+            raise ValueError("it draws random numbers outside PyTorch, and may go by them")
         seen |= watch.seen()
         every.append(_runs_of(own, graph))
     in_evaluation = [(run.modules, run.keeps) for run in every[1]]
     runs = []
     for run in every[0]:
         if any(modules == run.modules for modules, _ in in_evaluation):
-            run.keeps = (run.modules, run.keeps) in in_evaluation
+            run.keeps = run.keeps and (run.modules, True) in in_evaluation
             runs.append(run)
     return Reading(runs, asked, seen)
-
-
-# --- The twin: the same classes and attributes, tensors without values ----------------------------
-
-
-class _WithoutValues(TorchFunctionMode):
-    """Inside, a tensor is copied without its values, to the meta device."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (Tensor.__deepcopy__, Tensor.clone) and isinstance(args[0], Tensor):
-            return _meta(args[0])
-        return func(*args, **(kwargs or {}))
-
-
-def _meta(tensor: Tensor) -> Tensor:
-    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
-        return tensor
-    empty = torch.empty_like(tensor.detach(), device="meta")
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(empty, tensor.requires_grad)
-    return empty
-
-
-def _twin(module: nn.Module) -> nn.Module:
-    """The module and its children once more, with copies of their attributes. What cannot be copied
-    (locks, files) they share."""
-    twins = {m: m.__new__(type(m)) for m in module.modules()}
-    memo: dict[int, Any] = {id(m): twin for m, twin in twins.items()}
-    for m in module.modules():
-        memo.update({id(t): _meta(t) for t in (*m._parameters.values(), *m._buffers.values())
-                     if t is not None})  # fmt: skip
-    with _WithoutValues():
-        for m, twin in twins.items():
-            twin.__dict__ = {name: _copied(value, memo) for name, value in vars(m).items()}
-    return twins[module]
-
-
-def _copied(value: Any, memo: dict[int, Any]) -> Any:
-    try:
-        return copy.deepcopy(value, memo)
-    except Exception:  # whatever a user's object may raise
-        return copy.copy(value) if isinstance(value, dict | list | set) else value
 
 
 # --- The order of calls ---------------------------------------------------------------------------

@@ -89,12 +89,33 @@ def _is_opaque(value: object) -> bool:
 # --- Where it is ----------------------------------------------------------------------------------
 
 
+class Cell:
+    """One variable of a closure; the same as another of the same variable."""
+
+    def __init__(self, cell: types.CellType) -> None:
+        self._cell = cell
+
+    @property
+    def contents(self) -> Any:
+        """Its value; NONE if it has none yet."""
+        try:
+            return self._cell.cell_contents
+        except ValueError:
+            return NONE
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Cell) and self._cell is other._cell
+
+    def __hash__(self) -> int:
+        return id(self._cell)
+
+
 @dataclass(frozen=True)
 class Place:
     """Attributes to go along, from a submodule of the module (its name), a module of Python's
     (`sys.modules`), or a cell of a closure."""
 
-    root: str | types.CellType
+    root: str | Cell
     of: str  # "submodule", "module" or "cell"
     path: tuple[str, ...]
 
@@ -121,18 +142,11 @@ def at(module: nn.Module, place: Place) -> Any:
     elif place.of == "module":
         value = sys.modules.get(str(place.root))
     else:
-        assert isinstance(place.root, types.CellType)
-        value, path = _contents(place.root), path[1:]
+        assert isinstance(place.root, Cell)
+        value, path = place.root.contents, path[1:]
     for name in path:
         value = _attribute(value, name)
     return value
-
-
-def _contents(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # it is empty
-        return NONE
 
 
 def _attribute(value: Any, name: str) -> Any:
@@ -206,14 +220,17 @@ class Watch:
         if not _is_the_users(frame.f_globals.get("__file__", "") if made else code.co_filename):
             return
         home = str(frame.f_globals.get("__name__"))
+        if "len" in code.co_names and "len" not in frame.f_globals:
+            frame.f_globals["len"] = _length  # until the end
+            self._saved.append(((frame.f_globals, "len"), NONE))
         for name in code.co_names:
-            if name in frame.f_globals:
+            if name in frame.f_globals and name != "len":
                 self._save(frame.f_globals, name)
                 self._note(Place(home, "module", (name,)), frame.f_globals[name], code.co_names)
         for name in code.co_freevars:
             cell = self._functions.get(code, {}).get(name)
             if cell is not None:
-                self._note(Place(cell, "cell", (name,)), _contents(cell), code.co_names)
+                self._note(Place(cell, "cell", (name,)), cell.contents, code.co_names)
             elif known(frame.f_locals.get(name, NONE)) is not NONE:
                 raise ValueError(f"{code.co_name} looks at {name}, which cannot be followed")
 
@@ -252,10 +269,17 @@ class Watch:
             self._save_containers(item, inside)
 
 
+def _length(value: Any) -> Any:
+    """len, which torch.fx has no way to record."""
+    return value.size(0) if isinstance(value, fx.Proxy) else len(value)
+
+
 def _restore(container: Any, copied: Any) -> None:
     if isinstance(container, tuple):
         names, name = container
         names[name] = copied
+        if copied is NONE:
+            del names[name]
     elif isinstance(container, list):
         container[:] = copied
     else:
@@ -282,10 +306,10 @@ def _watched(kind: type, name: str, looked: set[Place]) -> type:
     return type(kind)(kind.__name__, (kind,), body)
 
 
-def _functions_of(module: nn.Module) -> dict[types.CodeType, dict[str, types.CellType]]:
+def _functions_of(module: nn.Module) -> dict[types.CodeType, dict[str, Cell]]:
     """The closures of the functions that the classes of a module and its children have, and of
     those that they wrap."""
-    found: dict[types.CodeType, dict[str, types.CellType]] = {}
+    found: dict[types.CodeType, dict[str, Cell]] = {}
     kinds = {kind for m in module.modules() for kind in type(m).__mro__}
     left: list[Any] = [value for kind in kinds for value in vars(kind).values()]
     left += [value for m in module.modules() for value in vars(m).values()]
@@ -294,23 +318,19 @@ def _functions_of(module: nn.Module) -> dict[types.CodeType, dict[str, types.Cel
         value = getattr(value, "__func__", getattr(value, "fget", value))
         if not isinstance(value, types.FunctionType) or value.__code__ in found:
             continue
-        cells = dict(zip(value.__code__.co_freevars, value.__closure__ or (), strict=True))
-        found[value.__code__] = cells
+        cells = map(Cell, value.__closure__ or ())
+        own = found[value.__code__] = dict(zip(value.__code__.co_freevars, cells, strict=True))
         left += [value.__globals__.get(name) for name in value.__code__.co_names]
-        left += map(_contents, cells.values())
+        left += [cell.contents for cell in own.values()]
     return found
 
 
 @contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """Inside, nothing that is printed or logged is seen, and random numbers are drawn aside.
-
-    Raises:
-        ValueError: at the end, if Python's or NumPy's were drawn: the way may depend on them.
-    """
+def undisturbed() -> Iterator[Random]:
+    """Inside, nothing that is printed or logged is seen; afterwards the random generators are as
+    they were."""
     devices = [*range(torch.cuda.device_count())] if torch.cuda.is_initialized() else []
-    drawn = _Drawn()
-    disabled = logging.root.manager.disable
+    generators, disabled = Random(), logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
         with (
@@ -318,32 +338,28 @@ def undisturbed() -> Iterator[None]:
             contextlib.redirect_stdout(io.StringIO()),
             contextlib.redirect_stderr(io.StringIO()),
             warnings.catch_warnings(),
-            torch.enable_grad(),
         ):
             warnings.simplefilter("ignore")
-            yield
+            yield generators
     finally:
         logging.disable(disabled)
-        moved = drawn.put_back()
-    if moved:
-        raise ValueError("its forward draws random numbers outside PyTorch")
+        generators.put_back()
 
 
-class _Drawn:
-    """The states of Python's and NumPy's random generators."""
+class Random:
+    """Python's and NumPy's random generators, as they were; `moved` after `put_back`: whether
+    something was drawn."""
 
     def __init__(self) -> None:
         self._python = random.getstate()
         self._numpy: Any = np.random.get_state(legacy=False)  # noqa: NPY002 (users draw from it)
+        self.moved = False
 
-    def put_back(self) -> bool:
-        """Whether they have moved; then they are as they were again."""
-        was, now = repr(self), repr(_Drawn())
-        if was != now:
-            random.setstate(self._python)
-            np.random.set_state(self._numpy)  # noqa: NPY002
-        return was != now
-
-    def __repr__(self) -> str:
-        state = self._numpy["state"]
-        return f"{hash(self._python)} {state['pos']} {state['key'].sum()}"
+    def put_back(self) -> None:
+        """Sets both to the states that they had."""
+        now, numpy = Random(), self._numpy["state"]
+        at, key = now._numpy["state"]["pos"], now._numpy["state"]["key"]
+        same = at == numpy["pos"] and bool((key == numpy["key"]).all())
+        self.moved = not same or now._python != self._python
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)  # noqa: NPY002

@@ -1,0 +1,927 @@
+"""What people do with models, done with a fused one and with its plain twin: memory formats,
+results that are no tensors, function transforms, tracing, checkpoints, reparametrisations. The
+numbers of single models are in test_fusion.py.
+
+Each test runs with the kernels of Triton, in its interpreter, and with those of the CPU."""
+
+import copy
+import io
+import logging
+import random
+import types
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.autograd import forward_ad
+from torch.nn.utils import parametrizations, parametrize, prune
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+
+from fastdcgan_kernels import findings, fuse, unfuse, unfused
+from fastdcgan_kernels.cpu.blocks import is_there
+
+
+@pytest.fixture(autouse=True, params=["triton", "cpu"])
+def implementation(request, monkeypatch):
+    """Blocks run by Triton's kernels, or by the CPU's where these take them."""
+    if request.param == "triton":
+        monkeypatch.setenv("FASTDCGAN_IMPL", "triton")
+    else:
+        from fastdcgan_kernels.choice import targets
+
+        assert is_there(), "the CPU's kernels need a C++ compiler"
+        monkeypatch.setattr(targets, "target_of", lambda device: None)
+        monkeypatch.setattr("fastdcgan_kernels.functional.target_of", lambda device: None)
+    torch.manual_seed(0)
+    return request.param
+
+
+@pytest.fixture
+def kernels_run(implementation, monkeypatch):
+    """How many forward operators of ours were called."""
+    calls = []
+    names = ("conv_bn", "conv_act", "cpu_conv_norm", "cpu_conv_act")
+
+    class Counted(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "fastdcgan" and func._opname in names:
+                calls.append(func._opname)
+            return func(*args, **(kwargs or {}))
+
+    with Counted():
+        yield calls
+
+
+def down(ci, co, bias=False):
+    return nn.Conv2d(ci, co, 4, 2, 1, bias=bias)
+
+
+def up(ci, co, bias=False):
+    return nn.ConvTranspose2d(ci, co, 4, 2, 1, bias=bias)
+
+
+def picture(n=2, c=3, side=16):
+    return torch.randn(n, c, side, side)
+
+
+def twins(model):
+    return model, fuse(copy.deepcopy(model))
+
+
+def close(mine, theirs):
+    """float32 through a few layers, forth and back."""
+    assert mine.shape == theirs.shape
+    size = theirs.double().square().mean().sqrt().clamp(min=1e-6)
+    assert (mine.double() - theirs.double()).abs().max() <= 1e-4 * size
+
+
+class Critic(nn.Module):
+    """By attributes, with a functional activation, a list of features and a head on `.view`."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.act1 = down(3, 16, True), nn.LeakyReLU(0.2)
+        self.conv2, self.bn2, self.act2 = down(16, 16), nn.BatchNorm2d(16), nn.ReLU()
+        self.conv3, self.bn3 = down(16, 16), nn.BatchNorm2d(16)
+        self.head = nn.Linear(16 * 4, 5)
+
+    def forward(self, x):
+        x = self.act1(self.conv1(x))
+        x = self.act2(self.bn2(self.conv2(x)))
+        x = F.relu(self.bn3(self.conv3(x)))
+        return self.head(x.reshape(len(x), -1))
+
+
+class Block(nn.Module):
+    def __init__(self, ci=3, co=16):
+        super().__init__()
+        self.conv, self.bn, self.act = down(ci, co), nn.BatchNorm2d(co), nn.ReLU()
+
+    def forward(self, x):
+        return self.act(self.bn(self.conv(x)))
+
+
+def chain():
+    return nn.Sequential(
+        down(3, 16, True), nn.LeakyReLU(0.2), down(16, 32), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.Sequential(up(32, 16), nn.BatchNorm2d(16), nn.ReLU()), up(16, 3), nn.Tanh(),
+    )  # fmt: skip
+
+
+MODELS = {
+    "conv act": lambda: nn.Sequential(down(3, 16), nn.ReLU()),
+    "conv": lambda: nn.Sequential(down(3, 16)),
+    "chain": chain,
+    "critic": Critic,
+    "blocks": lambda: nn.Sequential(Block(3, 16), Block(16, 32)),
+    "grey": lambda: nn.Sequential(down(1, 16), nn.ReLU(), up(16, 1), nn.Tanh()),
+    "to one pixel": lambda: nn.Sequential(down(3, 16), nn.ReLU(), down(16, 16), nn.BatchNorm2d(16),
+                                          nn.ReLU(), nn.Conv2d(16, 1, 4)),
+    "others between": lambda: nn.Sequential(down(3, 16), nn.Conv2d(16, 16, 3, 1, 1), nn.ReLU(),
+                                            down(16, 16), nn.BatchNorm2d(16)),
+}  # fmt: skip
+
+
+# --- Memory formats -------------------------------------------------------------------------------
+
+
+def wide(value):
+    return value.to(memory_format=torch.channels_last)
+
+
+def formats(tensor):
+    return tensor.is_contiguous(), tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("weights", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("images", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_and_gradients_lie_in_memory_as_the_plain_models(
+    name, images, weights, create_graph, kernels_run
+):
+    plain, fused = twins(MODELS[name]())
+    if weights == "channels_last":
+        plain, fused = wide(plain), wide(fused)
+    x = picture(c=1 if name == "grey" else 3)
+    x = wide(x) if images == "channels_last" else x
+    found = []
+    for model in (plain, fused):
+        given = x.clone().requires_grad_()
+        out = model(given)
+        wanted = (given, *model.parameters())
+        loss = (out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum() + out.exp().mean()
+        grads = torch.autograd.grad(loss, wanted, create_graph=create_graph)
+        found.append([out, *grads])
+    assert kernels_run
+    for at, (theirs, mine) in enumerate(zip(*found, strict=True)):
+        close(mine, theirs)
+        if at < 2:  # the output and the gradient of the input
+            assert mine.dim() != 4 or formats(mine) == formats(theirs)
+        elif images == weights == "contiguous":
+            mine.view(-1)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_evaluation_and_no_grad_keep_the_format(name):
+    plain, fused = twins(MODELS[name]().eval())
+    x = picture(c=1 if name == "grey" else 3)
+    with torch.no_grad():
+        for given in (x, wide(x)):
+            out, expected = fused(given), plain(given)
+            close(out, expected)
+            assert out.dim() != 4 or formats(out) == formats(expected)
+
+
+def test_a_gram_matrix_by_view():
+    plain, fused = twins(chain()[:5])
+
+    def gram(model, x):
+        h = model(x)
+        n, c, height, width = h.shape
+        flat = h.view(n, c, height * width)
+        return flat @ flat.transpose(1, 2)
+
+    x = picture()
+    close(gram(fused, x), gram(plain, x))
+
+
+def test_inside_a_chain_activations_stay_channels_last(monkeypatch):
+    """No block but the first is given anything else, so no other converts."""
+    from fastdcgan_kernels.modules import block
+
+    seen, whole = [], block.run_block
+
+    def run(conv, norm, activation, x, defer):
+        seen.append(x if isinstance(x, torch.Tensor) else x[0])
+        return whole(conv, norm, activation, x, defer)
+
+    monkeypatch.setattr(block, "run_block", run)
+    for model in (chain(), Critic()):
+        seen.clear()
+        fuse(model)(picture())
+        assert len(seen) >= 3
+        assert [x.is_contiguous(memory_format=torch.channels_last) for x in seen[1:]] == [True] * (
+            len(seen) - 1
+        )
+
+
+def test_dropout_of_a_seed_hides_what_it_hid():
+    model = nn.Sequential(
+        down(3, 16), nn.BatchNorm2d(16), nn.ReLU(), nn.Dropout(0.5),
+        down(16, 16), nn.Dropout2d(0.5), up(16, 16), nn.LeakyReLU(0.1), nn.Dropout(0.3),
+    )  # fmt: skip
+    plain, fused = twins(model)
+    x, outs = picture(), []
+    for net in (plain, fused):
+        torch.manual_seed(5)
+        outs.append(net(x))
+    assert torch.equal(outs[0] == 0, outs[1] == 0)
+    close(outs[1], outs[0])
+
+
+# --- What is no tensor, and what changes it in place ----------------------------------------------
+
+
+class Split(nn.Module):
+    def forward(self, x):
+        return x, {"twice": x * 2}
+
+
+class Join(nn.Module):
+    def forward(self, pair):
+        x, more = pair
+        return x + more["twice"]
+
+
+class Listed(nn.Module):
+    def forward(self, x):
+        return [x, x + 1]
+
+
+def test_tuples_and_dicts_pass_through_a_sequential():
+    for model in (
+        nn.Sequential(down(3, 16), nn.ReLU(), Split(), Join(), down(16, 16), nn.BatchNorm2d(16)),
+        nn.Sequential(Split(), Join(), down(3, 16), nn.ReLU()),
+        nn.Sequential(nn.Sequential(down(3, 16), Listed()), nn.Identity()),
+        nn.Sequential(down(3, 16), nn.ReLU(), Split()),
+    ):
+        plain, fused = twins(model)
+        x = picture()
+        torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_convolution_refuses_it_refuses_in_the_same_words(monkeypatch):
+    monkeypatch.setenv("FASTDCGAN_IMPL", "auto")
+    plain, fused = twins(nn.Sequential(down(3, 16), nn.ReLU()))
+    for given in ((picture(), picture()), None, "picture", torch.ones(2, 3, 8, 8, dtype=torch.int)):
+        messages = []
+        for model in (plain, fused):
+            with pytest.raises(Exception) as caught:  # noqa: B017
+                model(given)
+            messages.append((type(caught.value), str(caught.value)))
+        assert messages[0] == messages[1]
+
+
+class Tagged(torch.Tensor):
+    """A subclass that hands its class on, as those of torchvision and fastai do."""
+
+
+def test_a_subclass_of_tensor_stays_one():
+    plain, fused = twins(nn.Sequential(down(3, 16), nn.ReLU()))
+    x = picture().as_subclass(Tagged)
+    assert type(fused(x)) is type(plain(x)) is Tagged
+    close(fused(x).as_subclass(torch.Tensor), plain(x).as_subclass(torch.Tensor))
+
+
+@pytest.mark.parametrize("memory", ["contiguous", "channels_last"])
+def test_a_layer_that_writes_over_a_blocks_output(memory):
+    """The block has saved its output for the way back."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.act, self.drop = down(3, 16), nn.LeakyReLU(0.2), nn.Dropout(0.5, True)
+
+        def forward(self, x):
+            h = self.drop(self.act(self.conv(x)))
+            h += 1
+            return h
+
+    for model in (
+        nn.Sequential(down(3, 16), nn.LeakyReLU(0.2), nn.Dropout(0.5, inplace=True)),
+        nn.Sequential(down(3, 16), nn.LeakyReLU(0.2), nn.ReLU6(inplace=True), nn.SiLU(True)),
+        Net(),
+    ):
+        plain, fused = twins(model)
+        x = picture()
+        if memory == "channels_last":
+            plain, fused, x = wide(plain), wide(fused), wide(x)
+        for net in (plain, fused):
+            torch.manual_seed(1)
+            net(x).square().sum().backward()
+        for mine, theirs in zip(fused.parameters(), plain.parameters(), strict=True):
+            close(mine.grad, theirs.grad)
+
+
+# --- fuse leaves no trace of its reading ----------------------------------------------------------
+
+SEEN, COUNTS = [], {"calls": 0, "deep": {"calls": 0}}
+
+
+class Noisy(Block):
+    """Writes to whatever a forward can write to."""
+
+    def __init__(self):
+        super().__init__(3, 16)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("average", torch.zeros(16))
+        self.scale = nn.Parameter(torch.ones(16))
+        self.h, self.features, self.named = None, [], {}
+
+    def forward(self, x):
+        self.calls += 1
+        self.average.mul_(0.9)
+        for p in self.parameters():
+            p.data.clamp_(-0.1, 0.1)
+        SEEN.append(x)
+        COUNTS["last"] = x
+        print("shape", x.shape)
+        logging.getLogger("noisy").error("forward")
+        h = self.conv(x)
+        noise = torch.randn(1) + torch.rand(3).sum()
+        self.h = h = self.act(self.bn(h)) + noise * 0
+        self.features.append(h)
+        self.named["h"] = h
+        return h * self.scale[:, None, None]
+
+
+def snapshot(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def test_reading_leaves_no_trace(capsys, caplog):
+    model = Noisy()
+    state, attributes = snapshot(model), {n: v for n, v in vars(model).items() if n[0] != "_"}
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    random.seed(7)
+    np.random.seed(7)
+    generators = random.getstate(), np.random.get_state()[1].copy()
+    fuse(model)
+    assert torch.equal(torch.rand(3), expected)
+    assert random.getstate() == generators[0]
+    assert (np.random.get_state()[1] == generators[1]).all()
+    assert sum(f.fused for f in findings(model)) == 1
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    assert {n: v for n, v in vars(model).items() if n[0] != "_"} == attributes
+    assert model.h is None
+    assert (model.features, model.named, SEEN) == ([], {}, [])
+    assert COUNTS == {"calls": 0, "deep": {"calls": 0}}
+    assert capsys.readouterr().out == ""
+    assert caplog.text == ""
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    x = picture()
+    with torch.no_grad():
+        plain = unfuse(copy.deepcopy(model))
+        for _ in range(2):
+            out, expected = loaded(x), plain(x)
+            close(out, expected)
+    assert loaded.calls == 2
+    SEEN.clear()
+    COUNTS.pop("last")
+
+
+class Counting(Block):
+    """Goes another way in every other call, by a count of its own, or by one elsewhere."""
+
+    where = "attribute"
+
+    def __init__(self):
+        super().__init__(3, 16)
+        self.count = 0
+
+    def forward(self, x):
+        if self.where == "attribute":
+            self.count += 1
+            odd = self.count % 2
+        elif self.where == "global":
+            COUNTS["calls"] += 1
+            odd = COUNTS["calls"] % 2
+        else:
+            odd = random.random() < 0.5 if self.where == "random" else np.random.rand() < 0.5
+        h = self.conv(x)
+        return self.act(self.bn(h) if odd else h)
+
+
+@pytest.mark.parametrize("where", ["attribute", "global", "random", "numpy"])
+def test_a_forward_that_counts_or_throws_dice_runs_as_it_did(where):
+    class Net(Counting):
+        pass
+
+    Net.where = where
+    outs, x = [], picture()
+    for model in twins(Net()):
+        COUNTS["calls"] = 0
+        random.seed(3)
+        np.random.seed(3)
+        torch.manual_seed(0)
+        outs.append([model(x) for _ in range(6)])
+        states = COUNTS["calls"], model.count
+        assert states == ({"global": 6}.get(where, 0), {"attribute": 6}.get(where, 0))
+    for mine, theirs in zip(*outs, strict=True):
+        close(mine, theirs)
+    COUNTS["calls"] = 0
+
+
+# --- Options that change after fuse ---------------------------------------------------------------
+
+SETTINGS = {"norm": True}
+CONFIG = types.SimpleNamespace(model=types.SimpleNamespace(norm=True))
+NORM = True
+
+
+class Config:
+    norm = True
+
+
+class Options:
+    def __init__(self):
+        self.norm = True
+        self.more = {"layers": ["norm"]}
+
+
+class ByOption(Block):
+    def __init__(self):
+        super().__init__(3, 16)
+        self.options = {"norm": True, "names": ["a"]}
+        self.config = Options()
+        self.own = {"deep": [{"norm": True}]}
+
+    def forward(self, x):
+        h = self.conv(x)
+        return self.act(self.bn(h) if self.norms() else h)
+
+
+def by(test, change):
+    return type("By", (ByOption,), {"norms": test}), change
+
+
+closed = {"norm": True}
+
+
+def closure():
+    options = {"norm": True}
+    return by(lambda self: options["norm"], lambda m: options.update(norm=False))
+
+
+OPTIONS = {
+    "dict": lambda: by(lambda self: self.options["norm"], lambda m: m.options.update(norm=False)),
+    "list in a dict": lambda: by(
+        lambda self: "b" not in self.options["names"], lambda m: m.options["names"].append("b")
+    ),
+    "key": lambda: by(lambda self: "off" not in self.options, lambda m: m.options.update(off=1)),
+    "object": lambda: by(lambda self: self.config.norm, lambda m: setattr(m.config, "norm", False)),
+    "list in an object": lambda: by(
+        lambda self: "norm" in self.config.more["layers"],
+        lambda m: m.config.more["layers"].clear(),
+    ),
+    "nested": lambda: by(
+        lambda self: self.own["deep"][0]["norm"], lambda m: m.own["deep"][0].update(norm=False)
+    ),
+    "global dict": lambda: by(lambda self: SETTINGS["norm"], lambda m: SETTINGS.update(norm=False)),
+    "global object": lambda: by(
+        lambda self: CONFIG.model.norm, lambda m: setattr(CONFIG.model, "norm", False)
+    ),
+    "global": lambda: by(lambda self: NORM, lambda m: globals().update(NORM=False)),
+    "class": lambda: by(lambda self: Config.norm, lambda m: setattr(Config, "norm", False)),
+    "closure": closure,
+    "another module's": lambda: by(lambda self: self.bn.use, lambda m: setattr(m.bn, "use", False)),
+    "a child's mode": lambda: by(
+        lambda self: self.bn.training == self.training, lambda m: m.bn.eval()
+    ),
+    "a property": lambda: by(
+        lambda self: type(self).flag.fget(self), lambda m: m.options.update(norm=False)
+    ),
+}
+
+
+@pytest.fixture
+def settings():
+    yield
+    SETTINGS.update(norm=True)
+    CONFIG.model.norm = Config.norm = True
+    globals().update(NORM=True)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_option_that_changes_after_fuse(name, compiled, settings, implementation, kernels_run):
+    if compiled and (implementation == "cpu" or name in ("a child's mode", "object")):
+        pytest.skip("one of each kind is compiled")
+    build, change = OPTIONS[name]()
+    build.flag = property(lambda self: self.options["norm"])
+    model = build()
+    model.bn.use = True
+    plain, fused = twins(model)
+    assert [len(f.names) for f in findings(fused)] == [3]
+    run = torch.compile(fused, backend="aot_eager") if compiled else fused
+    x = picture()
+    close(run(x), plain(x))
+    assert compiled or kernels_run
+    change(plain)
+    if name not in ("global", "global dict", "global object", "class", "closure"):
+        change(fused)
+    kernels_run.clear()
+    if compiled:
+        close(run(x), plain(x))
+    else:
+        with pytest.warns(UserWarning, match="changed after fuse"):
+            close(run(x), plain(x))
+    assert not kernels_run
+    for mine, theirs in zip(fused.buffers(), plain.buffers(), strict=True):
+        close(mine, theirs)
+
+
+# --- Classes that change later --------------------------------------------------------------------
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.act = down(3, 16), nn.BatchNorm2d(16), nn.LeakyReLU(0.2)
+        self.up, self.tanh = up(16, 3), nn.Tanh()
+
+    def forward(self, x):
+        return self.tanh(self.up(self.act(self.bn(self.conv(x)))))
+
+
+STEPS = {
+    "fuse": fuse,
+    "unfuse": unfuse,
+    "spectral": lambda m: parametrizations.spectral_norm(m.conv) and None,
+    "weight norm": lambda m: parametrizations.weight_norm(m.up) and None,
+    "orthogonal": lambda m: parametrizations.orthogonal(m.conv) and None,
+    "remove": lambda m: [
+        parametrize.remove_parametrizations(c, "weight")
+        for c in (m.conv, m.up)
+        if parametrize.is_parametrized(c, "weight")
+    ],
+    "old spectral": lambda m: nn.utils.spectral_norm(m.conv) and None,
+    "prune": lambda m: prune.l1_unstructured(m.up, "weight", 0.5) and None,
+    "sync": lambda m: setattr(m, "bn", nn.SyncBatchNorm.convert_sync_batchnorm(m.bn)),
+    "back": lambda m: setattr(m, "bn", nn.BatchNorm2d(16)),
+}
+ORDERS = [
+    "fuse spectral unfuse", "fuse spectral fuse", "spectral fuse unfuse", "spectral fuse remove",
+    "fuse spectral unfuse remove", "fuse spectral remove unfuse", "spectral fuse unfuse remove fuse",
+    "fuse weight norm spectral unfuse fuse remove unfuse", "fuse orthogonal unfuse",
+    "fuse old spectral unfuse fuse", "fuse prune unfuse fuse", "prune fuse", "fuse sync back fuse",
+    "weight norm fuse remove fuse spectral unfuse remove",
+]  # fmt: skip
+
+
+def steps(order):
+    words, at = order.split(), 0
+    while at < len(words):
+        two = " ".join(words[at : at + 2])
+        name = two if two in STEPS else words[at]
+        at += len(name.split())
+        yield name
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_fuse_and_reparametrisations_in_any_order(order):
+    plain, fused = Two(), None
+    fused = copy.deepcopy(plain)
+    x = picture()
+    for name in steps(order):
+        for model in (plain, fused):
+            torch.manual_seed(1)
+            if model is fused or name not in ("fuse", "unfuse"):
+                STEPS[name](model)
+        if name != "sync":  # which does not run on a CPU
+            for training in (True, False):
+                close(fused.train(training)(x), plain.train(training)(x))
+            assert list(fused.state_dict()) == list(plain.state_dict())
+            for mine, theirs in zip(fused.buffers(), plain.buffers(), strict=True):
+                close(mine, theirs)
+        assert type(fused.conv).__name__.replace("Fused", "") == type(plain.conv).__name__
+        assert isinstance(fused.conv, nn.Conv2d)
+    unfuse(fused)
+    kinds = [[type(m).__mro__[-3:] for m in model.modules()] for model in (plain, fused)]
+    assert kinds[0] == kinds[1]
+    assert fused.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_parametrised_attributes_are_fused_and_their_vector_moves_once_a_call(kernels_run):
+    plain, fused = Two(), None
+    parametrizations.spectral_norm(plain.conv)
+    fused = fuse(copy.deepcopy(plain))
+    assert [len(f.names) for f in findings(fused)] == [3, 2]
+    x = picture()
+    for _ in range(3):
+        close(fused(x), plain(x))
+    assert len(kernels_run) == 6
+    for mine, theirs in zip(fused.buffers(), plain.buffers(), strict=True):
+        close(mine, theirs)
+
+
+# --- Function transforms --------------------------------------------------------------------------
+
+TRANSFORMED = {"sequential": lambda: chain()[:5], "attributes": Two}
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_function_transforms(name):
+    plain, fused = twins(TRANSFORMED[name]().eval())
+    x, v = picture(), picture()
+    calls = {
+        "jvp": lambda m: torch.func.jvp(m, (x,), (v,)),
+        "grad": lambda m: torch.func.grad(lambda x: m(x).square().sum())(x),
+        "vjp": lambda m: torch.func.vjp(m, x)[1](torch.ones_like(m(x))),
+        "vmap": lambda m: torch.func.vmap(m)(torch.stack([x, v])),
+        "of parameters": lambda m: torch.func.grad(
+            lambda p: torch.func.functional_call(m, p, (x,)).square().sum()
+        )(dict(m.named_parameters())),
+        "of each sample": lambda m: torch.func.vmap(
+            torch.func.grad(
+                lambda p, x: torch.func.functional_call(m, p, (x[None],)).square().sum()
+            ),
+            (None, 0),
+        )({n: p.detach() for n, p in m.named_parameters()}, x),
+        "hvp": lambda m: torch.func.jvp(torch.func.grad(lambda x: m(x).square().sum()), (x,), (v,)),
+        "jacrev": lambda m: torch.func.jacrev(lambda s: m(x * s).mean((1, 2, 3)))(torch.ones(())),
+        "jacfwd": lambda m: torch.func.jacfwd(lambda s: m(x * s).mean((1, 2, 3)))(torch.ones(())),
+        "linearize": lambda m: torch.func.linearize(m, x)[1](v),
+        "batched gradients": lambda m: torch.autograd.functional.jacobian(
+            lambda s: m(x * s).mean((1, 2, 3)), torch.ones(()), vectorize=True
+        ),
+        "forward mode": lambda m: _dual(m, x, v),
+        "forward mode of weights": lambda m: _dual_weights(m, x),
+        "double backward": lambda m: torch.autograd.functional.hvp(
+            lambda x: m(x).square().sum(), x, v
+        ),
+    }
+    for what, call in calls.items():
+        mine, theirs = call(fused), call(plain)
+        leaves = [torch.utils._pytree.tree_leaves(found) for found in (mine, theirs)]
+        assert len(leaves[0]) == len(leaves[1])
+        for own, other in zip(*leaves, strict=True):
+            close(own, other), what
+
+
+def _dual(model, x, v):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(model(forward_ad.make_dual(x, v))).tangent
+
+
+def _dual_weights(model, x):
+    given = {n: torch.ones_like(p) for n, p in model.named_parameters()}
+    with forward_ad.dual_level():
+        duals = {n: forward_ad.make_dual(p, given[n]) for n, p in model.named_parameters()}
+        return forward_ad.unpack_dual(torch.func.functional_call(model, duals, (x,))).tangent
+
+
+def test_transforms_of_the_blocks_as_functions():
+    from fastdcgan_kernels import conv_act, conv_bn_act
+
+    weight, gamma, beta = torch.randn(16, 3, 4, 4), torch.rand(16), torch.rand(16)
+    options = {"stride": 2, "padding": 1, "activation": "relu"}
+
+    def mine(x):
+        h = conv_act(x, weight, None, **options)
+        return conv_bn_act(
+            h, weight.new_ones(16, 16, 4, 4), None, gamma, beta, None, None, training=True,
+            momentum=0.1, eps=1e-5, **options,
+        )  # fmt: skip
+
+    def theirs(x):
+        h = F.conv2d(x, weight, None, 2, 1).relu()
+        y = F.conv2d(h, weight.new_ones(16, 16, 4, 4), None, 2, 1)
+        return F.batch_norm(y, None, None, gamma, beta, True).relu()
+
+    x, v = picture(), picture()
+    for a, b in zip(torch.func.jvp(mine, (x,), (v,)), torch.func.jvp(theirs, (x,), (v,)),
+                    strict=True):  # fmt: skip
+        close(a, b)
+    close(torch.func.vmap(mine)(x[None]), torch.func.vmap(theirs)(x[None]))
+
+
+# --- Modes inside a block -------------------------------------------------------------------------
+
+
+class Modes(Block):
+    """Its convolution in one mode, its norm in another."""
+
+    def __init__(self, mode):
+        super().__init__(3, 16)
+        self.mode = mode
+
+    def forward(self, x):
+        with self.mode():
+            h = self.conv(x)
+        return self.act(self.bn(h.clone() if self.mode is torch.inference_mode else h))
+
+
+class Frozen(Block):
+    def forward(self, x):
+        with torch.set_grad_enabled(not self.training):
+            h = self.conv(x)
+        return self.act(self.bn(h))
+
+
+def cast():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: Modes(torch.no_grad),
+        lambda: Modes(cast),
+        lambda: Modes(torch.inference_mode),
+        Frozen,
+    ],
+    ids=["no_grad", "autocast", "inference_mode", "set_grad_enabled"],
+)
+def test_a_block_runs_in_one_mode(build):
+    plain, fused = twins(build())
+    x = picture()
+    for model in (plain, fused):
+        model(x).sum().backward()
+    close(fused(x), plain(x))
+    for (name, mine), theirs in zip(fused.named_parameters(), plain.parameters(), strict=True):
+        assert (mine.grad is None) == (theirs.grad is None), name
+        if theirs.grad is not None:
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-2, atol=1e-3)
+
+
+# --- Recomputation --------------------------------------------------------------------------------
+
+CHECKPOINTED = {
+    "sequential": lambda m, x: checkpoint(m, x, use_reentrant=False),
+    "reentrant": lambda m, x: checkpoint(m, x, use_reentrant=True),
+    "in parts": lambda m, x: checkpoint_sequential(m, 2, x, use_reentrant=False),
+}
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("how", CHECKPOINTED)
+def test_checkpoints_move_the_buffers_as_they_did(how, momentum):
+    model = nn.Sequential(
+        down(3, 16), nn.BatchNorm2d(16, momentum=momentum), nn.ReLU(),
+        down(16, 32), nn.BatchNorm2d(32, momentum=momentum), nn.LeakyReLU(0.2),
+    )  # fmt: skip
+    plain, fused = twins(model)
+    x = picture()
+    for net in (plain, fused):
+        for _ in range(2):
+            CHECKPOINTED[how](net, x.clone().requires_grad_()).square().sum().backward()
+    for (name, mine), theirs in zip(fused.named_buffers(), plain.buffers(), strict=True):
+        close(mine, theirs), name
+    for mine, theirs in zip(fused.parameters(), plain.parameters(), strict=True):
+        close(mine.grad, theirs.grad)
+
+
+def test_two_backward_passes_through_one_forward():
+    plain, fused = twins(chain())
+    x = picture()
+    for model in (plain, fused):
+        loss = model(x).square().sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+    for mine, theirs in zip(fused.parameters(), plain.parameters(), strict=True):
+        close(mine.grad, theirs.grad)
+
+
+# --- Tools ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", [Two, chain, lambda: nn.Sequential(Block(3, 16))])
+def test_symbolic_traces_are_those_of_the_plain_model(build):
+    plain, fused = twins(build())
+    graphs = []
+    for model in (plain, fused):
+        traced = fx.symbolic_trace(model)
+        graphs.append([(n.op, str(n.target)) for n in traced.graph.nodes])
+        x = torch.ones(2, 3, 16, 16)
+        close(traced(x), plain(x))
+    assert graphs[0] == graphs[1]
+
+
+def test_torchvisions_feature_extractor():
+    from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+    for build, nodes in ((Two, ["bn", "up"]), (chain, ["1", "5.1"])):
+        plain, fused = twins(build().eval())
+        assert get_graph_node_names(fused) == get_graph_node_names(plain)
+        x = picture()
+        mine, theirs = (create_feature_extractor(m, nodes)(x) for m in (fused, plain))
+        assert mine.keys() == theirs.keys()
+        for name in mine:
+            close(mine[name], theirs[name])
+
+
+@pytest.mark.parametrize("build", [Two, chain])
+def test_torchscript_and_export_hold_no_operator_of_ours(build, tmp_path):
+    plain, fused = twins(build().eval())
+    x = picture()
+    traced = torch.jit.trace(fused, x)
+    assert "fastdcgan::" not in str(traced.inlined_graph)
+    close(traced(x), plain(x))
+    for strict in (False, True):
+        program = torch.export.export(fused, (x,), strict=strict)
+        assert "fastdcgan" not in str(program.graph)
+        close(program.module()(x), plain(x))
+    made = torch.fx.experimental.proxy_tensor.make_fx(fused)(x)
+    assert "fastdcgan" not in str(made.graph)
+    close(made(x), plain(x))
+    close(fused(x), plain(x))
+
+
+def test_onnx():
+    import onnxruntime
+
+    plain, fused = twins(Two().eval())
+    x, file = picture(), io.BytesIO()
+    torch.onnx.export(fused, (x,), dynamo=True, verbose=False).save(file)
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    close(torch.from_numpy(out), plain(x))
+
+
+def test_torch_jit_script():
+    """A fused nn.Sequential is compiled as the plain one; a module whose attributes are fused has
+    hooks that cannot be compiled, so it is unfused for as long."""
+    plain, fused = twins(chain().eval())
+    x = picture()
+    close(torch.jit.script(fused)(x), plain(x))
+    assert findings(fused)
+    close(fused(x), plain(x))
+    plain, fused = twins(Two().eval())
+    with unfused(fused) as model:
+        scripted = torch.jit.script(model)
+    close(scripted(x), plain(x))
+    assert [len(f.names) for f in findings(fused)] == [3, 2]
+
+
+def test_what_asks_for_classes_sees_the_plain_ones_unfused():
+    fused = fuse(nn.ModuleDict({"a": Two(), "b": chain()}))
+    kinds = [type(m) for m in fused.modules()]
+    with unfused(fused) as model:
+        assert model is fused
+        assert sum(type(m) == nn.Conv2d for m in model.modules()) == 3
+        assert sum(type(m) == nn.Sequential for m in model.modules()) == 2
+    assert [type(m) for m in fused.modules()] == kinds
+    with unfused(fused["a"]) as part:
+        assert type(part.conv) is nn.Conv2d
+        assert type(fused["b"]) is kinds[[*fused.modules()].index(fused["b"])]
+    assert [type(m) for m in fused.modules()] == kinds
+    plain = nn.Sequential(nn.Linear(2, 2))
+    with unfused(plain):
+        pass
+    assert findings(plain) == ()
+
+
+def test_an_interrupted_forward_leaves_nothing_behind():
+    class Interrupted(Two):
+        interrupt = False
+
+        def forward(self, x):
+            h = self.conv(x)
+            self.pause(h)
+            return self.tanh(self.up(self.act(self.bn(h))))
+
+        def pause(self, h):
+            pass
+
+    plain, fused = twins(Interrupted())
+
+    def interrupt(h):
+        raise KeyboardInterrupt
+
+    x = picture()
+    fused.bn.register_forward_pre_hook(lambda m, args: interrupt(None))
+    with pytest.raises(KeyboardInterrupt):
+        fused(x)
+    fused.bn._forward_pre_hooks.clear()
+    close(fused.conv(x), plain.conv(x))
+    close(fused(x), plain(x))
+    close(fused.conv(x), plain.conv(x))
+
+
+class Recursive(Block):
+    """Calls itself between its convolution and its norm."""
+
+    def forward(self, x):
+        h = self.conv(x)
+        if x.shape[0] > 1:
+            h = h + self(x[:1]).mean() * 0
+        return self.act(self.bn(h))
+
+
+class Nested(Block):
+    def __init__(self, inner=None):
+        super().__init__(3, 16)
+        self.inner = [inner]
+
+    def forward(self, x):
+        h = self.act(self.bn(self.conv(x)))
+        return h + self.inner[0](x) if self.inner[0] is not None else h
+
+
+def test_forwards_that_call_each_other():
+    plain, fused = twins(Nested(Nested()))
+    fuse(fused.inner[0])
+    x = picture()
+    close(fused(x), plain(x))
+    plain, fused = twins(Recursive())
+    close(fused(x), plain(x))
