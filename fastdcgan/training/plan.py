@@ -13,6 +13,7 @@ from fastdcgan.hardware import amp_dtype
 from fastdcgan.training.config import TrainConfig
 from fastdcgan.training.distributed import Ranks
 from fastdcgan.training.state import build_nets
+from fastdcgan_kernels import fuse, share
 from fastdcgan_kernels.choice import targets
 from fastdcgan_kernels.cpu.build import library
 
@@ -180,16 +181,43 @@ def _listed(classes: Sequence[str]) -> str:
 
 
 def _blocks(engine: Engine) -> str:
+    """What runs the nets' blocks; "" for plain PyTorch."""
     if engine.impl == "reference":
-        return "plain PyTorch"
+        return ""
     with targets.implementation(engine.impl):
         mode = targets.mode()
     target, on_cpu = targets.target_of(engine.device), engine.device.type == "cpu"
     if on_cpu and mode == "auto" and target is None and engine.autocast is None and library():
         return "C++ kernels where they are faster, plain PyTorch elsewhere"
     if mode == "reference" or target is None or (mode == "auto" and engine.device.type != "cuda"):
-        return "plain PyTorch"
+        return ""
     return f"fused Triton kernels for {target.name}"
+
+
+class _InTurn(nn.Module):
+    """G, then D on its images."""
+
+    def __init__(self, netG: nn.Module, netD: nn.Module) -> None:
+        super().__init__()
+        self.netG, self.netD = netG, netD
+
+    def forward(self, z: Tensor, *labels: Tensor) -> Tensor:
+        found: Tensor = self.netD(self.netG(z, *labels), *labels)
+        return found
+
+
+def fused_share(config: TrainConfig, engine: Engine, classes: Sequence[str] | None = None) -> float:
+    """The part of the nets' convolutions that fused kernels run on this engine's device, from 0 to
+    1: on a GPU by the shapes alone, on a CPU by two images."""
+    on_cpu = engine.device.type == "cpu" and targets.target_of(engine.device) is None
+    device = torch.device("cpu" if on_cpu else "meta")
+    images = 2 if on_cpu else config.batch_size
+    mode = targets.implementation(engine.impl if on_cpu else "triton")
+    with torch.random.fork_rng([]), mode, device:
+        nets = _InTurn(*build_nets(config, classes))
+        z = torch.empty(images, config.nz, 1, 1).fill_(1)
+        labels = () if classes is None else (torch.zeros(images, dtype=torch.int64),)
+        return share(fuse(nets), z, *labels)
 
 
 def describe(
@@ -211,6 +239,10 @@ def describe(
         classes: names of the data's, with the configuration's `classes`.
     """
     held, activations = memory_bytes(config, engine.autocast, classes)
+    blocks = _blocks(engine)
+    if blocks:
+        part = fused_share(config, engine, classes)
+        blocks += f"; {part:.1%} of the convolutions' operations are in fused blocks"
     if epoch_images is None:
         length = f"{config.steps} steps" if config.steps else f"{config.epochs} epochs"
     else:
@@ -227,7 +259,7 @@ def describe(
         f"compile    {'torch.compile' if engine.compile else 'off (eager)'}"
         + ("" if engine.cuda_graph == "off" else ", whole steps as CUDA graph")
         + (", two streams" if engine.overlap else ""),
-        f"blocks     {_blocks(engine)}",
+        f"blocks     {blocks or 'plain PyTorch'}",
         f"nets       {config.net}, {config.channels}x{config.image_size}x{config.image_size}, "
         f"nz {config.nz}, ngf {config.ngf}, ndf {config.ndf}",
         f"loss       {_loss(config)}",

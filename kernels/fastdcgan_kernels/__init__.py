@@ -17,7 +17,8 @@ if TYPE_CHECKING:
         materialise,
     )
     from .modules.block import ConvBlock
-    from .modules.fusion import Finding, findings, fuse, share, unfuse, unfused
+    from .modules.fusion import Finding, findings, fuse, unfuse, unfused
+    from .modules.share import share
     from .tuner import tune
 
 __all__ = [
@@ -29,9 +30,8 @@ __all__ = [
 _ROOMS = {
     "ConvBlock": "modules.block",
     "tune": "tuner",
-    **dict.fromkeys(
-        ["Finding", "findings", "fuse", "share", "unfuse", "unfused"], "modules.fusion"
-    ),
+    "share": "modules.share",
+    **dict.fromkeys(["Finding", "findings", "fuse", "unfuse", "unfused"], "modules.fusion"),
 }
 
 

@@ -16,7 +16,7 @@ def is_traced() -> bool:
     """Whether torch.jit.trace, torch.export (torch.onnx.export with them) or make_fx is recording
     this call: what they make is to run, and to be read, without this package."""
     # Not torch.compiler.is_exporting(), which PyTorch 2.11 takes to be true in all it compiles.
-    if torch.compiler._is_exporting_flag or torch.jit.is_tracing():
+    if torch.compiler._is_exporting_flag or torch._C._get_tracing_state() is not None:
         return True
     return not torch.compiler.is_compiling() and _makes_fx()
 

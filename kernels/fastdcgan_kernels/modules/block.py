@@ -517,6 +517,19 @@ def _passes(module: nn.Module, input: object) -> bool:
 class Fused(nn.Module):
     """What the classes have in common that `fuse` gives to modules among attributes."""
 
+    @property
+    def qconfig(self) -> Any:
+        """Not there: torch.ao.quantization looks for classes, and would leave this one out."""
+        raise AttributeError("qconfig")
+
+    @qconfig.setter
+    def qconfig(self, value: object) -> None:
+        if value is not None:
+            raise TypeError(
+                "quantisation does not know the classes of fused modules: unfuse(model) first, or "
+                "quantise `with unfused(model):`"
+            )
+
     def __prepare_scriptable__(self) -> nn.Module:
         """For torch.jit.script, which reads a class's code: the plain twin."""
         return plain_twin(self)

@@ -34,11 +34,9 @@ class Reading:
     def changed(self, module: nn.Module) -> str:
         """The first of what the forward looked at that is another now; "" for none."""
         if torch.compiler.is_compiling():
-            return _changed_while_compiling(self, module)
-        for place, value in self.seen.items():
-            if known(at(module, place)) != value:
-                return place.name
-        return ""
+            constant: str = _changed_while_compiling(self, module)
+            return constant
+        return _changed(self, module)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Reading:
         return Reading(copy.deepcopy(self.runs, memo), self.arguments, self.seen)
@@ -49,8 +47,12 @@ class Reading:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _changed_while_compiling(reading: Reading, module: nn.Module) -> str:
-    """As `Reading.changed`, once for each compilation: PyTorch compiles a forward anew when what it
-    looks at has changed."""
+    """Once for each compilation: PyTorch compiles a forward anew when what it looks at has
+    changed."""
+    return _changed(reading, module)
+
+
+def _changed(reading: Reading, module: nn.Module) -> str:
     for place, value in reading.seen.items():
         if known(at(module, place)) != value:
             return place.name

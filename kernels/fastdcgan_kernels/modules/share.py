@@ -34,7 +34,8 @@ def share(model: nn.Module, *args: Any, **kwargs: Any) -> float:
         twin(*args, **kwargs)
     if not counted.fused + counted.plain:
         raise ValueError(f"{type(model).__name__} runs no convolution on this input")
-    return counted.fused / (counted.fused + counted.plain)
+    part: float = counted.fused / (counted.fused + counted.plain)
+    return part
 
 
 class _Multiplications(TorchDispatchMode):

@@ -16,7 +16,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def without_values(tensor: Tensor) -> Tensor:
     """Its twin on the meta device."""
-    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+    if nn.parameter.is_lazy(tensor):
         return tensor
     empty = torch.empty_like(tensor.detach(), device="meta")
     if isinstance(tensor, nn.Parameter):

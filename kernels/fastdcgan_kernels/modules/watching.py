@@ -295,12 +295,13 @@ def _is_the_users(file: str) -> bool:
 
 def _watched(kind: type, name: str, looked: set[Place]) -> type:
     """The class of a module of this name, which notes what is asked of it."""
+    found: Any = kind.__getattribute__
 
     def __getattribute__(self: Any, attribute: str) -> Any:
         internal = attribute in _INTERNAL and not (attribute == "training" and name)
         if not internal and not attribute.startswith("__"):
             looked.add(Place(name, "submodule", (attribute,)))
-        return kind.__getattribute__(self, attribute)  # type: ignore[attr-defined]
+        return found(self, attribute)
 
     body = {"__getattribute__": __getattribute__, "__module__": kind.__module__}
     return type(kind)(kind.__name__, (kind,), body)
