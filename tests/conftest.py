@@ -30,6 +30,7 @@ def pytest_configure(config):
     # Jobs in the background ignore Ctrl-C, and so would commands of tests, which send it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "gpu: needs a GPU; run by `pytest -m gpu`, else skipped")
+    config.addinivalue_line("markers", "convergence: trains whole nets, 200 steps each")
     if config.option.markexpr != "gpu":
         os.environ["TRITON_INTERPRET"] = "1"
 
