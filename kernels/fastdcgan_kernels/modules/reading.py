@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,11 +84,14 @@ def read(module: nn.Module, own: dict[str, nn.Module]) -> Reading:
             undisturbed() as generators, torch.enable_grad(), Watch(module, twin) as watch, copies,
             empty,
         ):  # fmt: skip
-            graph = _Tracer().trace(twin, concrete_args=copy.deepcopy(defaults))
+            tracer = _Tracer()
+            outside = _mode()[-1]
+            graph = tracer.trace(twin, concrete_args=copy.deepcopy(defaults))
+            held = tracer.held()
         if generators.moved:
             raise ValueError("it draws random numbers outside PyTorch, and may go by them")
         seen |= watch.seen()
-        every.append(_runs_of(own, graph))
+        every.append(_runs_of(own, graph, held, outside))
     in_evaluation = [(run.modules, run.keeps) for run in every[1]]
     runs = []
     for run in every[0]:
@@ -103,6 +107,19 @@ def read(module: nn.Module, own: dict[str, nn.Module]) -> Reading:
 class _Tracer(fx.Tracer):
     """Takes every module as a whole, and notes in which mode of PyTorch's it is called."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._proxies: list[tuple[fx.Node, weakref.ref[fx.Proxy]]] = []
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        made = super().proxy(node)
+        self._proxies.append((node, weakref.ref(made)))
+        return made
+
+    def held(self) -> set[fx.Node]:
+        """After the trace: those whose results an attribute, or a list elsewhere, still holds."""
+        return {node for node, proxy in self._proxies if proxy() is not None}
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
@@ -114,10 +131,12 @@ class _Tracer(fx.Tracer):
 
 
 def _mode() -> tuple[Any, ...]:
-    """Of differentiation and autocast. A block runs in one."""
+    """Of differentiation, autocast, and who keeps tensors for the way back (checkpoints do). A
+    block runs in one."""
     kinds = ("cpu", "cuda")
     casts = [(torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds]
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *casts
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *casts, hooks
 
 
 def _is_stock(module: nn.Module | None) -> bool:
@@ -129,7 +148,16 @@ def _is_stock(module: nn.Module | None) -> bool:
     return kind in FUSED or issubclass(kind, Fused)
 
 
-def _runs_of(own: dict[str, nn.Module], graph: fx.Graph) -> list[Run]:
+def _runs_of(
+    own: dict[str, nn.Module], graph: fx.Graph, held: set[fx.Node], outside: Any
+) -> list[Run]:
+    """The runs in a graph.
+
+    Args:
+        held: nodes whose results others may look at later.
+        outside: who keeps tensors for the way back outside the forward. What a checkpoint in it
+            recomputes is called without the forward around it, so it is left as it is.
+    """
     calls = {node: own.get(str(node.target)) for node in graph.nodes if node.op == "call_module"}
     uses = list(calls.values())
 
@@ -138,7 +166,12 @@ def _runs_of(own: dict[str, nn.Module], graph: fx.Graph) -> list[Run]:
         the same mode."""
         users = list(node.users)
         alone = len(users) == 1 and users[0] in calls and users[0].args == (node,)
-        alone = alone and not users[0].kwargs and users[0].meta.get("mode") == node.meta["mode"]
+        alone = (
+            alone
+            and node not in held
+            and not users[0].kwargs
+            and users[0].meta.get("mode") == node.meta["mode"]
+        )
         return users[0] if alone else None
 
     def kind(node: fx.Node | None) -> Any:
@@ -152,7 +185,7 @@ def _runs_of(own: dict[str, nn.Module], graph: fx.Graph) -> list[Run]:
         conv: Any = kind(node)
         if conv is None or uses.count(conv) != 1 or not is_block(conv, None, None):
             continue
-        if len(node.args) != 1 or node.kwargs:
+        if len(node.args) != 1 or node.kwargs or node.meta["mode"][-1] != outside:
             continue
         nodes, modules = [node], [conv]
         after = follower(node)

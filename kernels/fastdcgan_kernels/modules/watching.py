@@ -176,6 +176,7 @@ class Watch:
         self._looked: set[Place] = set()
         self._before: dict[Place, Any] = {}
         self._saved: list[tuple[Any, Any]] = []
+        self._caches: list[tuple[Any, int]] = []
         self._codes: set[types.CodeType] = set()
         self._functions = _functions_of(twin)
         for name, own in [*twin.named_modules()]:
@@ -193,8 +194,11 @@ class Watch:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         sys.setprofile(self._profile)
         outside = {place: known(at(self._twin, place)) for place in self._before}
-        for container, copied in self._saved:
+        for container, copied in reversed(self._saved):
             _restore(container, copied)
+        for cache, misses in self._caches:
+            if cache.cache_info().misses != misses:
+                cache.cache_clear()  # of results without values
         if kind is not None:
             return
         for place, now in outside.items():
@@ -225,8 +229,12 @@ class Watch:
             self._saved.append(((frame.f_globals, "len"), NONE))
         for name in code.co_names:
             if name in frame.f_globals and name != "len":
-                self._save(frame.f_globals, name)
+                self._save(frame.f_globals, name, frame.f_globals[name])
                 self._note(Place(home, "module", (name,)), frame.f_globals[name], code.co_names)
+        for kind in {kind for m in self._twin.modules() for kind in type(m).__mro__}:
+            for name in code.co_names:
+                if hasattr(vars(kind).get(name), "cache_clear"):
+                    self._save(kind, name, vars(kind)[name])
         for name in code.co_freevars:
             cell = self._functions.get(code, {}).get(name)
             if cell is not None:
@@ -242,7 +250,8 @@ class Watch:
                 return
             for name in names:
                 if name in vars(value):
-                    self._save(vars(value), name)
+                    names_of: Any = value if isinstance(value, type) else vars(value)
+                    self._save(names_of, name, vars(value)[name])
                     deeper = Place(place.root, place.of, (*place.path, name))
                     self._note(deeper, vars(value)[name], names)
             return
@@ -253,9 +262,10 @@ class Watch:
                 raise ValueError(f"it looks at {place.name}, which cannot be followed")
             self._before.setdefault(place, state)
 
-    def _save(self, names: Any, name: str) -> None:
-        if isinstance(names, dict):
-            self._saved.append(((names, name), names[name]))
+    def _save(self, names: dict[str, Any] | type, name: str, value: Any) -> None:
+        self._saved.append(((names, name), value))
+        if hasattr(value, "cache_info") and hasattr(value, "cache_clear"):  # functools.cache
+            self._caches.append((value, value.cache_info().misses))
 
     def _save_containers(self, value: Any, inside: set[int]) -> None:
         if id(value) in inside or _is_opaque(value) or len(inside) > LARGEST:
@@ -277,9 +287,13 @@ def _length(value: Any) -> Any:
 def _restore(container: Any, copied: Any) -> None:
     if isinstance(container, tuple):
         names, name = container
-        names[name] = copied
-        if copied is NONE:
-            del names[name]
+        if isinstance(names, type):
+            if vars(names).get(name) is not copied:
+                setattr(names, name, copied)
+        elif copied is NONE:
+            names.pop(name, None)
+        elif names.get(name) is not copied:
+            names[name] = copied
     elif isinstance(container, list):
         container[:] = copied
     else:

@@ -5,6 +5,7 @@ numbers of single models are in test_fusion.py.
 Each test runs with the kernels of Triton, in its interpreter, and with those of the CPU."""
 
 import copy
+import functools
 import io
 import logging
 import random
@@ -377,6 +378,72 @@ def test_reading_leaves_no_trace(capsys, caplog):
     assert loaded.calls == 2
     SEEN.clear()
     COUNTS.pop("last")
+
+
+class Shared:
+    calls = 0
+    seen: tuple = ()
+
+
+@functools.cache
+def grid(n):
+    return torch.arange(n * 1.0)
+
+
+class Class(Block):
+    """Counts in a class, and caches a tensor."""
+
+    calls = 0
+
+    @functools.lru_cache  # noqa: B019
+    def ramp(self, n):
+        return torch.arange(n * 1.0)
+
+    def forward(self, x):
+        Class.calls += 1
+        Shared.seen = (*Shared.seen, x)
+        return super().forward(x) + grid(16)[:, None, None] + self.ramp(16)[:, None, None]
+
+
+def test_reading_leaves_no_trace_in_classes_and_caches():
+    plain, fused = twins(Class())
+    assert (Class.calls, Shared.seen) == (0, ())
+    (reason,) = {f.reason for f in findings(fused)}  # another call may count and go another way
+    assert "changes Class.calls, and looks at it" in reason
+    x = picture()
+    close(fused(x), plain(x))
+    Class.calls, Shared.seen = 0, ()
+    grid.cache_clear()
+
+
+class Kept(nn.Module):
+    """Keeps what lies between two blocks, for others to look at."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.one, self.act, self.two = down(3, 16), nn.ReLU(), down(16, 16)
+        self.where, self.h, self.features = where, None, []
+
+    def forward(self, x):
+        h = self.act(self.one(x))
+        if self.where == "attribute":
+            self.h = h
+        else:
+            (self.features if self.where == "list" else SEEN).append(h)
+        return self.two(h)
+
+
+@pytest.mark.parametrize("where", ["attribute", "list", "global list"])
+def test_what_a_forward_keeps_lies_in_memory_as_it_did(where):
+    plain, fused = twins(Kept(where))
+    x, found = picture(), []
+    for model in (plain, fused):
+        model(x)
+        found.append({"attribute": [model.h], "list": model.features}.get(where, SEEN)[-1])
+    assert formats(found[1]) == formats(found[0])
+    found[1].view(-1)
+    close(found[1], found[0])
+    SEEN.clear()
 
 
 class Counting(Block):
@@ -770,6 +837,41 @@ def test_checkpoints_move_the_buffers_as_they_did(how, momentum):
             CHECKPOINTED[how](net, x.clone().requires_grad_()).square().sum().backward()
     for (name, mine), theirs in zip(fused.named_buffers(), plain.buffers(), strict=True):
         close(mine, theirs), name
+    for mine, theirs in zip(fused.parameters(), plain.parameters(), strict=True):
+        close(mine.grad, theirs.grad)
+
+
+class Inside(nn.Module):
+    """Checkpoints parts of its own forward, which are called again without the rest of it."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.conv, self.bn, self.act = down(3, 16), nn.BatchNorm2d(16), nn.ReLU()
+        self.block, self.how = Block(16, 16), how
+
+    def forward(self, x):
+        if self.how == "one module":
+            h = self.act(self.bn(checkpoint(self.conv, x, use_reentrant=False)))
+        elif self.how == "a lambda":
+            h = checkpoint(lambda x: self.act(self.bn(self.conv(x))), x, use_reentrant=False)
+        elif self.how == "reentrant":
+            h = checkpoint(lambda x: self.act(self.bn(self.conv(x))), x, use_reentrant=True)
+        else:
+            with torch.autograd.graph.save_on_cpu():
+                h = self.conv(x)
+            h = self.act(self.bn(h))
+        return checkpoint(self.block, h, use_reentrant=False)
+
+
+@pytest.mark.parametrize("how", ["one module", "a lambda", "reentrant", "save on cpu"])
+def test_checkpoints_inside_a_forward(how):
+    plain, fused = twins(Inside(how))
+    assert any(f.fused for f in findings(fused))
+    x = picture()
+    for net in (plain, fused):
+        net(x.clone().requires_grad_()).square().sum().backward()
+    for mine, theirs in zip(fused.buffers(), plain.buffers(), strict=True):
+        close(mine, theirs)
     for mine, theirs in zip(fused.parameters(), plain.parameters(), strict=True):
         close(mine.grad, theirs.grad)
 
