@@ -29,8 +29,9 @@ SHARE = 1.5
 # and of outputs in evaluation (2e-6 in float32). Those of a GPU are not measured.
 START = {"float32": 1e-4, "TF32": 3e-2, "bfloat16": 3e-2, "float16": 1e-2}
 EVALUATION = {"float32": 2e-5, "TF32": 3e-3, "bfloat16": 3e-2, "float16": 3e-3}
-# In another memory format, nn.Dropout draws other masks.
-OTHER_MASKS = {"pix2pix"}
+# Where it is more: plain runs whose weights were changed by 1e-6 left theirs by 9e-4 (power
+# iterations, and an Adam whose first step is the gradient's sign).
+ROUGHER = {"projection": 3e-3}
 
 
 @pytest.mark.convergence
@@ -49,6 +50,6 @@ def test_fused_nets_learn_as_plain_ones(net, device, dtype, monkeypatch):
     assert max(found.excess.values()) <= SHARE, found.excess
     name = str(dtype).removeprefix("torch.")
     name = "TF32" if (device, name) == ("cuda", "float32") else name
-    if net not in OTHER_MASKS:
-        assert max(found.start_error.values()) <= START[name], found.start_error
+    start = max(START[name], ROUGHER.get(net, 0))
+    assert max(found.start_error.values()) <= start, found.start_error
     assert found.evaluation_error <= EVALUATION[name]
