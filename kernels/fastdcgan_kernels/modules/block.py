@@ -151,6 +151,18 @@ def format_after(form: torch.memory_format, conv: nn.Module) -> torch.memory_for
     return torch.channels_last if torch.channels_last in own else torch.contiguous_format
 
 
+def is_kept(norm: nn.Module | None, activation: nn.Module | None) -> bool:
+    """Whether a block keeps its output for the way back where the plain activation keeps its input,
+    so that others may write over the output."""
+    leaky = isinstance(activation, nn.LeakyReLU) and not activation.inplace
+    return norm is None and leaky
+
+
+def own(x: Tensor) -> Tensor:
+    """A copy for others to write over, if there is a way back."""
+    return x.clone() if x.requires_grad else x
+
+
 def formatted(x: Any, form: torch.memory_format) -> Any:
     """A block's result as others may take it, in this format; anything else as it is."""
     if isinstance(x, Deferred | Activated):
@@ -282,7 +294,7 @@ class FusedSequential(nn.Sequential):
             if not block:
                 child, result = children[at], formatted(x, form)
                 if kept and result is x and getattr(child, "inplace", False):
-                    result = result.clone()
+                    result = own(result)
                 x, kept = _for_each_group(child, result), False
                 form = format_of(x)
                 at += 1
@@ -292,9 +304,10 @@ class FusedSequential(nn.Sequential):
                 x = functional.materialise(x)
             at += len(block)
             another = at < len(children) and len(block_at(children, at)) > 0
-            form, kept = format_after(form, conv), norm is None and activation is not None
+            form, kept = format_after(form, conv), is_kept(norm, activation)
             x = run_block(conv, norm, activation, x, another)
-        return formatted(x, form)
+        result = formatted(x, form)
+        return own(result) if kept and result is x else result
 
     def __prepare_scriptable__(self) -> nn.Sequential:
         """For torch.jit.script, which reads a class's code: the plain twin."""
@@ -368,11 +381,13 @@ def _defers(x: Deferred, conv: Any, norm: nn.Module | None) -> bool:
 @dataclass(eq=False)
 class Run:
     """A block among a module's attributes, by their names in it. `keeps`: the result goes to the
-    convolution of another run and nowhere else, so it may stay channels_last."""
+    convolution of another run and nowhere else, so it may stay channels_last; `leaves`: others may
+    write over it."""
 
     names: list[str]
     modules: list[nn.Module]
     keeps: bool = False
+    leaves: bool = False
 
 
 @dataclass(eq=False)
@@ -496,7 +511,9 @@ def _begin(call: Call, run: Run, input: Tensor) -> Tensor | None:
     form = format_after(form, whole)
     result: Tensor = run_block(whole, norm, activation, input, False)
     if not run.keeps:
-        result = formatted(result, form)
+        kept, result = result, formatted(result, form)
+        if result is kept and run.leaves and is_kept(norm, activation):
+            result = own(result)
     if run.keeps or len(run.modules) > 1:
         call.begun.append(Begun(run, result, form, run.modules[1:]))
     return result

@@ -93,10 +93,12 @@ def read(module: nn.Module, own: dict[str, nn.Module]) -> Reading:
         seen |= watch.seen()
         every.append(_runs_of(own, graph, held, outside))
     in_evaluation = [(run.modules, run.keeps) for run in every[1]]
+    leaves_in_evaluation = [(run.modules, run.leaves) for run in every[1]]
     runs = []
     for run in every[0]:
         if any(modules == run.modules for modules, _ in in_evaluation):
             run.keeps = run.keeps and (run.modules, True) in in_evaluation
+            run.leaves = run.leaves or (run.modules, True) in leaves_in_evaluation
             runs.append(run)
     return Reading(runs, asked, seen)
 
@@ -197,11 +199,10 @@ def _runs_of(
             after = follower(after)
         activation = kind(after)
         if after and activation_of(activation) and is_block(conv, None, activation):
-            normed = len(modules) > 1
-            if normed or not _changed_in_place(after, calls):  # it is saved for the way back
-                nodes.append(after)
-                modules.append(activation)
+            nodes.append(after)
+            modules.append(activation)
         run = Run([str(node.target) for node in nodes], modules)
+        run.leaves = nodes[-1] in held or _changed_in_place(nodes[-1], calls)
         ends[nodes[-1]] = starts[node] = run
     for node, run in ends.items():
         run.keeps = follower(node) in starts
@@ -212,8 +213,10 @@ _OPERATORS = {"iadd", "isub", "imul", "itruediv", "ipow", "setitem"}  # x += 1 a
 
 
 def _changed_in_place(node: fx.Node, calls: dict[fx.Node, nn.Module | None]) -> bool:
-    """Whether something may write over this node's result."""
+    """Whether something may write over this node's result, in this forward or after it."""
     for user in node.users:
+        if user.op == "output":
+            return True
         name = user.target if isinstance(user.target, str) else user.target.__name__
         in_place = user.kwargs.get("inplace") or getattr(calls.get(user), "inplace", False)
         if in_place or name in _OPERATORS or (name.endswith("_") and not name.endswith("__")):

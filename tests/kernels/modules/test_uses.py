@@ -291,10 +291,35 @@ def test_a_layer_that_writes_over_a_blocks_output(memory):
             h += 1
             return h
 
+    class Residual(nn.Module):
+        def __init__(self, layers):
+            super().__init__()
+            self.layers = layers
+
+        def forward(self, x):
+            h = self.layers(x)
+            h += 1
+            return h.mul_(2)
+
+    class Leaky(Net):
+        def forward(self, x):
+            return self.act(self.conv(x))
+
+    class Listed(Net):
+        def forward(self, x):
+            h, self.features = self.act(self.conv(x)), []
+            self.features.append(h)
+            total = self.drop(h)
+            self.features[0] += 1
+            return total
+
     for model in (
         nn.Sequential(down(3, 16), nn.LeakyReLU(0.2), nn.Dropout(0.5, inplace=True)),
         nn.Sequential(down(3, 16), nn.LeakyReLU(0.2), nn.ReLU6(inplace=True), nn.SiLU(True)),
         Net(),
+        Residual(nn.Sequential(down(3, 16), nn.LeakyReLU(0.2))),
+        Residual(Leaky()),
+        Listed(),
     ):
         plain, fused = twins(model)
         x = picture()
