@@ -77,8 +77,8 @@ def forked(device: torch.device, on: bool = True) -> Iterator[None]:
 
 def waits(weight: Tensor) -> bool:
     """Whether somebody may read this weight's gradient before the streams have joined."""
-    wide = weight.is_contiguous(memory_format=torch.channels_last)
-    return not weight.is_leaf or weight.grad is not None or not wide
+    narrow = weight.dim() == 4 and not weight.is_contiguous(memory_format=torch.channels_last)
+    return not weight.is_leaf or weight.grad is not None or narrow
 
 
 def mark() -> torch.cuda.Event | None:

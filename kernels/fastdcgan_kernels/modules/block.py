@@ -112,7 +112,10 @@ def run_block(
         spec = replace(spec, eps=norm.eps, groups=groups, sync=_process_group(norm))
     if not functional.is_fused(x, weight, spec, norm is not None):
         op = F.conv_transpose2d if spec.transposed else F.conv2d
-        y = op(functional.materialise(x), weight, bias, spec.stride, spec.padding)
+        x = functional.materialise(x)
+        if x.dtype != weight.dtype and functional.runs_kernels(x.device):  # which take both
+            weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        y = op(x, weight, bias, spec.stride, spec.padding)
         y = y if norm is None else _for_each_group(norm, y)
         return y if activation is None else activation(y)
     inputs = functional.inputs_of(x, weight, bias, getattr(conv, "_working", None))
