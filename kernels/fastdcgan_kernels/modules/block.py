@@ -260,10 +260,15 @@ def is_special(module: nn.Module) -> bool:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether somebody watches this module being called, or changed how it is called."""
+    """Whether anything runs beside a module's forward when it is called, or in its place."""
+    return bool(module._forward_hooks or module._forward_pre_hooks) or is_watched(module)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """The same, but for what `fuse` has added."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     own = (
-        module._forward_hooks
-        or module._forward_pre_hooks
+        any(hook not in (before, after) for hook in hooks)
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
@@ -289,28 +294,31 @@ class FusedSequential(nn.Sequential):
         """As nn.Sequential's: what is no tensor passes through."""
         if isinstance(input, fx.Proxy) or plain.is_traced():
             return super().forward(input)
-        x, form = input, format_of(input)  # as plain PyTorch would have it
+        x, form = input, _taken(input)  # the format that plain PyTorch's would have
         children = list(flat(self))
         at, kept = 0, False  # kept: x is saved for the way back as it is
         while at < len(children):
             block = block_at(children, at) if _is_tensor(x) else []
-            if not block:
-                child, result = children[at], formatted(x, form)
+            if block:
+                conv, norm, activation = _parts(block)
+                if isinstance(x, Deferred) and not _defers(x, conv, norm):
+                    x = functional.materialise(x)
+                at += len(block)
+                another = at < len(children) and len(block_at(children, at)) > 0
+                form, kept = format_after(form, conv), is_kept(norm, activation)
+                x = run_block(conv, norm, activation, x, another)
+                continue
+            child, rest = children[at], children[at + 1 :]
+            if _hands_on(child) and groups_now() == 1:
+                x, form = _through(self, child, rest, x, form)
+            else:
+                result = formatted(x, form)
                 if kept and result is x and getattr(child, "inplace", False):
                     result = own(result)
-                x, kept = _for_each_group(child, result), False
+                x = _for_each_group(child, result)
                 form = format_of(x)
-                at += 1
-                continue
-            conv, norm, activation = _parts(block)
-            if isinstance(x, Deferred) and not _defers(x, conv, norm):
-                x = functional.materialise(x)
-            at += len(block)
-            another = at < len(children) and len(block_at(children, at)) > 0
-            form, kept = format_after(form, conv), is_kept(norm, activation)
-            x = run_block(conv, norm, activation, x, another)
-        result = formatted(x, form)
-        return own(result) if kept and result is x else result
+            at, kept = at + 1, False
+        return _left(self, x, form, kept)
 
     def __prepare_scriptable__(self) -> nn.Sequential:
         """For torch.jit.script, which reads a class's code: the plain twin."""
@@ -383,35 +391,40 @@ def _defers(x: Deferred, conv: Any, norm: nn.Module | None) -> bool:
 
 @dataclass(eq=False)
 class Run:
-    """A block among a module's attributes, by their names in it. `keeps`: the result goes to the
-    convolution of another run and nowhere else, so it may stay channels_last; `leaves`: others may
-    write over it."""
+    """A block among a module's attributes, by their names in it. `leaves`: others may write over
+    its result."""
 
     names: list[str]
     modules: list[nn.Module]
-    keeps: bool = False
     leaves: bool = False
 
 
 @dataclass(eq=False)
 class Begun:
-    """A run whose convolution was called: what it returned, the format that plain PyTorch's would
-    have, and the modules that have yet to be called with it."""
+    """A run whose convolution was called: what it returned, and the modules that have yet to be
+    called with it."""
 
     run: Run
     result: Tensor
-    form: torch.memory_format
     rest: list[nn.Module]
 
 
 @dataclass(eq=False)
 class Call:
-    """One call of a module's forward, at this depth of Python's stack: the runs that it has yet to
-    reach, and those that it is in."""
+    """One call of a module's forward, at this depth of Python's stack.
 
+    `expected`: the runs that it has yet to reach; `begun`: those that it is in. `onward`: of
+    children, by their id, whether what they return goes to another fused one and nowhere else
+    (True), or is what the module returns (False). `handed`: what went on like this in
+    channels_last, with the format that plain PyTorch's would have.
+    """
+
+    module: nn.Module
     depth: int
-    expected: list[Run]
+    expected: list[Run] = field(default_factory=list)
     begun: list[Begun] = field(default_factory=list)
+    onward: dict[int, bool] = field(default_factory=dict)
+    handed: list[tuple[Tensor, torch.memory_format]] = field(default_factory=list)
 
 
 _calls: dict[int, list[Call]] = {}
@@ -437,37 +450,52 @@ def _depth() -> int:
     return depth
 
 
-def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Before a module's forward: which of its runs it will reach."""
-    reading: Any = module._fuse_reading
-    calls = _calls.setdefault(_thread(), [])
-    depth = _depth()
-    while depth and calls and calls[-1].depth >= depth:
+def _enter(module: nn.Module) -> Call:
+    calls, call = _calls.setdefault(_thread(), []), Call(module, _depth())
+    while call.depth and calls and calls[-1].depth >= call.depth:
         calls.pop()  # it was left by a KeyboardInterrupt, after which no hook is called
-    expected = []
+    calls.append(call)
+    return call
+
+
+def _leave() -> Call:
+    calls = _calls[_thread()]
+    call = calls.pop()
+    if not calls:
+        del _calls[_thread()]
+    return call
+
+
+def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Before a module's forward: what it will call, if it runs as it was read."""
+    reading: Any = module._fuse_reading
+    call = _enter(module)
     given = (*args, *kwargs.values())
-    if not plain.is_asked_for() and not any(isinstance(x, fx.Proxy) for x in given):
-        asked = reading.arguments[len(args) :]
-        if len(args) <= len(reading.arguments) and sorted(kwargs) == sorted(asked):
-            expected = [run for run in reading.runs if _is_there(module, run)]
-            changed = reading.changed(module) if expected else ""
-            if changed:
-                expected = []
-                if not torch.compiler.is_compiling():
-                    warnings.warn(
-                        f"attributes of {type(module).__name__} changed after fuse(model) "
-                        f"({changed}): it runs as the plain model does; call fuse again",
-                        stacklevel=2,
-                    )
-    calls.append(Call(depth, expected))
+    if plain.is_asked_for() or any(isinstance(x, fx.Proxy) for x in given):
+        return None
+    asked = reading.arguments[len(args) :]
+    as_read = len(args) <= len(reading.arguments) and sorted(kwargs) == sorted(asked)
+    changed = reading.changed(module) if as_read else ""
+    if changed and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"attributes of {type(module).__name__} changed after fuse(model) ({changed}): it runs "
+            "as the plain model does; call fuse again",
+            stacklevel=2,
+        )
+    if changed or not as_read:
+        return tuple(map(_given_back, args)), {n: _given_back(x) for n, x in kwargs.items()}
+    call.expected = [run for run in reading.runs if _is_there(module, run)]
+    for name in reading.gives:
+        call.onward[id(_submodule(module, name))] = False
+    for name, taker in reading.edges.items():
+        if _takes(_submodule(module, taker), call):
+            call.onward[id(_submodule(module, name))] = True
+    return None
 
 
 def after(module: nn.Module, args: Any, result: Any) -> None:
     """After it: a block's result that not everybody passed on would be a wrong number."""
-    calls = _calls[_thread()]
-    left = [begun for begun in calls.pop().begun if begun.rest]
-    if not calls:
-        del _calls[_thread()]
+    left = [begun for begun in _leave().begun if begun.rest]
     if left and result is not None:
         names = left[0].run.names
         raise RuntimeError(
@@ -505,33 +533,113 @@ def _begin(call: Call, run: Run, input: Tensor) -> Tensor | None:
     whole, norm, activation = _parts(run.modules)
     if not is_block(whole, norm, activation):
         return None
-    form = format_of(input)
-    for kept in call.begun:
-        if kept.run.keeps and input is kept.result:
-            form = kept.form
-            call.begun.remove(kept)
-            break
-    form = format_after(form, whole)
-    result: Tensor = run_block(whole, norm, activation, input, False)
-    if not run.keeps:
-        kept, result = result, formatted(result, form)
-        if result is kept and run.leaves and is_kept(norm, activation):
-            result = own(result)
-    if run.keeps or len(run.modules) > 1:
-        call.begun.append(Begun(run, result, form, run.modules[1:]))
-    return result
+    form = format_after(_taken(input), whole)
+    result = run_block(whole, norm, activation, input, False)
+    result = _left(whole, result, form, run.leaves and is_kept(norm, activation))
+    if len(run.modules) > 1:
+        call.begun.append(Begun(run, result, run.modules[1:]))
+    return result  # type: ignore[no-any-return]
 
 
 def _passes(module: nn.Module, input: object) -> bool:
     """Whether this is the result of a block that goes through this module next."""
     for call in _here():
         for begun in call.begun:
-            if begun.rest and input is begun.result and begun.rest[0] is module:
+            if input is begun.result and begun.rest[0] is module:
                 begun.rest = begun.rest[1:]
-                if not begun.rest and not begun.run.keeps:
+                if not begun.rest:
                     call.begun.remove(begun)
                 return True
     return False
+
+
+# --- From one fused module to another, in channels_last -------------------------------------------
+
+
+def _hands_on(module: nn.Module) -> bool:
+    """Whether a module can take and return channels_last in place of what plain PyTorch has."""
+    ours = isinstance(module, FusedSequential) or "_fuse_reading" in module.__dict__
+    return ours and not is_watched(module)
+
+
+def _takes(module: nn.Module | None, call: Call | None = None) -> bool:
+    """Whether a module's input goes to a fused convolution and nowhere else. `call`: of the module
+    that it is a child of, in whose runs it may be."""
+    if module is None:
+        return False
+    if call is not None and any(run.modules[0] is module for run in call.expected):
+        return True
+    if not _hands_on(module):
+        return False
+    if isinstance(module, FusedSequential):
+        return _take_first(list(flat(module)))
+    reading: Any = module._fuse_reading
+    runs = any(run.names[0] == reading.takes and _is_there(module, run) for run in reading.runs)
+    return runs or (bool(reading.takes) and _takes(_submodule(module, reading.takes)))
+
+
+def _take_first(children: list[nn.Module]) -> bool:
+    return bool(children) and (bool(block_at(children, 0)) or _takes(children[0]))
+
+
+def _through(
+    parent: nn.Module, child: nn.Module, rest: list[nn.Module], x: Any, form: torch.memory_format
+) -> tuple[Any, torch.memory_format]:
+    """What a child of an nn.Sequential returns, and the format that plain PyTorch's would have."""
+    call = _enter(parent)
+    try:
+        if not rest or _take_first(rest):
+            call.onward[id(child)] = bool(rest)
+        x = functional.materialise(x) if isinstance(x, Deferred | Activated) else x
+        if _takes(child) and formatted(x, form) is not x:
+            call.handed.append((x, form))
+        else:
+            x = formatted(x, form)
+        x = child(x)
+        return x, _taken(x)
+    finally:
+        _leave()
+
+
+def _taken(x: object) -> torch.memory_format:
+    """The format that plain PyTorch would have x in, by who takes it."""
+    for call in _here():
+        for at, (tensor, form) in enumerate(call.handed):
+            if tensor is x:
+                del call.handed[at]
+                return form
+    return format_of(x)
+
+
+def _given_back(x: Any) -> Any:
+    """x in that format."""
+    return formatted(x, _taken(x))
+
+
+def _left(module: nn.Module, x: Any, form: torch.memory_format, kept: bool = False) -> Any:
+    """What a module returns: in this format, but for another fused one as it is. `kept`: it is
+    saved for the way back, and others may write over it."""
+    if isinstance(x, Deferred | Activated):
+        x = functional.materialise(x)
+    if form == torch.contiguous_format and format_of(x) != form:
+        keeper = _keeper(module)
+        if keeper is not None:
+            keeper.handed.append((x, form))
+            return x
+    result = formatted(x, form)
+    return own(result) if kept and result is x else result
+
+
+def _keeper(module: nn.Module) -> Call | None:
+    """The call in which what this module returns goes on to another; None: others may see it."""
+    for call in _here():
+        onward = call.onward.get(id(module))
+        if onward is None or onward:
+            return call if onward else None
+        module = call.module
+        if is_watched(module):
+            return None
+    return None
 
 
 class Fused(nn.Module):
@@ -561,7 +669,7 @@ class FusedConv2d(Fused, nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """The output of the whole block, or as nn.Conv2d's."""
         result = _convolve(self, input)
-        return super().forward(input) if result is None else result
+        return super().forward(_given_back(input)) if result is None else result
 
 
 class FusedConvTranspose2d(Fused, nn.ConvTranspose2d):
@@ -570,7 +678,7 @@ class FusedConvTranspose2d(Fused, nn.ConvTranspose2d):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """The output of the whole block, or as nn.ConvTranspose2d's."""
         result = _convolve(self, input) if output_size is None else None
-        return super().forward(input, output_size) if result is None else result
+        return super().forward(_given_back(input), output_size) if result is None else result
 
 
 class Absorbed(Fused):

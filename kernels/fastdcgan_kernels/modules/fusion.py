@@ -32,7 +32,7 @@ from .block import (
     take_class,
     why_not_conv,
 )
-from .reading import read
+from .reading import Reading, read
 from .share import share
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -87,6 +87,8 @@ def fuse(model: Model, *, verbose: bool = False, example: Any = None) -> Model:
             if block[0] not in fused:
                 found.append(Finding(tuple(names[m] for m in block), True))
             fused.update(block)
+    for module in reversed(names):
+        _join(module, module is not model)
     for module, name in names.items():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and module not in fused:
             why = (
@@ -172,10 +174,31 @@ def _fuse_one(module: nn.Module, reasons: dict[nn.Module, str]) -> list[list[nn.
         for one in run.modules:
             give_class(one)
         run.modules[0].__dict__["_fuse_run"] = run
+    _follow(module, reading)
+    return [run.modules for run in reading.runs]
+
+
+def _follow(module: nn.Module, reading: Reading) -> None:
     module.__dict__["_fuse_reading"] = reading
     module.register_forward_pre_hook(before, with_kwargs=True)
     module.register_forward_hook(after, always_call=True)
-    return [run.modules for run in reading.runs]
+
+
+def _join(module: nn.Module, is_part: bool) -> None:
+    """A module that only calls others, which are fused, lets them hand their results on."""
+    kind = type(module)
+    stock = kind.__module__.startswith("torch.nn") or kind in (FusedSequential, ConvBlock)
+    if stock or "_fuse_reading" in module.__dict__:
+        return
+    own = dict(_called(module))
+    if not any(isinstance(m, FusedSequential) or "_fuse_reading" in vars(m) for m in own.values()):
+        return
+    try:
+        reading = read(module, own)
+    except Exception:  # as above; then each result has the plain model's format
+        return
+    if reading.edges or (is_part and reading.takes and reading.gives):
+        _follow(module, reading)
 
 
 def _called(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

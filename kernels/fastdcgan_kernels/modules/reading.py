@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,11 +25,19 @@ from .watching import Place, Watch, at, known, undisturbed
 
 @dataclass(eq=False)
 class Reading:
-    """The runs of a module's forward; its `arguments` without a default, by name, which it was read
-    with; and what it looked at, as it was then."""
+    """A module's forward, as it was read.
+
+    `runs` and `arguments`: its blocks, and the names of its arguments without a default, with which
+    it was read. `takes`: the child that alone takes its argument; `gives`: the one whose result it
+    returns, if only one; `edges`: children whose result another alone takes, and which; all by
+    name, a run by its convolution's. `seen`: what the forward looked at, as it was.
+    """
 
     runs: list[Run]
     arguments: list[str]
+    takes: str = ""
+    gives: list[str] = field(default_factory=list)
+    edges: dict[str, str] = field(default_factory=dict)
     seen: dict[Place, Any] = field(default_factory=dict)
 
     def changed(self, module: nn.Module) -> str:
@@ -40,7 +48,7 @@ class Reading:
         return _changed(self, module)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Reading:
-        return Reading(copy.deepcopy(self.runs, memo), self.arguments, self.seen)
+        return replace(self, runs=copy.deepcopy(self.runs, memo))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "seen": {p: v for p, v in self.seen.items() if p.can_be_pickled()}}
@@ -75,8 +83,7 @@ def read(module: nn.Module, own: dict[str, nn.Module]) -> Reading:
         raise TypeError("*args, **kwargs and keyword-only arguments are not read")
     asked = [p.name for p in parameters if p.default is p.empty]
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    every: list[list[Run]] = []
-    seen: dict[Place, Any] = {}
+    every: list[Reading] = []
     for mode in (True, False):
         twin = twin_of(module, without_values).train(mode)
         copies, empty = CopyTensors(without_values), torch.device("meta")
@@ -90,17 +97,26 @@ def read(module: nn.Module, own: dict[str, nn.Module]) -> Reading:
             held = tracer.held()
         if generators.moved:
             raise ValueError("it draws random numbers outside PyTorch, and may go by them")
-        seen |= watch.seen()
-        every.append(_runs_of(own, graph, held, outside))
-    in_evaluation = [(run.modules, run.keeps) for run in every[1]]
-    leaves_in_evaluation = [(run.modules, run.leaves) for run in every[1]]
+        found = _follow(own, graph, held, outside)
+        every.append(replace(found, arguments=asked, seen=watch.seen()))
+    return _both(*every)
+
+
+def _both(training: Reading, evaluation: Reading) -> Reading:
+    """What is so in training and in evaluation."""
     runs = []
-    for run in every[0]:
-        if any(modules == run.modules for modules, _ in in_evaluation):
-            run.keeps = run.keeps and (run.modules, True) in in_evaluation
-            run.leaves = run.leaves or (run.modules, True) in leaves_in_evaluation
-            runs.append(run)
-    return Reading(runs, asked, seen)
+    for run in training.runs:
+        for other in evaluation.runs:
+            if run.modules == other.modules:
+                runs.append(replace(run, leaves=run.leaves or other.leaves))
+    return Reading(
+        runs,
+        training.arguments,
+        training.takes if training.takes == evaluation.takes else "",
+        [name for name in training.gives if name in evaluation.gives],
+        dict(training.edges.items() & evaluation.edges.items()),
+        training.seen | evaluation.seen,
+    )
 
 
 # --- The order of calls ---------------------------------------------------------------------------
@@ -150,10 +166,10 @@ def _is_stock(module: nn.Module | None) -> bool:
     return kind in FUSED or issubclass(kind, Fused)
 
 
-def _runs_of(
+def _follow(
     own: dict[str, nn.Module], graph: fx.Graph, held: set[fx.Node], outside: Any
-) -> list[Run]:
-    """The runs in a graph.
+) -> Reading:
+    """The runs in a graph, and who hands what on to whom.
 
     Args:
         held: nodes whose results others may look at later.
@@ -181,8 +197,8 @@ def _runs_of(
         found = None if node is None else calls[node]
         return found if _is_stock(found) else None
 
-    ends: dict[fx.Node, Run] = {}
-    starts: dict[fx.Node, Run] = {}
+    runs = []
+    ends = {node: node for node in calls}  # of each run, or child, the last node: the first
     for node in calls:
         conv: Any = kind(node)
         if conv is None or uses.count(conv) != 1 or not is_block(conv, None, None):
@@ -203,10 +219,28 @@ def _runs_of(
             modules.append(activation)
         run = Run([str(node.target) for node in nodes], modules)
         run.leaves = nodes[-1] in held or _changed_in_place(nodes[-1], calls)
-        ends[nodes[-1]] = starts[node] = run
-    for node, run in ends.items():
-        run.keeps = follower(node) in starts
-    return list(ends.values())
+        runs.append(run)
+        for inner in nodes:
+            del ends[inner]
+        ends[nodes[-1]] = node
+    firsts = {first: str(first.target) for first in ends.values() if uses.count(calls[first]) == 1}
+    found = Reading(runs, [])
+    for last, first in ends.items():
+        name, after = firsts.get(first), follower(last)
+        if name and after in firsts:
+            found.edges[name] = firsts[after]
+        if (
+            name
+            and last not in held
+            and [(n.op, n.args) for n in last.users] == [("output", (last,))]
+        ):
+            found.gives.append(name)
+    given = [node for node in graph.nodes if node.op == "placeholder" and node.users]
+    if len(given) == 1 and len(given[0].users) == 1 and given[0] not in held:
+        (first,) = given[0].users
+        if first in firsts and first.args == (given[0],) and not first.kwargs:
+            found.takes = firsts[first]
+    return found
 
 
 _OPERATORS = {"iadd", "isub", "imul", "itruediv", "ipow", "setitem"}  # x += 1 and its like
