@@ -136,7 +136,7 @@ def contiguous(tensor: Tensor) -> Tensor:
     """The tensor as PyTorch's convolutions take it for contiguous: `is_channels_last` is False,
     also with one channel or one pixel, where both formats are one."""
     found = tensor.contiguous()
-    return found.view(-1).view(found.shape) if is_channels_last(found) else found
+    return found.clone(memory_format=torch.contiguous_format) if is_channels_last(found) else found
 
 
 def geometry_of(x: Tensor, weight: Tensor, transposed: bool, stride: int) -> Geometry:

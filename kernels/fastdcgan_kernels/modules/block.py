@@ -141,7 +141,9 @@ def run_block(
 
 def format_of(x: object) -> torch.memory_format:
     """channels_last for what PyTorch's convolutions take for that, else contiguous."""
-    wide = isinstance(x, Tensor) and not plain.is_transformed() and is_channels_last(x)
+    if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_nested:
+        return torch.contiguous_format
+    wide = not plain.is_transformed() and is_channels_last(x)
     return torch.channels_last if wide else torch.contiguous_format
 
 
@@ -272,6 +274,7 @@ def is_watched(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
+        or module._compiled_call_impl is not None
     )
     everywhere = torch.nn.modules.module
     return bool(
@@ -484,6 +487,8 @@ def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         )
     if changed or not as_read:
         return tuple(map(_given_back, args)), {n: _given_back(x) for n, x in kwargs.items()}
+    if after not in module._forward_hooks.values():
+        return None  # somebody removed it
     call.expected = [run for run in reading.runs if _is_there(module, run)]
     for name in reading.gives:
         call.onward[id(_submodule(module, name))] = False
@@ -495,8 +500,12 @@ def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def after(module: nn.Module, args: Any, result: Any) -> None:
     """After it: a block's result that not everybody passed on would be a wrong number."""
+    calls = _calls.get(_thread(), [])
+    if not calls or calls[-1].module is not module:
+        return  # somebody removed `before`
     left = [begun for begun in _leave().begun if begun.rest]
-    if left and result is not None:
+    failed = result is None and sys.exc_info()[0] is not None
+    if left and not failed:
         names = left[0].run.names
         raise RuntimeError(
             f"{type(module).__name__}.forward called {names[0]} and not {names[-1]} after it, as "
@@ -505,9 +514,10 @@ def after(module: nn.Module, args: Any, result: Any) -> None:
 
 
 def _is_there(module: nn.Module, run: Run) -> bool:
-    """Whether the modules of a run are those that were read."""
+    """Whether the modules of a run are those that were read, and a block as they are now."""
     here = (_submodule(module, name) for name in run.names)
-    return all(a is b for a, b in zip(here, run.modules, strict=True))
+    same = all(a is b for a, b in zip(here, run.modules, strict=True))
+    return same and is_block(*_parts(run.modules))
 
 
 def _submodule(module: nn.Module, name: str) -> nn.Module | None:

@@ -9,7 +9,10 @@ looked at is noted (watching.py) and compared before each call.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
+import itertools
+import sys
 import weakref
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,10 +20,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.overrides import TorchFunctionMode
 
 from .block import FUSED, Fused, Run, activation_of, is_block, is_norm_of
 from .twins import CopyTensors, twin_of, without_values
-from .watching import Place, Watch, at, known, undisturbed
+from .watching import Place, TooLarge, Watch, at, known, undisturbed
 
 
 @dataclass(eq=False)
@@ -30,7 +34,8 @@ class Reading:
     `runs` and `arguments`: its blocks, and the names of its arguments without a default, with which
     it was read. `takes`: the child that alone takes its argument; `gives`: the one whose result it
     returns, if only one; `edges`: children whose result another alone takes, and which; all by
-    name, a run by its convolution's. `seen`: what the forward looked at, as it was.
+    name, a run by its convolution's. `seen`: what the forward looked at, as it was; `forward`: its
+    function, None for one that was loaded from a file.
     """
 
     runs: list[Run]
@@ -39,6 +44,7 @@ class Reading:
     gives: list[str] = field(default_factory=list)
     edges: dict[str, str] = field(default_factory=dict)
     seen: dict[Place, Any] = field(default_factory=dict)
+    forward: Any = None
 
     def changed(self, module: nn.Module) -> str:
         """The first of what the forward looked at that is another now; "" for none."""
@@ -51,7 +57,8 @@ class Reading:
         return replace(self, runs=copy.deepcopy(self.runs, memo))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "seen": {p: v for p, v in self.seen.items() if p.can_be_pickled()}}
+        seen = {p: v for p, v in self.seen.items() if p.can_be_pickled()}
+        return {**vars(self), "seen": seen, "forward": None}
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -62,8 +69,14 @@ def _changed_while_compiling(reading: Reading, module: nn.Module) -> str:
 
 
 def _changed(reading: Reading, module: nn.Module) -> str:
+    if reading.forward not in (None, forward_of(module)):
+        return "forward"
     for place, value in reading.seen.items():
-        if known(at(module, place)) != value:
+        try:
+            same = known(at(module, place)) == value
+        except TooLarge:
+            same = False
+        if not same:
             return place.name
     return ""
 
@@ -84,39 +97,54 @@ def read(module: nn.Module, own: dict[str, nn.Module]) -> Reading:
     asked = [p.name for p in parameters if p.default is p.empty]
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     every: list[Reading] = []
-    for mode in (True, False):
-        twin = twin_of(module, without_values).train(mode)
-        copies, empty = CopyTensors(without_values), torch.device("meta")
+    for training, grad in itertools.product((True, False), repeat=2):
+        twin = twin_of(module, without_values).train(training)
+        tracer = _Tracer()
         with (
-            undisturbed() as generators, torch.enable_grad(), Watch(module, twin) as watch, copies,
-            empty,
+            undisturbed() as generators, torch.set_grad_enabled(grad), Watch(module, twin) as watch,
+            CopyTensors(without_values), torch.device("meta"), _Dice(),
         ):  # fmt: skip
-            tracer = _Tracer()
-            outside = _mode()[-1]
+            outside = _mode()
             graph = tracer.trace(twin, concrete_args=copy.deepcopy(defaults))
             held = tracer.held()
         if generators.moved:
             raise ValueError("it draws random numbers outside PyTorch, and may go by them")
         found = _follow(own, graph, held, outside)
-        every.append(replace(found, arguments=asked, seen=watch.seen()))
-    return _both(*every)
+        every.append(replace(found, arguments=asked, seen=watch.seen))
+    return replace(functools.reduce(_both, every), forward=forward_of(module))
 
 
-def _both(training: Reading, evaluation: Reading) -> Reading:
-    """What is so in training and in evaluation."""
+def _both(one: Reading, other: Reading) -> Reading:
+    """What is so in both."""
     runs = []
-    for run in training.runs:
-        for other in evaluation.runs:
-            if run.modules == other.modules:
-                runs.append(replace(run, leaves=run.leaves or other.leaves))
+    for run in one.runs:
+        for same in other.runs:
+            if run.modules == same.modules:
+                runs.append(replace(run, leaves=run.leaves or same.leaves))
     return Reading(
         runs,
-        training.arguments,
-        training.takes if training.takes == evaluation.takes else "",
-        [name for name in training.gives if name in evaluation.gives],
-        dict(training.edges.items() & evaluation.edges.items()),
-        training.seen | evaluation.seen,
+        one.arguments,
+        one.takes if one.takes == other.takes else "",
+        [name for name in one.gives if name in other.gives],
+        dict(one.edges.items() & other.edges.items()),
+        one.seen | other.seen,
     )
+
+
+def forward_of(module: nn.Module) -> Any:
+    """The function that runs when a module is called."""
+    return vars(module).get("forward", type(module).forward)
+
+
+class _Dice(TorchFunctionMode):
+    """Inside, random numbers have no values: who asks for one cannot be read."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.rand, torch.randn, torch.randint, torch.randperm):
+            kwargs.pop("generator", None)
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
 
 
 # --- The order of calls ---------------------------------------------------------------------------
@@ -144,17 +172,27 @@ class _Tracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         proxy = super().call_module(m, forward, args, kwargs)
         if isinstance(proxy, fx.Proxy):
-            proxy.node.meta["mode"] = _mode()
+            proxy.node.meta["mode"] = _mode(), m.training
         return proxy
 
 
 def _mode() -> tuple[Any, ...]:
-    """Of differentiation, autocast, and who keeps tensors for the way back (checkpoints do). A
-    block runs in one."""
+    """Of differentiation, autocast, who keeps tensors for the way back, and the checkpoint or
+    autograd.Function that is running. A block runs in one."""
     kinds = ("cpu", "cuda")
     casts = [(torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds]
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *casts, hooks
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *casts, hooks, _region()
+
+
+def _region() -> int:
+    """Which call of a checkpoint or an autograd.Function this is inside; 0 for none."""
+    frame: Any = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_filename.endswith(("utils/checkpoint.py", "autograd/function.py")):
+            return id(frame)
+        frame = frame.f_back
+    return 0
 
 
 def _is_stock(module: nn.Module | None) -> bool:
@@ -173,8 +211,8 @@ def _follow(
 
     Args:
         held: nodes whose results others may look at later.
-        outside: who keeps tensors for the way back outside the forward. What a checkpoint in it
-            recomputes is called without the forward around it, so it is left as it is.
+        outside: the mode in which the forward was called. What a checkpoint in it recomputes is
+            called without the forward around it, so it is left as it is.
     """
     calls = {node: own.get(str(node.target)) for node in graph.nodes if node.op == "call_module"}
     uses = list(calls.values())
@@ -197,18 +235,25 @@ def _follow(
         found = None if node is None else calls[node]
         return found if _is_stock(found) else None
 
+    def is_touched(node: fx.Node | None) -> bool:
+        """Whether the forward itself looks at a parameter of this module, or changes it."""
+        return node is not None and any(t.startswith(f"{node.target}.") for t in touched)
+
+    touched = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
     runs = []
     ends = {node: node for node in calls}  # of each run, or child, the last node: the first
     for node in calls:
         conv: Any = kind(node)
         if conv is None or uses.count(conv) != 1 or not is_block(conv, None, None):
             continue
-        if len(node.args) != 1 or node.kwargs or node.meta["mode"][-1] != outside:
+        if is_touched(node):
+            continue
+        if len(node.args) != 1 or node.kwargs or node.meta["mode"][0][-2:] != outside[-2:]:
             continue
         nodes, modules = [node], [conv]
         after = follower(node)
         norm = kind(after)
-        once = norm is not None and uses.count(norm) == 1
+        once = norm is not None and uses.count(norm) == 1 and not is_touched(after)
         if after and once and is_norm_of(norm, conv) and is_block(conv, norm, None):
             nodes.append(after)
             modules.append(norm)

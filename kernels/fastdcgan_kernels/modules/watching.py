@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dis
 import enum
+import functools
 import io
 import logging
+import os
 import random
 import sys
 import sysconfig
 import types
 import warnings
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +35,7 @@ LARGEST = 2000  # values; comparing more before each call would take too long
 NONE = object()
 """What cannot be compared, or is not there."""
 
-_INTERNAL = {*vars(nn.Module())}
+_INTERNAL = {*vars(nn.Module()), "forward"}  # `Reading.forward`; a child's says nothing here
 _PLAIN = (bool, int, float, complex, str, bytes, types.NoneType, range, slice, enum.Enum,
           torch.dtype, torch.device, torch.memory_format, np.generic, Path)  # fmt: skip
 _LIBRARIES = tuple(
@@ -56,6 +60,18 @@ def _known(value: Any, left: list[int], inside: dict[int, Any]) -> Any:
         raise TooLarge(f"its forward looks at more than {LARGEST} values")
     if isinstance(value, _PLAIN):
         return value
+    value = getattr(value, "__func__", value)
+    if isinstance(value, types.FunctionType | types.BuiltinFunctionType | property):
+        return Same(value)
+    if isinstance(value, functools.partial):
+        parts = (value.func, value.args, value.keywords)
+        return functools.partial, [_known(part, left, inside) for part in parts]
+    if isinstance(value, type):
+        return Same(value), _of_class(value)
+    if isinstance(value, random.Random | np.random.Generator | torch.Generator):
+        return repr(_state_of(value))
+    if isinstance(value, np.ndarray) and value.size <= LARGEST and value.dtype != object:
+        return np.ndarray, str(value.dtype), value.shape, value.tobytes()
     if id(value) in inside or _is_opaque(value):
         return NONE
     inside = {**inside, id(value): value}
@@ -70,19 +86,50 @@ def _known(value: Any, left: list[int], inside: dict[int, Any]) -> Any:
         return type(value), [_known(item, left, inside) for item in items]
     slots = [n for kind in type(value).__mro__ for n in getattr(kind, "__slots__", ())]
     own = {**getattr(value, "__dict__", {}), **{n: getattr(value, n, NONE) for n in slots}}
-    return type(value), [(name, _known(v, left, inside)) for name, v in own.items()]
+    state = [(name, _known(v, left, inside)) for name, v in own.items()]
+    return type(value), state, _of_class(type(value))
+
+
+def _of_class(kind: type) -> list[tuple[str, Any]]:
+    """The options that a user's class holds."""
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
+    if not _is_the_users(file):
+        return []
+    return [(n, v) for n, v in vars(kind).items() if isinstance(v, _PLAIN) and n[:2] != "__"]
+
+
+class Same:
+    """A function or a class, which is equal to itself; a pickled one, to any."""
+
+    def __init__(self, value: object = NONE) -> None:
+        self._value = value
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Same):
+            return False
+        return self._value is other._value or NONE in (self._value, other._value)
+
+    def __reduce__(self) -> tuple[type[Same], tuple[()]]:
+        return Same, ()
+
+
+def _state_of(generator: Any) -> Any:
+    if isinstance(generator, random.Random):
+        return hash(generator.getstate())
+    if isinstance(generator, torch.Generator):
+        return hash(generator.get_state().numpy().tobytes())
+    return generator.bit_generator.state
 
 
 def _is_result(value: object) -> bool:
-    return isinstance(value, Tensor | fx.Proxy | np.ndarray)
+    return isinstance(value, Tensor | fx.Proxy)
 
 
 def _is_opaque(value: object) -> bool:
     return (
         value is NONE
         or _is_result(value)
-        or callable(value)
-        or isinstance(value, nn.Module | types.ModuleType)
+        or isinstance(value, nn.Module | types.ModuleType | logging.Logger | np.ndarray)
     )
 
 
@@ -164,119 +211,130 @@ def _attribute(value: Any, name: str) -> Any:
 
 
 class Watch:
-    """Inside, notes what the forward of `twin` looks at; afterwards globals and closures are as
-    they were, and `seen` says what was looked at in `module`.
+    """Inside, the forward of a module's twin is called; afterwards globals, closures and caches are
+    as they were, and `seen` is what the forward looks at.
+
+    Which functions it may call, and what they may look at, is read from their code: by name, so
+    rather more than less.
 
     Raises:
         ValueError: at the end, for a forward that changes what it looks at.
     """
 
     def __init__(self, module: nn.Module, twin: nn.Module) -> None:
+        self.seen: dict[Place, Any] = {}
         self._module, self._twin = module, twin
-        self._looked: set[Place] = set()
-        self._before: dict[Place, Any] = {}
-        self._saved: list[tuple[Any, Any]] = []
-        self._caches: list[tuple[Any, int]] = []
-        self._codes: set[types.CodeType] = set()
-        self._functions = _functions_of(twin)
-        for name, own in [*twin.named_modules()]:
-            own.__class__ = _watched(type(own), name, self._looked)
-
-    def seen(self) -> dict[Place, Any]:
-        """What was looked at, as it was."""
-        return self._before
+        self._undo: list[Callable[[], object]] = []
+        self._saved: set[int] = set()
 
     def __enter__(self) -> Watch:
-        self._profile = sys.getprofile()
-        sys.setprofile(self._called)
+        for function in _functions_of(self._module):
+            if not _is_the_users(_file_of(function)):
+                continue
+            names, strings = _names_in(function.__code__)
+            self._look_at_globals(function, names)
+            for cell_name, cell in _cells_of(function).items():
+                self._note(Place(cell, "cell", (cell_name,)), cell.contents, names)
+            for of, m in self._module.named_modules():
+                for name in names | strings:
+                    internal = name in _INTERNAL and not (name == "training" and of)
+                    if not internal and not name.startswith("__"):
+                        self._note(Place(of, "submodule", (name,)), _attribute(m, name), set())
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        sys.setprofile(self._profile)
-        outside = {place: known(at(self._twin, place)) for place in self._before}
-        for container, copied in reversed(self._saved):
-            _restore(container, copied)
-        for cache, misses in self._caches:
-            if cache.cache_info().misses != misses:
-                cache.cache_clear()  # of results without values
-        if kind is not None:
-            return
-        for place, now in outside.items():
-            self._compare(place, self._before[place], now)
-        for place in self._looked:
-            before, now = known(at(self._module, place)), known(at(self._twin, place))
-            self._before[place] = before
-            self._compare(place, before, now)
+        now = {place: _try(known, at(self._twin, place)) for place in self.seen}
+        for undo in reversed(self._undo):
+            undo()
+        for place, value in now.items() if kind is None else ():
+            if value is NONE:  # it holds tensors, which do not say which way to go
+                del self.seen[place]
+            elif value != self.seen[place]:
+                raise ValueError(f"its forward changes {place.name}, and looks at it")
 
-    def _compare(self, place: Place, before: Any, now: Any) -> None:
-        """What holds tensors, or will, does not say which way to go; else it must stay."""
-        if before is NONE or now is NONE:
-            del self._before[place]
-        elif before != now:
-            raise ValueError(f"its forward changes {place.name}, and looks at it")
+    def _look_at_globals(self, function: types.FunctionType, names: set[str]) -> None:
+        home, held = str(function.__globals__.get("__name__")), function.__globals__
+        if "len" in names and "len" not in held:
+            held["len"] = _length  # until the end
+            self._undo.append(lambda: held.pop("len", None))
+        for name in names - {"len"} & {*held}:
+            self._binding(held, name)
+            self._note(Place(home, "module", (name,)), held[name], names)
+        if names & {"environ", "getenv"}:
+            self._note(Place("os", "module", ("environ",)), os.environ, set())
+        for value in (function.__defaults__, function.__kwdefaults__, function.__dict__):
+            self._save(value)
 
-    def _called(self, frame: types.FrameType, event: str, _: object) -> None:
-        code = frame.f_code
-        if event != "call" or code in self._codes:
-            return
-        self._codes.add(code)
-        made = code.co_filename.startswith("<")  # in memory, by a dataclass, say
-        if not _is_the_users(frame.f_globals.get("__file__", "") if made else code.co_filename):
-            return
-        home = str(frame.f_globals.get("__name__"))
-        if "len" in code.co_names and "len" not in frame.f_globals:
-            frame.f_globals["len"] = _length  # until the end
-            self._saved.append(((frame.f_globals, "len"), NONE))
-        for name in code.co_names:
-            if name in frame.f_globals and name != "len":
-                self._save(frame.f_globals, name, frame.f_globals[name])
-                self._note(Place(home, "module", (name,)), frame.f_globals[name], code.co_names)
-        for kind in {kind for m in self._twin.modules() for kind in type(m).__mro__}:
-            for name in code.co_names:
-                if hasattr(vars(kind).get(name), "cache_clear"):
-                    self._save(kind, name, vars(kind)[name])
-        for name in code.co_freevars:
-            cell = self._functions.get(code, {}).get(name)
-            if cell is not None:
-                self._note(Place(cell, "cell", (name,)), cell.contents, code.co_names)
-            elif known(frame.f_locals.get(name, NONE)) is not NONE:
-                raise ValueError(f"{code.co_name} looks at {name}, which cannot be followed")
-
-    def _note(self, place: Place, value: Any, names: tuple[str, ...]) -> None:
-        if isinstance(value, type | types.ModuleType):
+    def _note(self, place: Place, value: Any, names: set[str]) -> None:
+        if isinstance(value, type | types.ModuleType) and place.of != "submodule":
             file = getattr(sys.modules.get(getattr(value, "__module__", "")), "__file__", "")
-            file = getattr(value, "__file__", file)
-            if file and not _is_the_users(file):
+            if not _is_the_users(getattr(value, "__file__", file) or ""):
                 return
-            for name in names:
-                if name in vars(value):
-                    names_of: Any = value if isinstance(value, type) else vars(value)
-                    self._save(names_of, name, vars(value)[name])
-                    deeper = Place(place.root, place.of, (*place.path, name))
-                    self._note(deeper, vars(value)[name], names)
+            for name in names & {*vars(value)}:
+                self._binding(value, name)
+                deeper = Place(place.root, place.of, (*place.path, name))
+                self._note(deeper, vars(value)[name], names)
             return
-        self._save_containers(value, set())
+        self._save(value)
+        if place.path == ("training",):  # as the module's, in either mode
+            self.seen[place] = True
+            return
         state = known(value)
         if state is not NONE:
-            if at(self._twin, place) is not value:
+            if known(at(self._module, place)) != state:
                 raise ValueError(f"it looks at {place.name}, which cannot be followed")
-            self._before.setdefault(place, state)
+            self.seen.setdefault(place, state)
 
-    def _save(self, names: dict[str, Any] | type, name: str, value: Any) -> None:
-        self._saved.append(((names, name), value))
-        if hasattr(value, "cache_info") and hasattr(value, "cache_clear"):  # functools.cache
-            self._caches.append((value, value.cache_info().misses))
+    def _binding(self, holder: Any, name: str) -> None:
+        """A name will be bound to what it is bound to now."""
+        value = holder[name] if isinstance(holder, dict) else vars(holder)[name]
 
-    def _save_containers(self, value: Any, inside: set[int]) -> None:
-        if id(value) in inside or _is_opaque(value) or len(inside) > LARGEST:
+        def undo() -> None:
+            if isinstance(holder, dict):
+                holder[name] = value
+            elif vars(holder).get(name) is not value:
+                setattr(holder, name, value)
+
+        self._undo.append(undo)
+
+    def _save(self, value: Any) -> None:
+        """What is in a container, a plain object, a generator or a cache will be what it is now."""
+        if id(value) in self._saved or len(self._saved) > LARGEST:
             return
-        inside.add(id(value))
-        held = value if isinstance(value, dict | list | set) else getattr(value, "__dict__", None)
-        if held is None:
+        self._saved.add(id(value))
+        if callable(getattr(value, "cache_clear", None)):
+            misses = value.cache_info().misses
+            self._undo.append(lambda: value.cache_info().misses == misses or value.cache_clear())
+        undo = _undoing(value)
+        if undo is not None:
+            self._undo.append(undo)
+        if isinstance(value, types.FunctionType | type | nn.Module | types.ModuleType | Tensor):
             return
-        self._saved.append((held, copy.copy(held)))
-        for item in held.values() if isinstance(held, dict) else held:
-            self._save_containers(item, inside)
+        inner: Any = value if isinstance(value, list | tuple | set | deque) else ()
+        inner = value.values() if isinstance(value, dict) else inner
+        for item in (*inner, getattr(value, "__dict__", None)):
+            self._save(item)
+
+
+def _undoing(value: Any) -> Callable[[], object] | None:
+    """Puts back what a value is now; None for what has no state, or none that is known."""
+    if isinstance(value, random.Random):
+        return functools.partial(value.setstate, value.getstate())
+    if isinstance(value, torch.Generator):
+        return functools.partial(value.set_state, value.get_state())
+    if isinstance(value, np.random.Generator):
+        state = copy.deepcopy(value.bit_generator.state)
+        return lambda: setattr(value.bit_generator, "state", state)
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and value.is_leaf:
+        version, saved = value._version, value.detach().clone()
+        return lambda: value._version == version or value.detach().copy_(saved)
+    if isinstance(value, np.ndarray) and value.flags.writeable:
+        return functools.partial(np.copyto, value, value.copy())
+    if isinstance(value, list | set | dict | deque):
+        items = copy.copy(value)
+        more: Any = value.update if isinstance(value, set | dict) else value.extend
+        return lambda: (value.clear(), more(items))
+    return None
 
 
 def _length(value: Any) -> Any:
@@ -284,21 +342,14 @@ def _length(value: Any) -> Any:
     return value.size(0) if isinstance(value, fx.Proxy) else len(value)
 
 
-def _restore(container: Any, copied: Any) -> None:
-    if isinstance(container, tuple):
-        names, name = container
-        if isinstance(names, type):
-            if vars(names).get(name) is not copied:
-                setattr(names, name, copied)
-        elif copied is NONE:
-            names.pop(name, None)
-        elif names.get(name) is not copied:
-            names[name] = copied
-    elif isinstance(container, list):
-        container[:] = copied
-    else:
-        container.clear()
-        container.update(copied)
+def _try(function: Callable[[Any], Any], value: Any) -> Any:
+    try:
+        return function(value)
+    except TooLarge:
+        return NONE
+
+
+# --- Code -----------------------------------------------------------------------------------------
 
 
 def _is_the_users(file: str) -> bool:
@@ -307,37 +358,64 @@ def _is_the_users(file: str) -> bool:
     return not (standard or file.startswith(_LIBRARIES) or file.startswith("<frozen"))
 
 
-def _watched(kind: type, name: str, looked: set[Place]) -> type:
-    """The class of a module of this name, which notes what is asked of it."""
-    found: Any = kind.__getattribute__
-
-    def __getattribute__(self: Any, attribute: str) -> Any:
-        internal = attribute in _INTERNAL and not (attribute == "training" and name)
-        if not internal and not attribute.startswith("__"):
-            looked.add(Place(name, "submodule", (attribute,)))
-        return found(self, attribute)
-
-    body = {"__getattribute__": __getattribute__, "__module__": kind.__module__}
-    return type(kind)(kind.__name__, (kind,), body)
+def _file_of(function: types.FunctionType) -> str:
+    file = function.__code__.co_filename
+    return str(function.__globals__.get("__file__", "")) if file.startswith("<") else file
 
 
-def _functions_of(module: nn.Module) -> dict[types.CodeType, dict[str, Cell]]:
-    """The closures of the functions that the classes of a module and its children have, and of
-    those that they wrap."""
-    found: dict[types.CodeType, dict[str, Cell]] = {}
-    kinds = {kind for m in module.modules() for kind in type(m).__mro__}
-    left: list[Any] = [value for kind in kinds for value in vars(kind).values()]
-    left += [value for m in module.modules() for value in vars(m).values()]
+def _names_in(code: types.CodeType) -> tuple[set[str], set[str]]:
+    """The names that code loads, and the strings in it; with the code inside it."""
+    names: set[str] = set()
+    strings: set[str] = set()
+    for instruction in dis.get_instructions(code):
+        value = instruction.argval
+        if isinstance(value, str):
+            load = instruction.opname.startswith("LOAD") and instruction.opname != "LOAD_CONST"
+            (names if load else strings).add(value)
+        elif isinstance(value, types.CodeType):
+            inner = _names_in(value)
+            names, strings = names | inner[0], strings | inner[1]
+    stored = {i.argval for i in dis.get_instructions(code) if i.opname.startswith("STORE")}
+    return names, strings - stored
+
+
+def _cells_of(function: types.FunctionType) -> dict[str, Cell]:
+    cells = map(Cell, function.__closure__ or ())
+    return dict(zip(function.__code__.co_freevars, cells, strict=True))
+
+
+def _functions_of(module: nn.Module) -> list[types.FunctionType]:
+    """The functions that a module's forward may call, by their names: of the classes of the module
+    and its children, global ones, and those of closures."""
+    found: dict[types.FunctionType, None] = {}
+    modules = [*module.modules()]
+    kinds = {kind for m in modules for kind in type(m).__mro__}
+    left: list[Any] = [vars(module).get("forward", type(module).forward)]
     while left:
         value = left.pop()
-        value = getattr(value, "__func__", getattr(value, "fget", value))
-        if not isinstance(value, types.FunctionType) or value.__code__ in found:
+        for name in ("__func__", "fget", "func", "__wrapped__"):
+            inner = getattr(value, name, None)
+            if inner is not None:
+                left.append(inner)
+        if not isinstance(value, types.FunctionType) or value in found:
             continue
-        cells = map(Cell, value.__closure__ or ())
-        own = found[value.__code__] = dict(zip(value.__code__.co_freevars, cells, strict=True))
-        left += [value.__globals__.get(name) for name in value.__code__.co_names]
-        left += [cell.contents for cell in own.values()]
-    return found
+        found[value] = None
+        left += [cell.contents for cell in _cells_of(value).values()]
+        if not _is_the_users(_file_of(value)):
+            continue
+        names, strings = _names_in(value.__code__)
+        for name in names | strings:
+            own = value.__globals__.get(name)
+            if isinstance(own, type):
+                left += [v for n, v in vars(own).items() if n in names or n in _IMPLICIT]
+            else:
+                left.append(own)
+            left += [vars(kind)[name] for kind in kinds if name in vars(kind)]
+            left += [vars(m)[name] for m in modules if name in vars(m)]
+    return [*found]
+
+
+_IMPLICIT = {"__init__", "__call__", "__getattr__", "__getitem__"}
 
 
 @contextlib.contextmanager

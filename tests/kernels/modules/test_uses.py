@@ -125,6 +125,44 @@ MODELS = {
 }  # fmt: skip
 
 
+class Whole(nn.Module):
+    """Calls an nn.Sequential."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+class Net(nn.Module):
+    """Modules of every kind, one after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = Block(3, 16), Whole(down(16, 16), nn.BatchNorm2d(16), nn.ReLU())
+        self.conv, self.act = down(16, 32, True), nn.LeakyReLU(0.2)
+        self.three = nn.Sequential(Whole(up(32, 16), nn.ReLU()), Whole(Whole(up(16, 16))))
+        self.option = True
+
+    def forward(self, x):
+        h = self.act(self.conv(self.two(self.one(x))))
+        return self.three(h if self.option else h + 1)
+
+
+HOUSES = {
+    "blocks": lambda: nn.Sequential(Block(3, 16), Block(16, 16), Block(16, 32)),
+    "wholes": lambda: nn.Sequential(
+        Whole(down(3, 16), nn.ReLU()), Whole(Whole(down(16, 16))), Whole(Block(16, 16))
+    ),
+    "net": Net,
+    "nets": lambda: Whole(
+        Whole(Block(3, 16), nn.Sequential(Block(16, 16))), nn.Sequential(up(16, 16), nn.Tanh())
+    ),
+}
+
+
 # --- Memory formats -------------------------------------------------------------------------------
 
 
@@ -200,13 +238,58 @@ def test_inside_a_chain_activations_stay_channels_last(monkeypatch):
         return whole(conv, norm, activation, x, defer)
 
     monkeypatch.setattr(block, "run_block", run)
-    for model in (chain(), Critic()):
+    for build in (chain, Critic, *HOUSES.values()):
         seen.clear()
-        fuse(model)(picture())
+        plain, fused = twins(build())
+        out, expected = fused(picture()), plain(picture())
+        assert out.dim() != 4 or formats(out) == formats(expected)
         assert len(seen) >= 3
-        assert [x.is_contiguous(memory_format=torch.channels_last) for x in seen[1:]] == [True] * (
-            len(seen) - 1
-        )
+        wide = [x.is_contiguous(memory_format=torch.channels_last) for x in seen]
+        assert wide == [False] + [True] * (len(seen) - 1)
+        assert not block._calls
+
+
+CHANGES = {
+    "nothing": lambda m: None,
+    "a hook that looks": lambda m: m.one.register_forward_hook(
+        lambda m, a, out: seen_by_hooks(out)
+    ),
+    "a pre-hook": lambda m: m.two.register_forward_pre_hook(lambda m, a: seen_by_hooks(*a)),
+    "a hook inside": lambda m: m.conv.register_forward_hook(lambda m, a, out: seen_by_hooks(*a)),
+    "an option": lambda m: setattr(m, "option", False),
+    "another taker": lambda m: setattr(m, "conv", nn.Conv2d(16, 32, 3, 2, 1)),
+    "a taker of old": lambda m: nn.utils.spectral_norm(m.conv) and None,
+    "dropout": lambda m: m.three.insert(0, nn.Dropout(0.5)),
+    "a forward": lambda m: setattr(m.two, "forward", m.two.layers.forward),
+    "hooks cleared": lambda m: [x._forward_hooks.clear() for x in m.modules()],
+    "pre-hooks cleared": lambda m: [x._forward_pre_hooks.clear() for x in m.modules()],
+}
+
+
+def seen_by_hooks(x):
+    """What hooks see lies in memory as it does in the plain model."""
+    x.view(-1)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", ["net"])
+def test_models_of_modules_of_blocks(name, change):
+    """Values, gradients and formats, also if what follows a block changes, or somebody looks."""
+    plain, fused = twins(HOUSES[name]())
+    x, found = picture(), []
+    for model in (plain, fused):
+        torch.manual_seed(3)
+        CHANGES[change](model)
+        given = x.clone().requires_grad_()
+        torch.manual_seed(3)
+        out = model(given)
+        out.exp().mean().backward()
+        found.append([out, given.grad, *(p.grad for p in model.parameters())])
+    for theirs, mine in zip(*found, strict=True):
+        close(mine, theirs)
+        assert mine.dim() != 4 or formats(mine) == formats(theirs)
+    for mine, theirs in zip(fused.buffers(), plain.buffers(), strict=True):
+        close(mine, theirs)
 
 
 def test_dropout_of_a_seed_hides_what_it_hid():
