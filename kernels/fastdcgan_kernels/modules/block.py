@@ -312,7 +312,7 @@ class FusedSequential(nn.Sequential):
                 x = run_block(conv, norm, activation, x, another)
                 continue
             child, rest = children[at], children[at + 1 :]
-            if _hands_on(child) and groups_now() == 1:
+            if hands_on(child) and groups_now() == 1:
                 x, form = _through(self, child, rest, x, form)
             else:
                 result = formatted(x, form)
@@ -566,7 +566,7 @@ def _passes(module: nn.Module, input: object) -> bool:
 # --- From one fused module to another, in channels_last -------------------------------------------
 
 
-def _hands_on(module: nn.Module) -> bool:
+def hands_on(module: nn.Module) -> bool:
     """Whether a module can take and return channels_last in place of what plain PyTorch has."""
     ours = isinstance(module, FusedSequential) or "_fuse_reading" in module.__dict__
     return ours and not is_watched(module)
@@ -579,7 +579,7 @@ def _takes(module: nn.Module | None, call: Call | None = None) -> bool:
         return False
     if call is not None and any(run.modules[0] is module for run in call.expected):
         return True
-    if not _hands_on(module):
+    if not hands_on(module):
         return False
     if isinstance(module, FusedSequential):
         return _take_first(list(flat(module)))

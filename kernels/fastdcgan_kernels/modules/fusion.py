@@ -25,6 +25,7 @@ from .block import (
     block_at,
     flat,
     give_class,
+    hands_on,
     is_block,
     is_convolution,
     is_fused,
@@ -187,6 +188,8 @@ def _follow(module: nn.Module, reading: Reading) -> None:
 def _join(module: nn.Module, is_part: bool) -> None:
     """A module that only calls others, which are fused, lets them hand their results on."""
     kind = type(module)
+    if kind is nn.Sequential and any(map(hands_on, flat(module))):
+        module.__class__ = FusedSequential
     stock = kind.__module__.startswith("torch.nn") or kind in (FusedSequential, ConvBlock)
     if stock or "_fuse_reading" in module.__dict__:
         return
