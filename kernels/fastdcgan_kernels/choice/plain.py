@@ -34,7 +34,8 @@ def is_transformed() -> bool:
 
 def is_asked_for(*tensors: Tensor | None) -> bool:
     """Whether any of these holds, or one of the tensors is of a class that gives operators another
-    meaning (DTensor, a quantised weight)."""
+    meaning (DTensor, a quantised weight), or of another layout (oneDNN's, a sparse one)."""
     if is_traced() or is_transformed():
         return True
-    return not all(tensor is None or type(tensor) in OWN for tensor in tensors)
+    own = (t is None or (type(t) in OWN and t.layout == torch.strided) for t in tensors)
+    return not all(own)

@@ -67,9 +67,9 @@ def convolve(
 def _end(x: Tensor, weight: Tensor, g: Geometry, transposed: bool) -> Tensor:
     """Between 1x1 and 4x4 pixels the taps are columns, and the layer a matrix product."""
     matrix = _rows(weight)
-    if transposed:
-        return (_rows(x) @ matrix).view(g.N, 4, 4, g.CL).permute(0, 3, 1, 2)
-    return (_rows(x) @ matrix.T).view(g.N, g.CS, 1, 1)
+    out = empty(g.N, g.CL, 4, 4, x) if transposed else empty(g.N, g.CS, 1, 1, x)
+    torch.mm(_rows(x), matrix if transposed else matrix.T, out=_rows(out))
+    return out
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -86,8 +86,9 @@ def weight_gradient(small: Tensor, large: Tensor, geometry: Geometry) -> Tensor:
         return out
     with torch.autocast("cpu", enabled=False):
         if g.stride == 1:
-            gradient = (_rows(small).T @ _rows(large)).view(g.CS, 4, 4, g.CL)
-            return gradient.permute(0, 3, 1, 2)
+            out = empty(g.CS, g.CL, 4, 4, small)
+            torch.mm(_rows(small).T, _rows(large), out=_rows(out))
+            return out
         stride, pad, like = [g.stride] * 2, [g.pad] * 2, empty(g.CS, g.CL, 4, 4, small)
         gw: Tensor
         _, gw, _ = torch.ops.aten.convolution_backward(

@@ -156,15 +156,21 @@ class _Tracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
         self._proxies: list[tuple[fx.Node, weakref.ref[fx.Proxy]]] = []
+        self._arguments: list[fx.Proxy] = []  # which may hold others
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         made = super().proxy(node)
         self._proxies.append((node, weakref.ref(made)))
+        if node.op == "placeholder":
+            self._arguments.append(made)
         return made
 
     def held(self) -> set[fx.Node]:
-        """After the trace: those whose results an attribute, or a list elsewhere, still holds."""
-        return {node for node, proxy in self._proxies if proxy() is not None}
+        """After the trace: those whose results an attribute, an argument, or a list elsewhere still
+        holds."""
+        inner = {n for n, proxy in self._proxies if proxy() is not None and n.op != "placeholder"}
+        self._arguments.clear()
+        return inner | {n for n, proxy in self._proxies if proxy() is not None}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True

@@ -4,10 +4,14 @@ numbers of single models are in test_fusion.py.
 
 Each test runs with the kernels of Triton, in its interpreter, and with those of the CPU."""
 
+import collections
 import copy
+import cProfile
 import functools
 import io
 import logging
+import os
+import pstats
 import random
 import types
 
@@ -1160,3 +1164,257 @@ def test_forwards_that_call_each_other():
     close(fused(x), plain(x))
     plain, fused = twins(Recursive())
     close(fused(x), plain(x))
+
+
+# --- Forwards that look at, or change, what lies inside a block -----------------------------------
+
+
+class Spy(Block):
+    """Does something between its modules, as the class attribute says."""
+
+    def __init__(self):
+        super().__init__(3, 16)
+        self.kept, self.listed, self.named = None, [], {}
+        self.gain = nn.Parameter(torch.rand(16))
+        self.mask, self.call = np.ones(2), no_change
+        self.generator = random.Random(3)
+
+    def forward(self, x):
+        h = self.between(self.conv(x))
+        return self.act(self.bn(h))
+
+    def between(self, h):
+        return h
+
+
+def no_change(h):
+    return h
+
+
+def spy(between, forward=None):
+    body = {"between": between} | ({"forward": forward} if forward else {})
+    return type("Spying", (Spy,), body)
+
+
+def kept_by(store):
+    def between(self, h):
+        store(self, h)
+        return h
+
+    return spy(between)
+
+
+def conv_and_norm_apart(self, x):
+    h = checkpoint(self.conv, x, use_reentrant=True)
+    return self.act(checkpoint(self.bn, h, use_reentrant=True))
+
+
+def norm_again(self, x):
+    return checkpoint(lambda h: self.act(self.bn(h)), self.conv(x), use_reentrant=False)
+
+
+def argument_keeps(self, x):
+    h = x.kept = self.conv(x)
+    return self.act(self.bn(h))
+
+
+def half(self, h):
+    return h * 0.5 if self.generator.random() < 0.5 else h
+
+
+def dice(self, h):
+    return h * 0.5 if torch.rand(1, device="cpu").item() < 0.5 else h
+
+
+def new_weight(self, h):
+    self.bn.weight.data = self.gain * 2
+    return h
+
+
+def clamped(self, h):
+    with torch.no_grad():
+        self.bn.weight.clamp_(0.9, 0.95)
+    return h
+
+
+def frozen(self, x):
+    h = self.conv(x)
+    self.bn.eval()
+    h = self.bn(h)
+    self.bn.train(self.training)
+    return self.act(h)
+
+
+def without_gradients(self, h):
+    if not torch.is_grad_enabled():
+        self.kept = h
+    return h
+
+
+SPIES = {
+    "attribute": kept_by(lambda self, h: setattr(self, "kept", h)),
+    "list": kept_by(lambda self, h: self.listed.append(h)),
+    "dict": kept_by(lambda self, h: self.named.update(h=h)),
+    "global list": kept_by(lambda self, h: SEEN.append(h)),
+    "argument": spy(Spy.between, argument_keeps),
+    "two checkpoints": spy(Spy.between, conv_and_norm_apart),
+    "the norm again": spy(Spy.between, norm_again),
+    "own dice": spy(half),
+    "dice of torch": spy(dice),
+    "new weight": spy(new_weight),
+    "clamped": spy(clamped),
+    "frozen": spy(Spy.between, frozen),
+    "without gradients": spy(without_gradients),
+}
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("name", SPIES)
+def test_forwards_that_look_inside_a_block(name, grad):
+    plain, fused = twins(SPIES[name]())
+    x, found = picture(), []
+    for model in (plain, fused):
+        SEEN.clear()
+        torch.manual_seed(2)
+        for _ in range(3):
+            given = x.clone().requires_grad_(grad)
+            with torch.set_grad_enabled(grad):
+                out = model(given)
+            if grad and name != "clamped":
+                out.exp().mean().backward()
+        kept = [model.kept, *model.listed, *model.named.values(), *SEEN, vars(given).get("kept")]
+        found.append([out, given.grad, *kept, *(p.grad for p in model.parameters())])
+    for theirs, mine in zip(*found, strict=True):
+        assert (mine is None) == (theirs is None)
+        if theirs is not None:
+            close(mine, theirs)
+    for mine, theirs in zip(fused.buffers(), plain.buffers(), strict=True):
+        close(mine, theirs)
+    SEEN.clear()
+
+
+def skips(self, x):
+    h = self.conv(x)
+    return self.act(self.bn(h)) + h
+
+
+def by_mask(self, h):
+    return h if self.mask[0] else h * 3
+
+
+def by_call(self, h):
+    return self.call(h)
+
+
+def by_environment(self, h):
+    return h * 3 if os.environ.get("TRIPLE") else h
+
+
+def by_many(self, h):
+    return h * 3 if 7 in self.listed else h
+
+
+LATER = {
+    "forward of the instance": (Spy, lambda m, p: setattr(m, "forward", skips.__get__(m))),
+    "forward of the class": (
+        spy(Spy.between), lambda m, p: p.setattr(type(m), "forward", skips),
+    ),
+    "method": (spy(Spy.between), lambda m, p: p.setattr(type(m), "between", lambda s, h: h * 3)),
+    "method of the instance": (
+        spy(Spy.between), lambda m, p: setattr(m, "between", lambda h: 3 * h),
+    ),
+    "array": (spy(by_mask), lambda m, p: m.mask.fill(0)),
+    "function": (spy(by_call), lambda m, p: setattr(m, "call", lambda h: h * 3)),
+    "global function": (
+        spy(lambda self, h: no_change(h)),
+        lambda m, p: p.setitem(globals(), "no_change", lambda h: 3 * h),
+    ),
+    "environment": (spy(by_environment), lambda m, p: p.setenv("TRIPLE", "1")),
+    "many values": (spy(by_many), lambda m, p: m.listed.extend(range(3000))),
+    "compiled norm": (Spy, lambda m, p: m.bn.compile(backend="eager")),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:attributes of")
+@pytest.mark.parametrize("name", LATER)
+def test_what_changes_later_changes_the_fused_model_too(name, monkeypatch):
+    build, change = LATER[name]
+    plain, fused = twins(build())
+    x = picture()
+    close(fused(x), plain(x))
+    before = plain(x), fused(x)
+    for model in (plain, fused):
+        change(model, monkeypatch)
+    out, expected = fused(x), plain(x)
+    close(out, expected)
+    assert name == "compiled norm" or not torch.allclose(expected, before[0])
+    for mine, theirs in zip(fused.buffers(), plain.buffers(), strict=True):
+        close(mine, theirs)
+
+
+REGISTRY = []
+
+
+class Registered(Spy):
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        REGISTRY.append(cls)
+
+
+class Elsewhere(Registered):
+    """Writes to state of many kinds."""
+
+    def forward(self, x):
+        QUEUE.append(x)
+        TENSOR.add_(1)
+        ARRAY.__iadd__(1)
+        noise = NUMPY.random() * 0 + torch.rand(1, generator=TORCH).item() * 0
+        cached(4, {})
+        return super().forward(x) + noise
+
+
+QUEUE, TENSOR, ARRAY = collections.deque(), torch.zeros(2), np.zeros(2)
+NUMPY, TORCH = np.random.default_rng(0), torch.Generator()
+
+
+def cached(n, key, cache={}):  # noqa: B006
+    return cache.setdefault(n, torch.arange(n))
+
+
+def test_reading_leaves_no_trace_in_what_is_shared():
+    model = Elsewhere()
+    states = str(NUMPY.bit_generator.state), TORCH.get_state().clone()
+    fuse(model)
+    assert [kind.__name__ for kind in REGISTRY] == ["Elsewhere"]
+    assert not Elsewhere.__subclasses__()
+    assert not QUEUE
+    assert not TENSOR.any()
+    assert not ARRAY.any()
+    assert not cached.__defaults__[0]
+    assert str(NUMPY.bit_generator.state) == states[0]
+    assert torch.equal(TORCH.get_state(), states[1])
+    with cProfile.Profile() as profile:
+        assert any(f.fused for f in findings(fuse(Two())))
+        Two()(picture())
+    names = {key[2] for key in pstats.Stats(profile).stats}
+    assert "conv2d" in str(names)
+
+
+@pytest.mark.parametrize("change", [
+    lambda out: out.sigmoid_(), lambda out: out.clamp_(-1, 1), lambda out: out.view(-1).mul_(2),
+])  # fmt: skip
+def test_outputs_of_one_pixel_and_one_channel_may_be_changed_in_place(change):
+    to_grey = lambda: nn.Sequential(down(1, 16), nn.ReLU(), up(16, 1))  # noqa: E731
+    for build, x in ((MODELS["to one pixel"], picture()), (to_grey, picture(c=1))):
+        plain, fused = twins(build())
+        for model in (plain, fused):
+            change(model(x)).sum().backward()
+        for mine, theirs in zip(fused.parameters(), plain.parameters(), strict=True):
+            close(mine.grad, theirs.grad)
+
+
+def test_tensors_of_other_layouts():
+    plain, fused = twins(nn.Sequential(down(3, 16), nn.ReLU()).eval())
+    x = picture()
+    with torch.no_grad():
+        close(fused(x.to_mkldnn()).to_dense(), plain(x.to_mkldnn()).to_dense())
