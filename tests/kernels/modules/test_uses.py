@@ -134,10 +134,10 @@ class Whole(nn.Module):
 
     def __init__(self, *layers):
         super().__init__()
-        self.layers = nn.Sequential(*layers)
+        self.layers, self.gain = nn.Sequential(*layers), 1
 
     def forward(self, x):
-        return self.layers(x)
+        return self.layers(x if self.gain == 1 else x * self.gain)
 
 
 class Net(nn.Module):
@@ -261,6 +261,7 @@ CHANGES = {
     "a pre-hook": lambda m: m.two.register_forward_pre_hook(lambda m, a: seen_by_hooks(*a)),
     "a hook inside": lambda m: m.conv.register_forward_hook(lambda m, a, out: seen_by_hooks(*a)),
     "an option": lambda m: setattr(m, "option", False),
+    "a child's option": lambda m: setattr(m.two, "gain", 2),
     "another taker": lambda m: setattr(m, "conv", nn.Conv2d(16, 32, 3, 2, 1)),
     "a taker of old": lambda m: nn.utils.spectral_norm(m.conv) and None,
     "dropout": lambda m: m.three.insert(0, nn.Dropout(0.5)),
