@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import sys
 import threading
 import warnings
@@ -478,8 +479,9 @@ def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return None
     asked = reading.arguments[len(args) :]
     as_read = len(args) <= len(reading.arguments) and sorted(kwargs) == sorted(asked)
-    changed = reading.changed(module) if as_read else ""
-    if changed and not torch.compiler.is_compiling():
+    compiles = torch.compiler.is_compiling()
+    changed = reading.changed(module) if as_read and not compiles else ""
+    if changed:
         warnings.warn(
             f"attributes of {type(module).__name__} changed after fuse(model) ({changed}): it runs "
             "as the plain model does; call fuse again",
@@ -534,8 +536,22 @@ def _convolve(conv: nn.Module, input: object) -> Tensor | None:
         return None
     for call in _here():
         if run in call.expected:
-            return _begin(call, run, input) if call.depth <= _depth() else None
+            compiles = torch.compiler.is_compiling()
+            if call.depth > _depth() or (compiles and _changed_since(id(call.module))):
+                return None
+            return _begin(call, run, input)
     return None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _changed_since(address: int) -> str:
+    """`Reading.changed`, once for each compilation of the forward, which PyTorch compiles anew when
+    what it looks at has changed (and not with it the hooks before and after it, so it is asked
+    here). The module, which is being traced, is found by its address: arguments are numbers."""
+    module: nn.Module = ctypes.cast(address, ctypes.py_object).value
+    reading: Any = module._fuse_reading
+    found: str = reading.changed(module)
+    return found
 
 
 def _begin(call: Call, run: Run, input: Tensor) -> Tensor | None:

@@ -48,10 +48,16 @@ class Reading:
 
     def changed(self, module: nn.Module) -> str:
         """The first of what the forward looked at that is another now; "" for none."""
-        if torch.compiler.is_compiling():
-            constant: str = _changed_while_compiling(self, module)
-            return constant
-        return _changed(self, module)
+        if self.forward not in (None, forward_of(module)):
+            return "forward"
+        for place, value in self.seen.items():
+            try:
+                same = known(at(module, place)) == value
+            except TooLarge:
+                same = False
+            if not same:
+                return place.name
+        return ""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Reading:
         return replace(self, runs=copy.deepcopy(self.runs, memo))
@@ -59,26 +65,6 @@ class Reading:
     def __getstate__(self) -> dict[str, Any]:
         seen = {p: v for p, v in self.seen.items() if p.can_be_pickled()}
         return {**vars(self), "seen": seen, "forward": None}
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _changed_while_compiling(reading: Reading, module: nn.Module) -> str:
-    """Once for each compilation: PyTorch compiles a forward anew when what it looks at has
-    changed."""
-    return _changed(reading, module)
-
-
-def _changed(reading: Reading, module: nn.Module) -> str:
-    if reading.forward not in (None, forward_of(module)):
-        return "forward"
-    for place, value in reading.seen.items():
-        try:
-            same = known(at(module, place)) == value
-        except TooLarge:
-            same = False
-        if not same:
-            return place.name
-    return ""
 
 
 def read(module: nn.Module, own: dict[str, nn.Module]) -> Reading:
@@ -152,6 +138,8 @@ class _Dice(TorchFunctionMode):
 
 class _Tracer(fx.Tracer):
     """Takes every module as a whole, and notes in which mode of PyTorch's it is called."""
+
+    trace_asserts = True  # they do not choose the way
 
     def __init__(self) -> None:
         super().__init__()
