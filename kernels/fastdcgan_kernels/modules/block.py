@@ -151,9 +151,11 @@ def format_of(x: object) -> torch.memory_format:
 def format_after(form: torch.memory_format, conv: nn.Module) -> torch.memory_format:
     """Of what a convolution makes of an input in this format: channels_last where either its input
     or its weight is."""
-    if form == torch.channels_last or not is_parametrized(conv):
-        return form if form == torch.channels_last else format_of(conv.weight)
-    own = (format_of(parameter) for parameter in conv.parameters())
+    if form == torch.channels_last:
+        return form
+    if not is_parametrized(conv):
+        return format_of(conv.weight)
+    own = map(format_of, conv.parameters())  # its weight may move with each access
     return torch.channels_last if torch.channels_last in own else torch.contiguous_format
 
 
@@ -479,6 +481,7 @@ def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return None
     asked = reading.arguments[len(args) :]
     as_read = len(args) <= len(reading.arguments) and sorted(kwargs) == sorted(asked)
+    as_read = as_read and after in module._forward_hooks.values()  # which somebody may clear
     compiles = torch.compiler.is_compiling()
     changed = reading.changed(module) if as_read and not compiles else ""
     if changed:
@@ -489,8 +492,6 @@ def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         )
     if changed or not as_read:
         return tuple(map(_given_back, args)), {n: _given_back(x) for n, x in kwargs.items()}
-    if after not in module._forward_hooks.values():
-        return None  # somebody removed it
     call.expected = [run for run in reading.runs if _is_there(module, run)]
     for name in reading.gives:
         call.onward[id(_submodule(module, name))] = False
@@ -617,7 +618,7 @@ def _through(
         if not rest or _take_first(rest):
             call.onward[id(child)] = bool(rest)
         x = functional.materialise(x) if isinstance(x, Deferred | Activated) else x
-        if _takes(child) and formatted(x, form) is not x:
+        if _takes(child) and format_of(x) != form:
             call.handed.append((x, form))
         else:
             x = formatted(x, form)
