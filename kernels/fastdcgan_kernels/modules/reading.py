@@ -139,8 +139,6 @@ class _Dice(TorchFunctionMode):
 class _Tracer(fx.Tracer):
     """Takes every module as a whole, and notes in which mode of PyTorch's it is called."""
 
-    trace_asserts = True  # they do not choose the way
-
     def __init__(self) -> None:
         super().__init__()
         self._proxies: list[tuple[fx.Node, weakref.ref[fx.Proxy]]] = []
