@@ -242,7 +242,7 @@ def describe(
     blocks = _blocks(engine)
     if blocks:
         part = fused_share(config, engine, classes)
-        blocks += f"; {part:.1%} of the convolutions' operations are in fused blocks"
+        blocks += f"; {part:.1%} of the convolutions' multiplications are in fused blocks"
     if epoch_images is None:
         length = f"{config.steps} steps" if config.steps else f"{config.epochs} epochs"
     else:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from torch import nn
@@ -34,7 +34,7 @@ from .block import (
     why_not_conv,
 )
 from .reading import Reading, read
-from .share import share
+from .share import multiplications, share
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -42,16 +42,18 @@ Model = TypeVar("Model", bound=nn.Module)
 @dataclass(frozen=True)
 class Finding:
     """A run of modules, by their names in the model, that is fused; or a convolution that is not,
-    and why."""
+    and why. `part`: of all convolutions' multiplications on the example that `fuse` was given, from
+    0 to 1; None without one."""
 
     names: tuple[str, ...]
     fused: bool
     reason: str = ""
+    part: float | None = None
 
     def __str__(self) -> str:
-        return f"{'fused' if self.fused else 'left '} {' + '.join(self.names)}" + (
-            f": {self.reason}" if self.reason else ""
-        )
+        said = f"{'fused' if self.fused else 'left '} {' + '.join(self.names)}"
+        said += "" if self.part is None else f" ({self.part:.1%})"
+        return said + (f": {self.reason}" if self.reason else "")
 
 
 def fuse(model: Model, *, verbose: bool = False, example: Any = None) -> Model:
@@ -69,8 +71,9 @@ def fuse(model: Model, *, verbose: bool = False, example: Any = None) -> Model:
             not hold afterwards, isinstance does.
         verbose: print what was fused, what was left, and why. Default False; `findings(model)`
             has the same as data.
-        example: an input, or a tuple of arguments: what is printed says how much of the model's
-            convolutions runs fused on it, as `share` does. Default None: it does not.
+        example: an input, or a tuple of arguments: findings say how much of the convolutions'
+            multiplications on it they are, and what is printed how much of them runs fused, as
+            `share` does. Default None: they do not.
 
     Returns:
         The model. Outputs and gradients have the memory format of the plain model's; inside, blocks
@@ -99,12 +102,17 @@ def fuse(model: Model, *, verbose: bool = False, example: Any = None) -> Model:
                 or "it is called by a forward that fuse does not read"
             )
             found.append(Finding((name,), False, why))
+    given = example if isinstance(example, tuple) else (example,)
+    if example is not None:
+        counts = {names[m]: count for m, count in multiplications(model, *given).items()}
+        whole = max(1, sum(counts.values()))
+        found = [replace(f, part=sum(counts.get(n, 0) for n in f.names) / whole) for f in found]
     model.__dict__["_fuse_findings"] = tuple(found)
     if verbose:
         print(*found, sep="\n")
     if verbose and example is not None:
-        part = share(model, *(example if isinstance(example, tuple) else (example,)))
-        print(f"fused kernels do {part:.1%} of the convolutions' operations on this input")
+        done = share(model, *given)
+        print(f"fused kernels do {done:.1%} of the convolutions' multiplications on this input")
     return model
 
 

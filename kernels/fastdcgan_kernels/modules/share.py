@@ -1,8 +1,9 @@
-"""How much of a model runs by fused kernels: `share`. Not here: what is found, and why not
-(fusion.py)."""
+"""How much of a model runs by fused kernels: `share`, and how much each convolution is of it. Not
+here: what is found, and why not (fusion.py)."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..cpu import ops as _  # noqa: F401  (makes the operators)
 from ..ops import NAMESPACE, SIGNATURES
-from .twins import parameters_shared, twin_of
+from .twins import with_values, twin_of
 from .watching import undisturbed
 
 
@@ -22,20 +23,37 @@ def share(model: nn.Module, *args: Any, **kwargs: Any) -> float:
 
     Args:
         model: fused or not, on its device, in training or evaluation, as it will run: under the
-            caller's autocast and FASTDCGAN_IMPL. A copy is called, which shares its parameters, so
-            buffers, attributes and random numbers stay as they are.
+            caller's autocast and FASTDCGAN_IMPL. A copy is called, so parameters, buffers,
+            attributes and random numbers stay as they are.
         *args, **kwargs: what it is called with. The share depends on their shapes and dtypes.
 
     Raises:
         ValueError: it runs no convolution.
     """
-    twin = twin_of(model, parameters_shared)
+    twin = twin_of(model, with_values)
     with undisturbed(), torch.no_grad(), _Multiplications() as counted:
         twin(*args, **kwargs)
     if not counted.fused + counted.plain:
         raise ValueError(f"{type(model).__name__} runs no convolution on this input")
     part: float = counted.fused / (counted.fused + counted.plain)
     return part
+
+
+def multiplications(model: nn.Module, *args: Any) -> dict[nn.Module, int]:
+    """Of each of a model's convolutions in a forward pass, wherever they run."""
+    twin = twin_of(model, with_values)
+    counts: dict[nn.Module, int] = {}
+
+    def count(own: nn.Module, conv: Any, given: Any, out: torch.Tensor) -> None:
+        transposed = isinstance(conv, nn.ConvTranspose2d)
+        counts[own] = counts.get(own, 0) + _count(given[0], conv.weight, out, transposed)
+
+    for own, conv in zip(model.modules(), twin.modules(), strict=True):
+        if isinstance(conv, nn.Conv2d | nn.ConvTranspose2d):
+            conv.register_forward_hook(functools.partial(count, own))
+    with undisturbed(), torch.no_grad():
+        twin(*args)
+    return counts
 
 
 class _Multiplications(TorchDispatchMode):

@@ -16,17 +16,24 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def without_values(tensor: Tensor) -> Tensor:
     """Its twin on the meta device."""
-    if nn.parameter.is_lazy(tensor):
-        return tensor
-    empty = torch.empty_like(tensor.detach(), device="meta")
+    return tensor if _is_lazy(tensor) else _like(tensor, torch.empty_like(tensor, device="meta"))
+
+
+def with_values(tensor: Tensor) -> Tensor:
+    """Its copy, in the same memory format."""
+    copied = torch.empty_like(tensor) if tensor.is_meta else tensor.detach().mul(1)
+    return tensor if _is_lazy(tensor) else _like(tensor, copied)
+
+
+def _is_lazy(tensor: Tensor) -> bool:
+    return bool(nn.parameter.is_lazy(tensor))
+
+
+def _like(tensor: Tensor, copied: Tensor) -> Tensor:
+    """A parameter for a parameter."""
     if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(empty, tensor.requires_grad)
-    return empty
-
-
-def parameters_shared(tensor: Tensor) -> Tensor:
-    """A parameter itself; a copy of any other tensor."""
-    return tensor if isinstance(tensor, nn.Parameter) else tensor.detach() + 0
+        return nn.Parameter(copied.detach(), tensor.requires_grad)
+    return copied.detach()
 
 
 class CopyTensors(TorchFunctionMode):

@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from fastdcgan_kernels import findings, fuse, unfuse, unfused
+from fastdcgan_kernels import findings, fuse, share, unfuse, unfused
 from fastdcgan_kernels.cpu.blocks import is_there
 from fastdcgan_kernels.modules import block
 
@@ -1435,3 +1435,64 @@ def test_tensors_of_other_layouts():
     x = picture()
     with torch.no_grad():
         close(fused(x.to_mkldnn()).to_dense(), plain(x.to_mkldnn()).to_dense())
+
+
+# --- How much runs fused --------------------------------------------------------------------------
+
+
+def direct(conv, pixels):
+    """Multiplications of a convolution: each weight meets each of these pixels."""
+    return conv.weight.numel() * pixels
+
+
+def test_share_and_findings_count_multiplications(capsys):
+    model = nn.Sequential(
+        down(3, 16), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, 1, 1),
+        up(16, 16), nn.BatchNorm2d(16), nn.Tanh(),
+    )  # fmt: skip
+    x = picture()
+    state = snapshot(model)
+    counts = [direct(model[at], 2 * 8 * 8) for at in (0, 3, 4)]
+    assert share(model, x) == 0
+    fuse(model, verbose=True, example=x)
+    expected = 1 - counts[1] / sum(counts)
+    assert share(model, x) == pytest.approx(expected)
+    parts = {f.names[0]: f.part for f in findings(model)}
+    assert parts == pytest.approx(dict(zip("034", (n / sum(counts) for n in counts), strict=True)))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == (
+        f"fused kernels do {expected:.1%} of the convolutions' multiplications on this input"
+    )
+    assert f"({parts['3']:.1%}): its kernel is 3x3" in "".join(lines)
+    assert {n: v.tolist() for n, v in model.state_dict().items()} == {
+        n: v.tolist() for n, v in state.items()
+    }
+    with pytest.raises(ValueError, match="runs no convolution"):
+        share(nn.Linear(3, 3), torch.ones(2, 3))
+
+
+def test_share_leaves_no_trace(implementation):
+    model = fuse(Noisy())
+    state = snapshot(model)
+    torch.manual_seed(1)
+    expected = torch.rand(2)
+    torch.manual_seed(1)
+    assert share(model, picture()) == 1
+    picture()
+    torch.manual_seed(1)
+    share(model, torch.ones(2, 3, 16, 16))
+    assert torch.equal(torch.rand(2), expected)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    assert model.h is None
+    assert not model.features
+    SEEN.clear()
+    COUNTS.pop("last")
+
+
+def test_what_no_kernel_takes_is_not_counted_as_fused(monkeypatch):
+    monkeypatch.setenv("FASTDCGAN_IMPL", "auto")
+    model = fuse(nn.Sequential(down(3, 16), nn.ReLU()))
+    odd = torch.randn(2, 3, 15, 15)
+    assert share(model, odd) == 0
+    close(model(odd), unfuse(copy.deepcopy(model))(odd))
