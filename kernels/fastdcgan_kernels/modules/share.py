@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..cpu import ops as _  # noqa: F401  (makes the operators)
 from ..ops import NAMESPACE, SIGNATURES
-from .twins import with_values, twin_of
+from .twins import twin_of, with_values
 from .watching import undisturbed
 
 

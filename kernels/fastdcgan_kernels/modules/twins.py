@@ -21,8 +21,7 @@ def without_values(tensor: Tensor) -> Tensor:
 
 def with_values(tensor: Tensor) -> Tensor:
     """Its copy, in the same memory format."""
-    copied = torch.empty_like(tensor) if tensor.is_meta else tensor.detach().mul(1)
-    return tensor if _is_lazy(tensor) else _like(tensor, copied)
+    return tensor if _is_lazy(tensor) else _like(tensor, tensor.detach().clone())
 
 
 def _is_lazy(tensor: Tensor) -> bool:

@@ -431,6 +431,7 @@ class Noisy(Block):
         super().__init__(3, 16)
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
         self.register_buffer("average", torch.zeros(16))
+        self.register_buffer("flag", torch.tensor(True))
         self.scale = nn.Parameter(torch.ones(16))
         self.h, self.features, self.named = None, [], {}
 
