@@ -1,0 +1,44 @@
+"""What a run says before it starts: how much of its nets' convolutions are in fused blocks."""
+
+import pytest
+import torch
+
+from fastdcgan.training import plan
+from fastdcgan.training.config import preset
+from fastdcgan.training.distributed import Ranks
+from fastdcgan.training.plan import Engine, fused_share
+from fastdcgan_kernels.choice import targets
+
+
+@pytest.mark.parametrize("size", [32, 64, 128])
+@pytest.mark.parametrize("name", ["dcgan", "blue-marble", "small-data"])
+def test_presets_are_fused_on_a_gpu(name, size):
+    config = preset(name, image_size=size, channels=3)
+    before = torch.get_rng_state()
+    assert fused_share(config, Engine(torch.device("cuda"), torch.bfloat16)) >= 0.99
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("more", [{}, {"r1": 1.0}, {"norm_d": "none"}, {"minibatch_std": True}])
+def test_presets_are_fused_on_a_cpu(more, monkeypatch):
+    for module in (targets, plan.targets):
+        monkeypatch.setattr(module, "target_of", lambda device: None)
+    monkeypatch.setattr("fastdcgan_kernels.functional.target_of", lambda device: None)
+    config = preset("dcgan", image_size=64, channels=1, ngf=16, ndf=16, **more)
+    engine = Engine(torch.device("cpu"), None)
+    assert fused_share(config, engine) >= 0.99
+    lines = plan.describe(config, engine, Ranks(), source="", epoch_images=None, images="")
+    said = "100.0% of the convolutions' multiplications are in fused blocks"
+    assert sum(said in line for line in lines) == 1
+
+
+def test_other_kernel_sizes_are_not_fused_yet():
+    """The TensorFlow tutorial's 5x5."""
+    assert fused_share(preset("tf28", channels=1), Engine(torch.device("cuda"), None)) == 0
+
+
+def test_plain_pytorch_has_no_share():
+    config = preset("dcgan", channels=3, impl="reference")
+    engine = Engine(torch.device("cpu"), None, impl="reference")
+    lines = plan.describe(config, engine, Ranks(), source="", epoch_images=None, images="")
+    assert "blocks     plain PyTorch" in lines
