@@ -219,6 +219,17 @@ def test_evaluation_and_no_grad_keep_the_format(name):
             assert out.dim() != 4 or formats(out) == formats(expected)
 
 
+def test_images_of_one_channel_lie_so_that_what_follows_is_contiguous():
+    """Both formats are one for them, and a convolution goes by the strides."""
+    plain, fused = twins(nn.Sequential(down(1, 16), nn.ReLU(), up(16, 1)))
+    after = nn.Conv2d(1, 8, 3)
+    x = picture(c=1)
+    for given in (x, x.clone(memory_format=torch.channels_last)):
+        out, expected = after(fused(given)), after(plain(given))
+        close(out, expected)
+        assert formats(out) == formats(expected)
+
+
 def test_a_gram_matrix_by_view():
     plain, fused = twins(chain()[:5])
 
