@@ -99,7 +99,9 @@ class Child:
             (process.stdout, lines.put, lambda: lines.put(None)),
             (process.stderr, said.append, lambda: None),
         ):  # fmt: skip
-            threading.Thread(target=read, args=(stream, take, end), daemon=True).start()
+            reader = threading.Thread(target=read, args=(stream, take, end), daemon=True)
+            reader.start()
+        self._listener = reader  # to what it says on stderr
 
     def _write(self, question: str) -> None:
         assert self._process is not None
@@ -119,6 +121,7 @@ class Child:
             raise Lost(f"hung: it had {seconds:.0f} s {what}") from None
         if line is None:
             status = self._end(kill=False)
+            self._listener.join(KILLED_SECONDS)
             name = signal.Signals(-status).name if status < 0 else f"exit status {status}"
             last = next((said for said in reversed(self._said) if said.strip()), "")
             raise Lost(f"its process ended: {name}{', ' if last else ''}{last.strip()[:200]}")
