@@ -144,7 +144,8 @@ def format_of(x: object) -> torch.memory_format:
     """channels_last for what PyTorch's convolutions take for that, else contiguous."""
     if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_nested:
         return torch.contiguous_format
-    wide = not plain.is_transformed() and is_channels_last(x)
+    unknown = plain.is_transformed() or plain.is_traced()
+    wide = not unknown and is_channels_last(x)
     return torch.channels_last if wide else torch.contiguous_format
 
 

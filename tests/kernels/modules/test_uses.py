@@ -14,6 +14,7 @@ import os
 import pstats
 import random
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -1059,7 +1060,9 @@ def test_torchvisions_feature_extractor():
 def test_torchscript_and_export_hold_no_operator_of_ours(build, tmp_path):
     plain, fused = twins(build().eval())
     x = picture()
-    traced = torch.jit.trace(fused, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        traced = torch.jit.trace(fused, x)
     assert "fastdcgan::" not in str(traced.inlined_graph)
     close(traced(x), plain(x))
     for strict in (False, True):
