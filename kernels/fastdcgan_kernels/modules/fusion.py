@@ -102,12 +102,13 @@ def fuse(model: Model, *, verbose: bool = False, example: Any = None) -> Model:
                 or "it is called by a forward that fuse does not read"
             )
             found.append(Finding((name,), False, why))
+    model.__dict__["_fuse_findings"] = tuple(found)
     given = example if isinstance(example, tuple) else (example,)
     if example is not None:
         counts = {names[m]: count for m, count in multiplications(model, *given).items()}
         whole = max(1, sum(counts.values()))
         found = [replace(f, part=sum(counts.get(n, 0) for n in f.names) / whole) for f in found]
-    model.__dict__["_fuse_findings"] = tuple(found)
+        model.__dict__["_fuse_findings"] = tuple(found)
     if verbose:
         print(*found, sep="\n")
     if verbose and example is not None:

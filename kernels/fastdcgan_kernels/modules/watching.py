@@ -1,9 +1,9 @@
 """What a forward looks at while it is read: attributes of its modules, globals and closures of the
 user's functions that it runs. Not here: how it is read (reading.py).
 
-Values are compared as `known` has them: numbers, strings and what is made of them, in containers
-and in plain objects. Tensors, modules and functions are not compared; a forward that asks a tensor
-which way to go cannot be read.
+Values are compared as `known` has them: numbers, strings, arrays and what is made of them, in
+containers and in plain objects; functions and classes by identity. Tensors and modules are not
+compared: a forward that asks a tensor which way to go cannot be read.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def _known(value: Any, left: list[int], inside: dict[int, Any]) -> Any:
     if left[0] < 0:
         raise TooLarge(f"its forward looks at more than {LARGEST} values")
     if isinstance(value, _PLAIN):
-        return value
+        is_nan = isinstance(value, float | np.floating) and value != value
+        return "NaN" if is_nan else value  # which is not equal to itself
     value = getattr(value, "__func__", value)
     if isinstance(value, types.FunctionType | types.BuiltinFunctionType | property):
         return Same(value)

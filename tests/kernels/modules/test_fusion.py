@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdcgan_kernels import findings, functional, fuse, unfuse
 from fastdcgan_kernels.modules import block
+from tests.kernels.modules.layers import down, up
 
 BLOCKS = (block.FusedSequential, block.FusedConv2d, block.FusedConvTranspose2d)
 
@@ -33,14 +34,6 @@ def blocks_run(monkeypatch):
     whole = block.run_block
     monkeypatch.setattr(block, "run_block", lambda *a: calls.append(a) or whole(*a))
     return calls
-
-
-def down(ci, co, bias=False):
-    return nn.Conv2d(ci, co, 4, 2, 1, bias=bias)
-
-
-def up(ci, co, bias=False):
-    return nn.ConvTranspose2d(ci, co, 4, 2, 1, bias=bias)
 
 
 def picture(n=3, c=3, side=8):

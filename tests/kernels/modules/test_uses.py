@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 from fastdcgan_kernels import findings, fuse, share, unfuse, unfused
 from fastdcgan_kernels.cpu.blocks import is_there
 from fastdcgan_kernels.modules import block
+from tests.kernels.modules.layers import down, up
 
 
 @pytest.fixture(autouse=True, params=["triton", "cpu"])
@@ -59,14 +60,6 @@ def kernels_run(implementation, monkeypatch):
 
     with Counted():
         yield calls
-
-
-def down(ci, co, bias=False):
-    return nn.Conv2d(ci, co, 4, 2, 1, bias=bias)
-
-
-def up(ci, co, bias=False):
-    return nn.ConvTranspose2d(ci, co, 4, 2, 1, bias=bias)
 
 
 def picture(n=2, c=3, side=16):
@@ -636,6 +629,7 @@ class ByOption(Block):
         self.options = {"norm": True, "names": ["a"]}
         self.config = Options()
         self.own = {"deep": [{"norm": True}]}
+        self.best = float("nan")
 
     def forward(self, x):
         h = self.conv(x)
@@ -659,6 +653,7 @@ OPTIONS = {
     "list in a dict": lambda: by(
         lambda self: "b" not in self.options["names"], lambda m: m.options["names"].append("b")
     ),
+    "NaN": lambda: by(lambda self: self.best != self.best, lambda m: setattr(m, "best", 0.5)),
     "key": lambda: by(lambda self: "off" not in self.options, lambda m: m.options.update(off=1)),
     "object": lambda: by(lambda self: self.config.norm, lambda m: setattr(m.config, "norm", False)),
     "list in an object": lambda: by(
@@ -1482,6 +1477,10 @@ def test_share_and_findings_count_multiplications(capsys):
     assert {n: v.tolist() for n, v in model.state_dict().items()} == {
         n: v.tolist() for n, v in state.items()
     }
+    with pytest.raises(RuntimeError, match="channels"):
+        fuse(model, example=picture(c=5))
+    assert [f.part for f in findings(model)] == [None] * 3
+    close(model(x), unfuse(copy.deepcopy(model))(x))
     with pytest.raises(ValueError, match="runs no convolution"):
         share(nn.Linear(3, 3), torch.ones(2, 3))
 
