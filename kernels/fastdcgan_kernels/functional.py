@@ -61,6 +61,7 @@ class Activated(NamedTuple):
         return self.y.shape
 
 
+Runner: TypeAlias = How | Literal["cpu"]
 Input: TypeAlias = "Tensor | Deferred | Activated"
 
 
@@ -184,17 +185,14 @@ def defers(x: Input, weight: Tensor, spec: BlockSpec, norm: bool = True) -> bool
     return _how(x, weight, spec, norm) in ("hybrid", "prologue")
 
 
-def is_fused(x: Input, weight: Tensor, spec: BlockSpec, norm: bool = True) -> bool:
-    """Whether this block runs by kernels on x, of Triton or of the CPU; else it is plain PyTorch.
+def runner_of(x: Input, weight: Tensor, spec: BlockSpec, norm: bool = True) -> Runner:
+    """What runs a block on x: Triton's kernels, in which way; "cpu": the CPU's; "reference": plain
+    PyTorch. x: (N, CI, H, W), uncast; norm: the block has one.
 
     Raises:
         ValueError: FASTDCGAN_IMPL=triton and no kernel for this.
     """
-    return _runs(_cast(x), weight, spec, norm) != "reference"
-
-
-def _runs(x: Input, weight: Tensor, spec: BlockSpec, norm: bool) -> How | Literal["cpu"]:
-    """What runs a block: the CPU's kernels, or Triton's in which way, or plain PyTorch."""
+    x = _cast(x)
     if plain.is_asked_for(_tensor(x), weight):
         return "reference"
     if not spec.sync and _takes_cpu_kernels(x, weight, spec, norm):
@@ -320,14 +318,14 @@ def inputs_of(x: Input, weight: Tensor, bias: Tensor | None, working: Tensor | N
 
 def with_norm(
     x: Input, inputs: Inputs, buffers: Buffers, spec: BlockSpec, training: bool,
-    momentum: float | Tensor, defer: bool,
+    momentum: float | Tensor, defer: bool, how: Runner | None = None,
 ) -> Any:  # fmt: skip
-    """A block with a norm, by whatever runs it here: the C++ of a CPU, kernels or plain PyTorch."""
+    """A block with a norm, by `how`, where that is known, else `runner_of`."""
     reference.check_activation(spec.activation)
     x, weight, groups = _cast(x), inputs.weight, spec.groups
     inputs, spec = _given(x, inputs, spec)
     tracked = buffers.running_mean is not None and buffers.running_var is not None
-    how = _runs(x, weight, spec, True)
+    how = how or runner_of(x, weight, spec, True)
     if how != "reference" and not training and tracked:
         return without_norm(x, reference.fold(inputs, buffers, spec), spec)
     if x.shape[0] % groups:
@@ -369,13 +367,15 @@ def with_norm(
     return deferred if defer else materialise(deferred)
 
 
-def without_norm(x: Input, inputs: Inputs, spec: BlockSpec, defer: bool = False) -> Any:
+def without_norm(
+    x: Input, inputs: Inputs, spec: BlockSpec, defer: bool = False, how: Runner | None = None
+) -> Any:
     """The same of a block without one."""
     reference.check_activation(spec.activation)
     x, weight = _cast(x), inputs.weight
     inputs, spec = _given(x, inputs, spec)
     spec = replace(spec, groups=x.coef.shape[1] if isinstance(x, Deferred) else 1)
-    how = _runs(x, weight, spec, False)
+    how = how or runner_of(x, weight, spec, False)
     if how == "cpu":
         return ops.cpu_conv_act(*SIGNATURES["cpu_conv_act"].flatten(inputs, spec))
     if how == "reference":

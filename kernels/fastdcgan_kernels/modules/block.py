@@ -111,7 +111,8 @@ def run_block(
     groups = groups_now()
     if norm is not None:
         spec = replace(spec, eps=norm.eps, groups=groups, sync=_process_group(norm))
-    if not functional.is_fused(x, weight, spec, norm is not None):
+    how = functional.runner_of(x, weight, spec, norm is not None)
+    if how == "reference":
         op = F.conv_transpose2d if spec.transposed else F.conv2d
         x = functional.materialise(x)
         if x.dtype != weight.dtype and functional.runs_kernels(x.device):  # which take both
@@ -121,7 +122,7 @@ def run_block(
         return y if activation is None else activation(y)
     inputs = functional.inputs_of(x, weight, bias, getattr(conv, "_working", None))
     if norm is None:
-        return functional.without_norm(x, inputs, spec, defer)
+        return functional.without_norm(x, inputs, spec, defer, how)
     # As nn.BatchNorm2d.forward; the count stays on its device.
     momentum: float | Tensor = 0.0 if norm.momentum is None else norm.momentum
     batches = norm.num_batches_tracked if norm.training and norm.track_running_stats else None
@@ -134,7 +135,7 @@ def run_block(
     mean, var = (norm.running_mean, norm.running_var) if moving else (None, None)
     training = norm.training or (norm.running_mean is None and norm.running_var is None)
     buffers = Buffers(mean, var, batches)
-    return functional.with_norm(x, inputs, buffers, spec, training, momentum, defer)
+    return functional.with_norm(x, inputs, buffers, spec, training, momentum, defer, how)
 
 
 # --- Memory formats: kernels are channels_last, what leaves them is as plain PyTorch's ------------
