@@ -132,6 +132,7 @@ def measure(
     cuda = device.type == "cuda"
     clock: Clock = wall_clock
     if cuda:
+        torch.cuda.init()  # before its memory's statistics are asked for
         filler = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if flush else None
         clock = CudaClock(filler)
     measured = {name: Measured() for name in makers}

@@ -4,6 +4,7 @@ Triton only to see whether it is there."""
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
 from collections.abc import Iterator
@@ -97,8 +98,13 @@ def target_of(device: torch.device) -> Target | None:
 
 
 def _driver() -> int:
-    """The CUDA version of the driver: 12030 for 12.3."""
-    return int(torch._C._cuda_getDriverVersion())  # type: ignore[attr-defined]
+    """The CUDA version of the driver: 12030 for 12.3; 0 where it cannot be asked."""
+    version = ctypes.c_int()
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return 0
+    return version.value
 
 
 def starts_early(device: torch.device) -> bool:
