@@ -1,6 +1,7 @@
 """Where the time of a step goes: each launch of one replay of its CUDA graph, beside what it would
 take at the card's peaks. The profiler's kernels are joined with the launches that the step makes
-when it is run eagerly; both are in the same order."""
+when it is run eagerly; both are in the same order. No launch starts early here: the time of one
+that does holds its wait for the one ahead, too."""
 
 import json
 import os
@@ -18,6 +19,7 @@ from benchmarks.cost_model import DEVICES, seconds_of
 from benchmarks.gpu.launches import Seen, seeing, task_facts
 from benchmarks.gpu.phase import Items, Setting, line_of
 from benchmarks.gpu.step import whole_step
+from fastdcgan_kernels.choice.targets import early
 from fastdcgan_kernels.gpu.launch import Launch, watching
 from fastdcgan_kernels.tuner.trials import device_time
 
@@ -44,7 +46,7 @@ def measure(to: Items, setting: Setting) -> None:
     peaks = _peaks(setting)
     for batch in setting.size.main:
         if to.wants(str(batch)):
-            with to.item(str(batch)) as facts:
+            with to.item(str(batch)) as facts, early(False):
                 facts |= {"batch": batch, "peaks": peaks, **_profile(setting, batch, peaks)}
 
 

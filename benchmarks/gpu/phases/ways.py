@@ -26,7 +26,7 @@ def measure(to: Items, setting: Setting) -> None:
 def _workload(setting: Setting, batch: int, way: How) -> Workload:
     """The workload, its first step made this way: what a graph has captured stays so. Where steps
     run eagerly, each is made this way."""
-    workload = ours(setting, batch, prove=False)
+    workload = ours(setting, batch)
     step = workload.run
 
     def run() -> None:
