@@ -49,7 +49,7 @@ def _phase(name: str, limit: float, interpreted: bool = True) -> Phase:
 PHASES = (
     _phase("machine", 20),
     _phase("compile", 60, interpreted=False),
-    _phase("proof", 30),
+    _phase("proof", 60),
     _phase("engines", 120),
     _phase("steps", 120, interpreted=False),
     _phase("profile", 40),

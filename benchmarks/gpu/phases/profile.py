@@ -1,10 +1,11 @@
-"""Where the time of a step goes: each launch of one replay of its CUDA graph, beside what it would
+"""Where the time of a step goes: each launch in a replay of its CUDA graph, beside what it would
 take at the card's peaks. The profiler's kernels are joined with the launches that the step makes
 when it is run eagerly; both are in the same order. No launch starts early here: the time of one
 that does holds its wait for the one ahead, too."""
 
 import json
 import os
+import statistics
 import tempfile
 import time
 from collections import defaultdict
@@ -23,9 +24,14 @@ from fastdcgan_kernels.choice.targets import early
 from fastdcgan_kernels.gpu.launch import Launch, watching
 from fastdcgan_kernels.tuner.trials import device_time
 
-REPLAY = "torch.profiler, one replay of the CUDA graph"
+REPLAY = "torch.profiler, replays of the CUDA graph, medians"
+REPLAYS = 5
+WARM_SECONDS = 0.2
+"""Of replays before those, with the profiler and without: the clock of an idle GPU is slow."""
 ALONE = "each launch by itself"
 COPIES = ("gpu_memcpy", "gpu_memset")
+UNLIKE = 200
+"""Names of kernels that are kept."""
 
 
 @dataclass(frozen=True)
@@ -66,16 +72,15 @@ def _profile(setting: Setting, batch: int, peaks: dict[str, Any]) -> dict[str, A
         except RuntimeError as error:  # of the profiler, which some machines do not allow
             said.append(f"the profiler: {line_of(error)}")
             kernels = []
-        times = join(seen, kernels) if whole.graphed else None
-        if times is not None:
-            ours = {one.kernel for one in seen}
-            span = max(k.start + k.seconds for k in kernels) - kernels[0].start
-            facts |= {"source": REPLAY, "span_seconds": span}
-            facts |= {"seconds": sum(k.seconds for k in kernels)}
-            facts["others"] = _others([k for k in kernels if k.name not in ours])
+        steps = join(seen, kernels) if whole.graphed else None
+        if steps is not None:
+            times = [statistics.median(k.seconds for k in own) for own in zip(*steps, strict=True)]
+            others = _others(within_last(steps, kernels))
+            facts |= {"source": REPLAY, "span_seconds": statistics.median(map(span, steps))}
+            facts |= {"others": others, "seconds": sum(times) + sum(o["seconds"] for o in others)}
             return {**facts, "rows": _rows(seen, times, peaks)}
         facts["joined"] = False
-        facts["unlike"] = [k.name for k in kernels]  # what was seen, for whoever mends it
+        facts["unlike"] = [k.name for k in kernels][:UNLIKE]  # for whoever mends it
     kept: list[Launch] = []
     with seeing(eager.state) as seen, watching(kept.append):
         eager()
@@ -85,10 +90,21 @@ def _profile(setting: Setting, batch: int, peaks: dict[str, Any]) -> dict[str, A
 
 
 def trace(run: Callable[[], object], device: torch.device) -> list[Kernel]:
-    """What the device does in a call, by PyTorch's profiler, in its order."""
-    torch.cuda.synchronize(device)
+    """What the device does in some calls, of which the first ones warm it up, by PyTorch's
+    profiler, in its order."""
+
+    def warm_up() -> None:
+        torch.cuda.synchronize(device)
+        end = time.monotonic() + WARM_SECONDS
+        while time.monotonic() < end:
+            run()
+            torch.cuda.synchronize(device)
+
+    warm_up()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        run()
+        warm_up()
+        for _ in range(REPLAYS):
+            run()
         torch.cuda.synchronize(device)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
@@ -106,13 +122,27 @@ def timeline(chrome: dict[str, Any]) -> list[Kernel]:
     return sorted(found, key=lambda kernel: kernel.start)
 
 
-def join(seen: Sequence[Seen], kernels: Sequence[Kernel]) -> list[float] | None:
-    """Seconds of each launch; None where the kernels of these names are not these launches."""
-    names = {one.kernel for one in seen}
-    ours = [kernel for kernel in kernels if kernel.name in names]
-    if [kernel.name for kernel in ours] != [one.kernel for one in seen]:
+def join(seen: Sequence[Seen], kernels: Sequence[Kernel]) -> list[list[Kernel]] | None:
+    """Of each of the last REPLAYS steps the kernels that are these launches; None where the kernels
+    of these names are anything but these launches, over and over."""
+    wanted = [one.kernel for one in seen]
+    ours = [kernel for kernel in kernels if kernel.name in set(wanted)]
+    steps = [ours[at : at + len(wanted)] for at in range(0, len(ours), len(wanted))]
+    if not steps or any([kernel.name for kernel in step] != wanted for step in steps):
         return None
-    return [kernel.seconds for kernel in ours]
+    return steps[-REPLAYS:]
+
+
+def span(step: Sequence[Kernel]) -> float:
+    """Seconds from the first one's start to the last one's end."""
+    return step[-1].start + step[-1].seconds - step[0].start
+
+
+def within_last(steps: Sequence[Sequence[Kernel]], kernels: Sequence[Kernel]) -> list[Kernel]:
+    """The kernels of the last step that are not ours: those since the end of the step before."""
+    ours = {kernel.name for kernel in steps[-1]}
+    since = steps[-2][-1].start if len(steps) > 1 else -1.0
+    return [k for k in kernels if k.name not in ours and since < k.start < steps[-1][-1].start]
 
 
 def _alone(launch: Launch, device: torch.device) -> float:

@@ -54,8 +54,25 @@ def test_the_timeline_is_the_devices_own_in_its_order():
 
 def test_launches_are_joined_with_kernels_in_their_order():
     launches = [seen("gather_descriptors"), seen("gather_descriptors"), seen("adam")]
-    times = profile.join(launches, profile.timeline(CHROME))
-    assert times == pytest.approx([4e-6, 8e-6, 5e-6])
+    (step,) = profile.join(launches, profile.timeline(CHROME))
+    assert [kernel.seconds for kernel in step] == pytest.approx([4e-6, 8e-6, 5e-6])
+    assert profile.span(step) == pytest.approx(35e-6)
+
+
+def test_the_last_steps_are_joined_each_by_itself():
+    """The first ones warm the device up; a kernel of PyTorch's may come in one and not in all."""
+    steps = range(profile.REPLAYS + 3)
+    kernels = [
+        profile.Kernel(name, 10.0 * step + at, 1.0 + step)
+        for step in steps
+        for at, name in enumerate(("rand", "adam", "copy", "adam"))
+        if name != "copy" or step % 2
+    ]
+    found = profile.join([seen("adam"), seen("adam")], kernels)
+    assert [[k.seconds for k in step] for step in found] == [[1.0 + s] * 2 for s in steps][3:]
+    last = profile.within_last(found, kernels)
+    assert [kernel.name for kernel in last] == ["rand", "copy"]
+    assert last[0].start == 10.0 * steps[-1]
 
 
 @pytest.mark.parametrize(
