@@ -405,7 +405,9 @@ def _products(name: str, grid: tuple[int, ...], given: dict[str, Any]) -> tuple[
     images = given["groups"] * given["images"]
     pixels = given["images"] * given["P"] * given["Q"]
     depth = given.get("BLOCK_K", 64)
-    useful = 2 * images * given["P"] * given["Q"] * given["CS"] * given["CL"] * 16
+    small = ("HI", "WI") if given.get("TRANSPOSED") else ("P", "Q")
+    taps = given[small[0]] * given[small[1]] * given.get("K", 4) ** 2
+    useful = 2 * images * taps * given["CS"] * given["CL"]
     if "weight_gradient" in name:
         made = 2 * grid[0] * rows * columns * given["groups"] * padded(pixels, depth)
         small, large = loaded("SMALL_PROLOGUE"), loaded("LARGE_PROLOGUE")

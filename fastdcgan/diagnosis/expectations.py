@@ -107,11 +107,12 @@ def _plan(block: Block, target: Target) -> tuple[str, bool]:
     before, after = (small, large) if block.transposed else (large, small)
     with torch.device("meta"):
         x = torch.empty(before, dtype=block.dtype)
-        weight, channels = torch.empty(g.CS, g.CL, 4, 4), torch.empty(after[1])
+        weight, channels = torch.empty(g.CS, g.CL, g.kernel, g.kernel), torch.empty(after[1])
         coef = torch.empty(3, block.groups, before[1]) if choice.how == "prologue" else None
     spec = BlockSpec(
-        block.transposed, g.stride, g.pad, eps=1e-5, groups=block.groups, x_activation="relu"
-    )
+        block.transposed, g.stride, g.sides(block.transposed), eps=1e-5, groups=block.groups,
+        x_activation="relu",
+    )  # fmt: skip
     inputs = Inputs(x, weight, coef, gamma=channels, beta=channels)
     with (
         targets.assume(target),

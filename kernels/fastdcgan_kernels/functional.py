@@ -2,9 +2,8 @@
 where there are any for the device, shape and dtype, and in plain PyTorch (reference.py) elsewhere.
 Not here: what the kernels do (gpu/blocks.py), which of them run (choice/).
 
-The kernels cover 4x4 convolutions of stride 2 and padding 1 with even sides, and of stride 1 and
-padding 0 between 1x1 and 4x4 pixels, in float32, bfloat16 and float16. FASTDCGAN_IMPL says what
-happens elsewhere: `auto` (default) and `reference` run plain PyTorch, `triton` raises.
+The kernels cover square kernels of 1 to 7 pixels a side with stride 1 or 2 and any padding, in
+float32, bfloat16 and float16. FASTDCGAN_IMPL says what happens elsewhere: `auto` (default) and `reference` run plain PyTorch, `triton` raises.
 
 Gradients: first order by kernels; where a graph of the gradient is asked for (create_graph=True),
 the gradient is computed in plain PyTorch, so that higher orders are those of its functions.
@@ -21,6 +20,7 @@ from torch import Tensor
 from . import autograd as _  # noqa: F401  (gives the operators their gradients)
 from . import reference
 from .choice import choose, plain
+from .choice.geometry import KERNELS, Padding, sides_of
 from .choice.spec import BlockSpec, Buffers, Inputs
 from .choice.targets import mode, target_of
 from .choice.types import Block, How
@@ -67,7 +67,7 @@ Input: TypeAlias = "Tensor | Deferred | Activated"
 
 def conv_bn_act(
     x: Input, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
-    running_mean: Tensor | None, running_var: Tensor | None, *, stride: int, padding: int,
+    running_mean: Tensor | None, running_var: Tensor | None, *, stride: int, padding: Padding,
     training: bool, momentum: float | Tensor, eps: float, activation: Activation,
     slope: float = 0.0, stat_groups: int = 1, sync: str = "", batches: Tensor | None = None,
     working: Tensor | None = None, defer: bool = False,
@@ -99,7 +99,7 @@ def conv_bn_act(
     Raises:
         ValueError: as the reference; or FASTDCGAN_IMPL=triton and no kernel for this.
     """
-    spec = BlockSpec(False, stride, padding, activation, slope, eps, stat_groups, sync)
+    spec = BlockSpec(False, stride, sides_of(padding), activation, slope, eps, stat_groups, sync)
     inputs = replace(inputs_of(x, weight, bias, working), gamma=gamma, beta=beta)
     buffers = Buffers(running_mean, running_var, batches)
     return with_norm(x, inputs, buffers, spec, training, momentum, defer)
@@ -107,34 +107,34 @@ def conv_bn_act(
 
 def conv_transpose_bn_act(
     x: Input, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
-    running_mean: Tensor | None, running_var: Tensor | None, *, stride: int, padding: int,
+    running_mean: Tensor | None, running_var: Tensor | None, *, stride: int, padding: Padding, output_padding: Padding = 0,
     training: bool, momentum: float | Tensor, eps: float, activation: Activation,
     slope: float = 0.0, stat_groups: int = 1, sync: str = "", batches: Tensor | None = None,
     working: Tensor | None = None, defer: bool = False,
 ) -> Any:  # fmt: skip
-    """As `conv_bn_act`, with y = conv_transpose2d(x, weight) + bias and weight (CI, CO, 4, 4)."""
-    spec = BlockSpec(True, stride, padding, activation, slope, eps, stat_groups, sync)
+    """As `conv_bn_act`, with y = conv_transpose2d(x, weight) + bias and weight (CI, CO, K, K)."""
+    spec = BlockSpec(True, stride, sides_of(padding, output_padding), activation, slope, eps, stat_groups, sync)
     inputs = replace(inputs_of(x, weight, bias, working), gamma=gamma, beta=beta)
     buffers = Buffers(running_mean, running_var, batches)
     return with_norm(x, inputs, buffers, spec, training, momentum, defer)
 
 
 def conv_act(
-    x: Input, weight: Tensor, bias: Tensor | None = None, *, stride: int, padding: int,
+    x: Input, weight: Tensor, bias: Tensor | None = None, *, stride: int, padding: Padding,
     activation: Activation, slope: float = 0.0, working: Tensor | None = None, defer: bool = False,
 ) -> Any:  # fmt: skip
     """act(conv2d(x, weight) + bias); as `reference.conv_act`, dtypes and x as `conv_bn_act`.
     defer: `Activated` may be returned. Default False."""
-    spec = BlockSpec(False, stride, padding, activation, slope)
+    spec = BlockSpec(False, stride, sides_of(padding), activation, slope)
     return without_norm(x, inputs_of(x, weight, bias, working), spec, defer)
 
 
 def conv_transpose_act(
-    x: Input, weight: Tensor, bias: Tensor | None = None, *, stride: int, padding: int,
+    x: Input, weight: Tensor, bias: Tensor | None = None, *, stride: int, padding: Padding, output_padding: Padding = 0,
     activation: Activation, slope: float = 0.0, working: Tensor | None = None, defer: bool = False,
 ) -> Any:  # fmt: skip
     """act(conv_transpose2d(x, weight) + bias); else as `conv_act`."""
-    spec = BlockSpec(True, stride, padding, activation, slope)
+    spec = BlockSpec(True, stride, sides_of(padding, output_padding), activation, slope)
     return without_norm(x, inputs_of(x, weight, bias, working), spec, defer)
 
 
@@ -213,18 +213,15 @@ def _how(x: Input, weight: Tensor, spec: BlockSpec, norm: bool) -> How:
 def unsupported(x: Input, weight: Tensor, spec: BlockSpec) -> str:
     """Why there is no kernel for this convolution; "" if there is one (on some device)."""
     y, transposed = _tensor(x), spec.transposed
-    if weight.dim() != 4 or tuple(weight.shape[2:]) != (4, 4):
-        return f"kernels are 4x4, the weight is {tuple(weight.shape)}"
-    if (spec.stride, spec.padding) not in ((2, 1), (1, 0)):
-        steps = f"stride {spec.stride} with padding {spec.padding}"
-        return f"{steps}; kernels have 2 with 1, or 1 with 0"
+    if weight.dim() != 4 or weight.shape[2] != weight.shape[3] or weight.shape[2] not in KERNELS:
+        return f"kernels are square, 1x1 to 7x7; the weight is {tuple(weight.shape)}"
+    if spec.stride not in (1, 2):
+        return f"stride {spec.stride}; kernels have 1 and 2"
     if y.dim() != 4 or y.shape[1] != weight.shape[0 if transposed else 1]:
         return f"x {tuple(y.shape)} does not fit the weight {tuple(weight.shape)}"
-    sides = tuple(y.shape[2:])
-    if spec.stride == 1 and sides != ((1, 1) if transposed else (4, 4)):
-        return f"stride 1 takes {'1x1' if transposed else '4x4'} pixels, x is {tuple(y.shape)}"
-    if spec.stride == 2 and not transposed and (sides[0] % 2 or sides[1] % 2 or 0 in sides):
-        return f"sides must be even, x is {tuple(y.shape)}"
+    g = spec.geometry(y, weight)
+    if min(g.P, g.Q, g.H, g.W) < 1 or min(spec.padding[:2]) < 0:
+        return f"nothing is left of x {tuple(y.shape)}, or padding {spec.padding} is negative"
     if y.numel() == 0 or weight.numel() == 0:
         return f"x {tuple(y.shape)} or the weight {tuple(weight.shape)} is empty"
     if y.dtype not in DTYPES or weight.dtype not in DTYPES:

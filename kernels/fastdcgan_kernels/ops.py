@@ -90,7 +90,7 @@ def _empty_gradient(like: Tensor) -> Tensor:
 
 def output(inputs: Inputs, spec: BlockSpec) -> Tensor:
     """A block's output without values."""
-    return empty_output(inputs.x, inputs.weight, spec.transposed, spec.stride)
+    return empty_output(inputs.x, inputs.weight, spec.transposed, spec.stride, spec.padding)
 
 
 def _fake_conv_bn(inputs: Inputs, buffers: Buffers, spec: BlockSpec) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import convolution
 from .choice import plain
+from .choice.geometry import Padding, sides_of
 from .choice.spec import BlockSpec, Buffers, Inputs
 
 Activation = Literal["relu", "leaky_relu", "tanh", "none"]
@@ -24,7 +26,7 @@ Activation = Literal["relu", "leaky_relu", "tanh", "none"]
 
 def conv_bn_act(
     x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
-    running_mean: Tensor | None, running_var: Tensor | None, *, stride: int, padding: int,
+    running_mean: Tensor | None, running_var: Tensor | None, *, stride: int, padding: Padding,
     training: bool, momentum: float | Tensor, eps: float, activation: Activation,
     slope: float = 0.0, sync: str = "",
 ) -> Tensor:  # fmt: skip
@@ -40,7 +42,9 @@ def conv_bn_act(
         bias: (CO,), or None.
         gamma, beta: scale and shift, (CO,), or None for 1 and 0.
         running_mean, running_var: (CO,). None, in training only: no statistics are kept.
-        stride, padding: of the convolution, in pixels, alike in both directions.
+        stride: of the convolution, along both axes.
+        padding: zeros around x, in pixels: one number, (rows, columns), or (top, left, bottom,
+            right).
         training: normalise with the batch's statistics.
         momentum: share of the new value in the running buffers, a float or a 0-dim tensor. For a
             module's momentum of None, the module passes 1 / num_batches_tracked.
@@ -56,14 +60,14 @@ def conv_bn_act(
     Raises:
         ValueError: for another activation, or in training with one value a channel.
     """
-    spec = BlockSpec(False, stride, padding, activation, slope, eps, sync=sync)
+    spec = BlockSpec(False, stride, sides_of(padding), activation, slope, eps, sync=sync)
     inputs = Inputs(x, weight, bias=bias, gamma=gamma, beta=beta)
     return block(inputs, Buffers(running_mean, running_var), spec, training, momentum)
 
 
 def conv_transpose_bn_act(
     x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
-    running_mean: Tensor | None, running_var: Tensor | None, *, stride: int, padding: int,
+    running_mean: Tensor | None, running_var: Tensor | None, *, stride: int, padding: Padding, output_padding: Padding = 0,
     training: bool, momentum: float | Tensor, eps: float, activation: Activation,
     slope: float = 0.0, sync: str = "",
 ) -> Tensor:  # fmt: skip
@@ -71,34 +75,38 @@ def conv_transpose_bn_act(
 
     Args:
         weight: filters, (CI, CO, KH, KW).
+        padding: pixels that are cut off, as in `conv_bn_act`; of four numbers the last two may be
+            negative: then there are so many more.
+        output_padding: of these pixels, how many stay below and on the right: one number, or (rows,
+            columns). Default 0.
         Others: as in `conv_bn_act`.
 
     Returns:
-        (N, CO, P, Q), channels_last, with P = (H - 1) * stride - 2 * padding + KH.
+        (N, CO, P, Q), channels_last, with P = (H - 1) * stride - 2 * padding + KH + output_padding.
 
     Raises:
         ValueError: as in `conv_bn_act`.
     """
-    spec = BlockSpec(True, stride, padding, activation, slope, eps, sync=sync)
+    spec = BlockSpec(True, stride, sides_of(padding, output_padding), activation, slope, eps, sync=sync)
     inputs = Inputs(x, weight, bias=bias, gamma=gamma, beta=beta)
     return block(inputs, Buffers(running_mean, running_var), spec, training, momentum)
 
 
 def conv_act(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int, padding: int,
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int, padding: Padding,
     activation: Activation, slope: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """act(conv2d(x, weight) + bias); arguments, result and errors as in `conv_bn_act`."""
-    spec = BlockSpec(False, stride, padding, activation, slope)
+    spec = BlockSpec(False, stride, sides_of(padding), activation, slope)
     return block_without_norm(Inputs(x, weight, bias=bias), spec)
 
 
 def conv_transpose_act(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int, padding: int,
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int, padding: Padding, output_padding: Padding = 0,
     activation: Activation, slope: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """act(conv_transpose2d(x, weight) + bias); else as in `conv_transpose_bn_act`."""
-    spec = BlockSpec(True, stride, padding, activation, slope)
+    spec = BlockSpec(True, stride, sides_of(padding, output_padding), activation, slope)
     return block_without_norm(Inputs(x, weight, bias=bias), spec)
 
 
@@ -130,8 +138,7 @@ def block_without_norm(inputs: Inputs, spec: BlockSpec) -> Tensor:
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, spec: BlockSpec) -> Tensor:
-    op = F.conv_transpose2d if spec.transposed else F.conv2d
-    return op(x, weight, bias, spec.stride, spec.padding)
+    return convolution.convolve(x, weight, bias, spec.stride, spec.padding, spec.transposed)
 
 
 def _channels_last(y: Tensor) -> Tensor:

@@ -40,6 +40,19 @@ def results_start_as_nan():
         torch.use_deterministic_algorithms(False)
 
 
+def convolve(x, weight, g, transposed):
+    """PyTorch's convolution of a layer, padded and cut by hand: as the formula of geometry.py has
+    it, without PyTorch's own padding."""
+    up, left = g.pad, g.left
+    if transposed:
+        y = F.conv_transpose2d(x, weight, None, g.stride)
+        y = F.pad(y, (0, max(0, left + g.W - y.shape[3]), 0, max(0, up + g.H - y.shape[2])))
+        return y[:, :, up : up + g.H, left : left + g.W]
+    reach = [(side - 1) * g.stride + g.kernel for side in (g.P, g.Q)]
+    x = F.pad(x, (left, max(0, reach[1] - left - g.W), up, max(0, reach[0] - up - g.H)))
+    return F.conv2d(x[:, :, : reach[0], : reach[1]], weight, None, g.stride)
+
+
 def layer(n, p, q, cs, cl, stride=2):
     """Geometry of a 4x4 layer: stride 2 with padding 1, or stride 1 between 1x1 and 4x4 pixels."""
     if stride == 1:
@@ -70,7 +83,7 @@ class Draw:
         return (g.N, g.CS, g.P, g.Q), (g.N, g.CL, g.H, g.W)
 
     def weight(self, g):
-        return self.normal(g.CS, g.CL, 4, 4, spread=0.1)
+        return self.normal(g.CS, g.CL, g.kernel, g.kernel, spread=0.1)
 
     def operand(self, shape, groups, prologue, activation):
         value = self.normal(*shape)
@@ -233,13 +246,12 @@ def check_gather(
     )
     assert result.value.dtype == dtype
     assert result.value.is_contiguous(memory_format=torch.channels_last)
-    convolve = F.conv_transpose2d if transposed else F.conv2d
     x = seen(source)
-    truth = convolve(x, weight.double(), None, g.stride, g.pad)
+    truth = convolve(x, weight.double(), g, transposed)
     truth, sums = finish(truth, finishing, torch.float64)
     eager = None
     if dtype != torch.float32:
-        eager = convolve(x.to(dtype), weight, None, g.stride, g.pad).float()
+        eager = convolve(x.to(dtype), weight, g, transposed).float()
         eager = finish(eager, finishing, torch.float32)[0].to(dtype)
     close(result.value, truth, eager)
     if epilogue == "statistics":
@@ -276,8 +288,9 @@ def check_weight_gradient(
     ours = run(small, large, g, tile=tile, dtype=out_dtype, groups=groups)
     assert ours.dtype == out_dtype
     assert ours.is_contiguous(memory_format=torch.channels_last)
-    shape = (g.CS, g.CL, 4, 4)
-    truth = torch.nn.grad.conv2d_weight(seen(large), shape, seen(small), g.stride, g.pad)
+    weight = torch.zeros(g.CS, g.CL, g.kernel, g.kernel, dtype=torch.float64, requires_grad=True)
+    y = convolve(seen(large), weight, g, False)
+    (truth,) = torch.autograd.grad(y, weight, seen(small))
     # Sums of exact products in float32, whatever the operands; rounded where the result is.
     close(ours, truth, None if out_dtype == torch.float32 else truth.to(out_dtype))
     return ours

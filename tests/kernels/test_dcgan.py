@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fastdcgan_kernels import dcgan, findings, fuse
-from fastdcgan_kernels.choice.geometry import geometry_of
+from fastdcgan_kernels.choice.geometry import geometry_of, sides_of
 
 
 @pytest.mark.parametrize("size", dcgan.SIZES)
@@ -32,7 +32,10 @@ def test_layers_have_the_shapes_that_the_nets_give_them(size):
             for module in net:
                 if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
                     layer, transposed = next(layers), isinstance(module, nn.ConvTranspose2d)
-                    geometry = geometry_of(x, module.weight, transposed, module.stride[0])
+                    geometry = geometry_of(
+                        x, module.weight, transposed, module.stride[0],
+                        sides_of(module.padding[0]),
+                    )
                     assert layer.geometry(6) == geometry
                     assert layer.transposed == transposed
                     assert tuple(x.shape) == (6, layer.ci, layer.side, layer.side)

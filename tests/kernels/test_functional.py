@@ -561,7 +561,7 @@ def test_second_gradients_of_the_reference_pieces():
     )
 
     def pieces(x, coef, weight, gamma, beta):
-        spec = BlockSpec(stride=2, padding=1, eps=1e-3, x_activation="tanh")
+        spec = BlockSpec(stride=2, padding=(1, 1, 1, 1), eps=1e-3, x_activation="tanh")
         y, c = reference.conv_bn(Inputs(x, weight, coef, gamma=gamma, beta=beta), spec)
         return reference.activate(y, c, "tanh", 0.0)
 

@@ -225,7 +225,7 @@ def test_no_argument_has_a_default(name):
 def test_conv_bn_without_running_buffers_and_without_a_momentum():
     """The call that PyTorch 2.11 made an IndexError of."""
     x, weight = normal(2, 3, 8, 8), normal(5, 3, 4, 4)
-    spec = BlockSpec(False, stride=2, padding=1, eps=1e-5)
+    spec = BlockSpec(False, stride=2, padding=(1, 1, 1, 1), eps=1e-5)
     y, coef = ops.conv_bn(*SIGNATURES["conv_bn"].flatten(Inputs(x, weight), Buffers(), spec))
     torch.testing.assert_close(y, torch.nn.functional.conv2d(x, weight, None, 2, 1))
     torch.testing.assert_close(coef[0, 0], y.mean((0, 2, 3)))

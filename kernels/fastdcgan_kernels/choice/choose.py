@@ -81,7 +81,7 @@ def choose(block: Block, target: Target) -> Choice:
         if block in given:
             return Choice(given[block])
     g = block.geometry
-    numbers = (g.N, g.P, g.Q, g.CS, g.H, g.W, g.CL, g.stride, g.pad)
+    numbers = (g.N, g.P, g.Q, g.CS, g.H, g.W, g.CL, g.stride, g.pad, g.kernel, g.skew)
     sizes = tuple([operator.index(n) for n in numbers])  # torch.compile may have symbols there
     stored = _stored(target.device, block.transposed, sizes, block.dtype, block.norm, block.groups)
     return Choice(stored, measured=True) if stored else Choice(DEFAULT)

@@ -1,11 +1,14 @@
 """Shapes of layers and of tiles; imports no Triton, so that plans and shapes cost nothing.
 
-A layer joins a small side [N, CS, P, Q] and a large side [N, CL, H, W] by the 16 taps of a weight
-[CS, CL, 4, 4]: Conv2d goes from large to small, ConvTranspose2d from small to large.
+A layer joins a small side [N, CS, P, Q] and a large side [N, CL, H, W] by the taps of a weight
+[CS, CL, K, K]: Conv2d goes from large to small, ConvTranspose2d from small to large. Small pixel
+(p, q) meets large pixel (p * stride - pad + kh, q * stride - left + kw) at tap (kh, kw); what lies
+outside is 0. So padding on the other sides is in the sides alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -13,6 +16,9 @@ import torch
 from torch import Tensor
 
 Engine: TypeAlias = Literal["pointers", "descriptors", "gluon"]
+Sides: TypeAlias = tuple[int, int, int, int]
+Padding: TypeAlias = int | Sequence[int]
+KERNELS = range(1, 8)  # sides of the kernels that layers may have
 
 
 @dataclass(frozen=True)
@@ -28,22 +34,66 @@ class Geometry:
     CL: int
     stride: int
     pad: int
+    kernel: int = 4
+    skew: int = 0  # columns of padding on the left beyond `pad`, the rows above
+
+    @property
+    def left(self) -> int:
+        """Columns of padding on the left."""
+        return self.pad + self.skew
+
+    def sides(self, transposed: bool) -> Sides:
+        """(top, left, bottom, right): a padding that gives the convolution these sides, on both
+        ends the same where that does; or what the transposed one's result is cut by."""
+        ends = []
+        axes = (self.P, self.H, self.pad), (self.Q, self.W, self.left)
+        for small, large, before in axes:
+            behind = (small - 1) * self.stride + self.kernel - large - before
+            same = (large + 2 * before - self.kernel) // self.stride + 1 == small
+            ends.append(behind if transposed else before if same else max(behind, 0))
+        return self.pad, self.left, ends[0], ends[1]
+
+    @property
+    def is_image(self) -> bool:
+        """Whether its large side is an image of few channels, by a 4x4 kernel of stride 2, for
+        which there are kernels that merge taps."""
+        doubled = (self.H, self.W) == (2 * self.P, 2 * self.Q)
+        return self.CL <= 4 and doubled and self.is_standard
+
+    @property
+    def has_view(self) -> bool:
+        """Whether the pixels of the large side that one tap meets are neighbours in a view of it,
+        which a tensor descriptor may have."""
+        return self.stride == 1 or (self.H % 2 == 0 and self.W % 2 == 0)
+
+    @property
+    def is_standard(self) -> bool:
+        """Whether it is a DCGAN's 4x4 kernel of stride 2 with padding 1."""
+        return (self.kernel, self.stride, self.pad, self.left) == (4, 2, 1, 1)
 
     def reads_once(self, transposed: bool) -> bool:
         """Whether the convolution, or the transposed one, loads each value of its input about once,
         whatever its tiles: to an image, or to a few numbers."""
         if transposed:
-            return self.stride == 2 and self.CL <= 4
-        return self.stride == 1 and self.CS <= 16
+            return self.is_image
+        return self.CS <= 16 and (self.P == self.Q == 1 or self.kernel == 1)
 
     def shape(self, transposed: bool = False) -> Shape:
         """As the kernels' constants, for the convolution or the transposed one."""
         small, large = (self.CS, self.P, self.Q), (self.CL, self.H, self.W)
-        phase = (self.stride if self.stride > 1 else 4) if transposed else 1
+        phase, side, rows, columns = 1, self.kernel, self.P, self.Q
+        if transposed:
+            # From one pixel each output pixel has one tap: all are phases.
+            one = self.P == self.Q == 1 and self.stride == 1 and self.pad == self.left == 0
+            phase = self.kernel if one else self.stride
+            side = 1 if one else cdiv(self.kernel, phase)
+            rows, columns = cdiv(self.H, phase), cdiv(self.W, phase)
         return Shape(
-            self.P, self.Q, self.CS, self.H, self.W, self.CL, self.stride, self.pad, transposed,
-            *(small if transposed else large), *(large if transposed else small),
-            PHASE=phase, SIDE=4 // phase,
+            rows, columns, self.CS, self.H, self.W, self.CL, self.stride, self.pad, self.left,
+            self.kernel, transposed, *(small if transposed else large),
+            *(large if transposed else small), PHASE=phase, SIDE=side,
+            UNEVEN=transposed and side * phase != self.kernel,
+            RAGGED=transposed and (self.H % phase != 0 or self.W % phase != 0),
         )  # fmt: skip
 
 
@@ -51,14 +101,16 @@ class Shape(NamedTuple):
     """One direction of a layer as a kernel's constants. Everything that a kernel reads is a field:
     by them Triton tells one compilation from another."""
 
-    P: int
-    Q: int
+    P: int  # rows and columns of places: pixels of the small side, or those of the large side
+    Q: int  # that are one of each phase
     CS: int
     H: int
     W: int
     CL: int
     STRIDE: int
     PAD: int
+    LEFT: int
+    K: int
     TRANSPOSED: bool  # from the small side to the large one
     CI: int  # channels, rows and columns of what is read,
     HI: int
@@ -67,7 +119,9 @@ class Shape(NamedTuple):
     HO: int
     WO: int
     PHASE: int  # along each axis, the output pixels that have the same taps are every PHASE-th
-    SIDE: int  # taps that an output pixel has along each axis
+    SIDE: int  # taps that an output pixel has along each axis, or at most
+    UNEVEN: bool  # some phases have a tap less
+    RAGGED: bool  # the last place is in some phases outside
 
 
 @dataclass(frozen=True)
@@ -100,11 +154,11 @@ def bucket(n: int) -> int:
     return power
 
 
-def box_of(pixels: int, geometry: Geometry) -> tuple[int, int, int]:
-    """(images, rows, columns) of a box of so many small pixels, a power of two: the widest whose
-    sides divide the small side's."""
-    columns = min(pixels, geometry.Q & -geometry.Q)
-    rows = min(pixels // columns, geometry.P & -geometry.P)
+def box_of(pixels: int, shape: Geometry | Shape) -> tuple[int, int, int]:
+    """(images, rows, columns) of a box of so many pixels of P x Q, a power of two: the widest whose
+    sides divide these."""
+    columns = min(pixels, shape.Q & -shape.Q)
+    rows = min(pixels // columns, shape.P & -shape.P)
     return pixels // columns // rows, rows, columns
 
 
@@ -139,15 +193,29 @@ def contiguous(tensor: Tensor) -> Tensor:
     return found.clone(memory_format=torch.contiguous_format) if is_channels_last(found) else found
 
 
-def geometry_of(x: Tensor, weight: Tensor, transposed: bool, stride: int) -> Geometry:
-    """Sides of the layer that takes x [N, C, *, *] by this weight."""
+def sides_of(padding: Padding, output_padding: Padding = 0) -> Sides:
+    """(top, left, bottom, right) of a padding, which is one number, that of rows and that of
+    columns, or these four; of a transposed convolution it is what is cut off, and its
+    output_padding is cut off less."""
+    given = [padding] * 2 if isinstance(padding, int) else list(padding)
+    rows, columns = [output_padding] * 2 if isinstance(output_padding, int) else output_padding
+    top, left, bottom, right = given * 2 if len(given) == 2 else given
+    return top, left, bottom - rows, right - columns
+
+
+def geometry_of(
+    x: Tensor, weight: Tensor, transposed: bool, stride: int, padding: Sequence[int]
+) -> Geometry:
+    """Of the layer that takes x [N, C, *, *] by this weight, with these `sides_of` its padding."""
     n, _, h, w = x.shape
-    small, large = weight.shape[0], weight.shape[1]
-    if stride == 1:
-        return Geometry(n, 1, 1, small, 4, 4, large, 1, 0)
+    small, large, k = weight.shape[0], weight.shape[1], weight.shape[2]
+    top, left, bottom, right = padding
     if transposed:
-        return Geometry(n, h, w, small, 2 * h, 2 * w, large, 2, 1)
-    return Geometry(n, h // 2, w // 2, small, h, w, large, 2, 1)
+        p, q = h, w
+        h, w = (p - 1) * stride + k - top - bottom, (q - 1) * stride + k - left - right
+    else:
+        p, q = (h + top + bottom - k) // stride + 1, (w + left + right - k) // stride + 1
+    return Geometry(n, p, q, small, h, w, large, stride, top, k, left - top)
 
 
 def gradient_dtype(weight: Tensor) -> torch.dtype:
@@ -166,7 +234,9 @@ def empty(n: int, c: int, h: int, w: int, like: Tensor, dtype: torch.dtype | Non
     )
 
 
-def empty_output(x: Tensor, weight: Tensor, transposed: bool, stride: int) -> Tensor:
+def empty_output(
+    x: Tensor, weight: Tensor, transposed: bool, stride: int, padding: Sequence[int]
+) -> Tensor:
     """Uninitialised output of the layer; right on fake and meta tensors too."""
-    g = geometry_of(x, weight, transposed, stride)
+    g = geometry_of(x, weight, transposed, stride, padding)
     return empty(g.N, g.CL, g.H, g.W, x) if transposed else empty(g.N, g.CS, g.P, g.Q, x)

@@ -68,11 +68,13 @@ def _interpreted(task: Task) -> Iterator[Tile]:
 
 
 def engines(task: Task, target: Target) -> tuple[Engine, ...]:
-    """Whose kernels take the task. Descriptors read pixels of whole 16 bytes; and a prologue works
-    on registers, so that they would be a detour."""
+    """Whose kernels take the task. Descriptors read pixels of whole 16 bytes, and of a large side
+    that has a view for its stride; and a prologue works on registers, so that they would be a
+    detour."""
     g, size = task.geometry, task.dtype.itemsize
     read = (g.CL,) if task.op == "conv" else (g.CL, g.CS)
     whole = all(channels * size % 16 == 0 for channels in read)
+    whole = whole and (g.has_view or task.op == "conv_transposed")
     if not target.descriptors or task.prologue != "none" or _is_image(task) or not whole:
         return ("pointers",)
     return "descriptors", "pointers"
@@ -116,7 +118,7 @@ def _sizes(task: Task, target: Target, engine: Engine) -> Iterator[tuple[int, in
     n, wide = work.n, descriptors and size == 2
     if wide:
         most_rows, results = 256, (256 if whole else 128) * 128
-        n = 2 * bucket(n) if sums_pixels else n  # two taps side by side
+        n = 2 * bucket(n) if work.pairs else n  # two taps side by side
     elif is_busy(task):
         both = task.prologue != "none" and task.epilogue in READING
         most_columns, results = 64, (64 if both and target.name == "sm_100" else 128) * 64

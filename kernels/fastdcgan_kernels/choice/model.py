@@ -68,21 +68,22 @@ def work_of(task: Task) -> Work:
     """Of one task; the products of an image's layers are those of gpu/conv_image.py."""
     g, op, image = task.geometry, task.op.removeprefix("image_"), task.op.startswith("image_")
     size, pixels = task.dtype.itemsize, g.N // task.groups * g.P * g.Q
-    small, large, weight = g.N * g.P * g.Q * g.CS, g.N * g.H * g.W * g.CL, 16 * g.CS * g.CL
+    small, large, weight = g.N * g.P * g.Q * g.CS, g.N * g.H * g.W * g.CL, g.kernel**2 * g.CS * g.CL
     aux = 1 if task.prologue in ("none", "activate") else 2  # tensors that an operand is read from
     both = 2 if task.epilogue in READING else 1  # like the result: that, and what is read
     if op == "weight_gradient":  # the groups are one sum; its dtype is the parameter's
-        n, copies = (64, 1) if image else (g.CL, 16)
+        n, copies = (64, 1) if image else (g.CL, g.kernel**2)
         moved = size * aux * (small + large) + 4 * weight
-        return Work(g.CS, n, 1, task.groups * pixels, copies, weight, moved, pairs=not image)
+        return Work(g.CS, n, 1, task.groups * pixels, copies, weight, moved, pairs=not image and g.kernel % 2 == 0)
     if op == "conv":
-        taps, along = (1, 64) if image else (16, g.CL)
+        taps, along = (1, 64) if image else (g.kernel**2, g.CL)
         moved = size * (aux * large + weight + both * small)
         return Work(pixels, g.CS, taps, along, task.groups, small, moved)
     shape = g.shape(transposed=True)
     n, taps, phases = (64, 1, 1) if image else (g.CL, shape.SIDE**2, shape.PHASE**2)
     moved = size * (aux * small + weight + both * large)
-    return Work(pixels, n, taps, g.CS, phases * task.groups, large, moved)
+    places = g.N // task.groups * shape.P * shape.Q
+    return Work(places, n, taps, g.CS, phases * task.groups, large, moved)
 
 
 def loaded_bytes(task: Task, tile: Tile) -> int:

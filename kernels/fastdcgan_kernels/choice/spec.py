@@ -9,16 +9,19 @@ from typing import Any
 
 from torch import Tensor
 
-from .geometry import Geometry, geometry_of
+from .geometry import Geometry, Sides, geometry_of
+
+KINDS = {"Tensor | None": "Tensor?", "Sides": "int[]"}  # types as torch.library has them
 
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """Convolution, [BatchNorm], activation. The kernel's size is the weight's."""
+    """Convolution, [BatchNorm], activation. The kernel's size is the weight's; `padding`: its
+    `sides_of`."""
 
     transposed: bool = False
     stride: int = 1
-    padding: int = 0
+    padding: Sides = (0, 0, 0, 0)
     activation: str = "none"
     slope: float = 0.0
     eps: float = 0.0
@@ -33,7 +36,7 @@ class BlockSpec:
 
     def geometry(self, x: Tensor, weight: Tensor) -> Geometry:
         """Of this block on x."""
-        return geometry_of(x, weight, self.transposed, self.stride)
+        return geometry_of(x, weight, self.transposed, self.stride, self.padding)
 
 
 @dataclass
@@ -96,7 +99,7 @@ class Signature:
         self.own = list(self.kinds)
         self.parts: list[tuple[type[Any], list[str]]] = []
         for part, names in parts:
-            every = {f.name: str(f.type).replace("Tensor | None", "Tensor?") for f in fields(part)}
+            every = {f.name: KINDS.get(str(f.type), str(f.type)) for f in fields(part)}
             read = names.split() or list(every)
             self.parts.append((part, [name.rstrip("!") for name in read]))
             every |= {f"{name}!": "Tensor" for name in every}

@@ -8,7 +8,7 @@ import torch
 from ..choice.geometry import Geometry
 from . import ops as _  # noqa: F401  (registers the operators)
 from .build import library
-from .convolution import CHUNK, has_image_up, has_winograd
+from .convolution import CHUNK, has_image_up, has_winograd, is_end
 
 
 def takes(geometry: Geometry, transposed: bool, norm: bool) -> bool:
@@ -17,7 +17,7 @@ def takes(geometry: Geometry, transposed: bool, norm: bool) -> bool:
     channels = geometry.CL if transposed else geometry.CS
     if norm and channels % CHUNK:
         return False
-    gains = has_winograd(geometry) or has_image_up(geometry) or geometry.stride == 1
+    gains = has_winograd(geometry) or has_image_up(geometry) or is_end(geometry)
     return norm or gains
 
 

@@ -13,8 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import convolution as plain
 from ..choice.geometry import Geometry, cdiv, empty
 from .build import library
+
+LAST = torch.channels_last
 
 # Channels come in panels of two vectors, of at most 16 floats; images take theirs 16 at a time.
 PANEL, CHUNK = 32, 16
@@ -22,12 +25,24 @@ PANEL, CHUNK = 32, 16
 PIXELS = 256
 
 
+def is_doubled(geometry: Geometry) -> bool:
+    """Whether it is a 4x4 kernel of stride 2 between sides of which one is twice the other."""
+    g = geometry
+    return g.is_standard and (g.H, g.W) == (2 * g.P, 2 * g.Q)
+
+
+def is_end(geometry: Geometry) -> bool:
+    """Whether it joins one pixel and as many as the kernel has taps."""
+    g, k = geometry, geometry.kernel
+    return g.pad == g.left == 0 and (g.P, g.Q, g.H, g.W) == (1, 1, k, k)
+
+
 def has_winograd(geometry: Geometry) -> bool:
     """Whether the weight gradient has a kernel for this layer. Tiles are 2x2 small pixels or more:
     a side of 1 or 3 would waste what they save."""
     g = geometry
     tiled = 4 * cdiv(g.P, 2) * cdiv(g.Q, 2)
-    fits = g.stride == 2 and g.CS % PANEL == 0 and g.CL % PANEL == 0
+    fits = is_doubled(g) and g.CS % PANEL == 0 and g.CL % PANEL == 0
     return fits and 3 * tiled <= 4 * g.P * g.Q
 
 
@@ -39,7 +54,7 @@ def pays(geometry: Geometry) -> bool:
 
 def has_image_up(geometry: Geometry) -> bool:
     """Whether `image_up` has a kernel for this layer."""
-    return geometry.stride == 2 and geometry.CL <= 4 and geometry.CS % CHUNK == 0
+    return geometry.is_image and geometry.CS % CHUNK == 0
 
 
 def convolve(
@@ -55,19 +70,19 @@ def convolve(
         call(name, x, weight, bias, out, g.N, g.P, g.Q, g.CS, g.CL, slope)
         return out
     with torch.autocast("cpu", enabled=False):
-        if g.stride == 1:
+        if is_end(g):
             y = _end(x, weight, g, transposed)
             y = y if bias is None else y.add_(bias[:, None, None])
         else:
-            op = F.conv_transpose2d if transposed else F.conv2d
-            y = op(x, weight, bias, g.stride, g.pad).contiguous(memory_format=torch.channels_last)
+            y = plain.convolve(x, weight, bias, g.stride, g.sides(transposed), transposed)
+            y = y.contiguous(memory_format=LAST)
     return y if slope == 1 else F.leaky_relu_(y, slope)
 
 
 def _end(x: Tensor, weight: Tensor, g: Geometry, transposed: bool) -> Tensor:
-    """Between 1x1 and 4x4 pixels the taps are columns, and the layer a matrix product."""
+    """Where one side is a pixel the taps are columns, and the layer a matrix product."""
     matrix = _rows(weight)
-    out = empty(g.N, g.CL, 4, 4, x) if transposed else empty(g.N, g.CS, 1, 1, x)
+    out = empty(g.N, g.CL, g.H, g.W, x) if transposed else empty(g.N, g.CS, 1, 1, x)
     torch.mm(_rows(x), matrix if transposed else matrix.T, out=_rows(out))
     return out
 
@@ -78,23 +93,18 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def weight_gradient(small: Tensor, large: Tensor, geometry: Geometry) -> Tensor:
-    """Gradient [CS, CL, 4, 4] of the weight, channels_last: one side, the other's gradient."""
-    g = geometry
+    """Gradient [CS, CL, K, K] of the weight, channels_last: one side, the other's gradient."""
+    g, out = geometry, empty(geometry.CS, geometry.CL, geometry.kernel, geometry.kernel, small)
     if has_winograd(g):
-        out = empty(g.CS, g.CL, 4, 4, small)
         call("weight_gradient", small, large, out, g.N, g.P, g.Q, g.CS, g.CL)
         return out
     with torch.autocast("cpu", enabled=False):
-        if g.stride == 1:
-            out = empty(g.CS, g.CL, 4, 4, small)
+        if is_end(g):
             torch.mm(_rows(small).T, _rows(large), out=_rows(out))
             return out
-        stride, pad, like = [g.stride] * 2, [g.pad] * 2, empty(g.CS, g.CL, 4, 4, small)
-        gw: Tensor
-        _, gw, _ = torch.ops.aten.convolution_backward(
-            small, large, like, None, stride, pad, [1, 1], False, [0, 0], 1, [False, True, False]
-        )
-    return gw.contiguous(memory_format=torch.channels_last)
+        _, gw = plain.gradients(small, large, out, g.stride, g.sides(False), False, need_x=False)
+        assert gw is not None
+    return gw.contiguous(memory_format=LAST)
 
 
 def call(name: str, *arguments: Any) -> None:

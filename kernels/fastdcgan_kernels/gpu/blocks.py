@@ -16,9 +16,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .. import convolution
 from ..aside import aside, mark, waits
 from ..choice import choose
 from ..choice.geometry import Geometry, Tile, gradient_dtype
@@ -137,7 +137,7 @@ def convolve(
     tile = tile or _tile(op, geometry, source.value, source.prologue, epilogue.kind, groups)
     given: Any = {"transposed": transposed, "tile": tile, "precision": precision_of(source.value)}
     family: Any = conv_pointers
-    if _is_image(geometry):
+    if geometry.is_image:
         family = conv_image
     elif tile.engine == "gluon" and _gluon_takes(
         source, weight, geometry, epilogue=epilogue, groups=groups, **given
@@ -155,11 +155,11 @@ def weight_gradient(
     x: Operand, dy: Operand, geometry: Geometry, *, transposed: bool = False, dtype: torch.dtype,
     groups: int = 1, tile: Tile | None = None,
 ) -> Tensor:  # fmt: skip
-    """Gradient [CS, CL, 4, 4] of the weight from a layer's input and its output's gradient."""
+    """Gradient [CS, CL, K, K] of the weight from a layer's input and its output's gradient."""
     small, large = (x, dy) if transposed else (dy, x)
     prologues = "none" if small.prologue == large.prologue == "none" else "both"
     tile = tile or _tile("weight_gradient", geometry, x.value, prologues, "store", groups)
-    family: Any = conv_image if _is_image(geometry) else conv_weight
+    family: Any = conv_image if geometry.is_image else conv_weight
     gradient: Tensor = family.weight_gradient(
         small, large, geometry, tile=tile, dtype=dtype, groups=groups,
         precision=precision_of(x.value),
@@ -196,10 +196,6 @@ def precision_of(x: Tensor) -> str:
     return "tf32" if wanted and _target(x.device).tf32 else "ieee"
 
 
-def _is_image(geometry: Geometry) -> bool:
-    return geometry.stride == 2 and geometry.CL <= 4
-
-
 def _target(device: torch.device) -> Target:
     target: Target | None = target_of(device)
     assert target is not None, f"no kernels for {device}"
@@ -209,7 +205,7 @@ def _target(device: torch.device) -> Target:
 def _tile(
     op: str, geometry: Geometry, x: Tensor, prologue: str, epilogue: str, groups: int
 ) -> Tile:
-    op = f"image_{op}" if _is_image(geometry) else op
+    op = f"image_{op}" if geometry.is_image else op
     task = Task(op, geometry, x.dtype, prologue, epilogue, groups)
     tile: Tile = choose.tile_for(task, _target(x.device))
     if x.dtype == torch.float32 and precision_of(x) == "ieee":
@@ -279,7 +275,7 @@ def _convolution_backward(
         found["bias"] = batchnorm.column_sum(dy, groups)
     # On an image's few channels, and where all taps of a value are one tile, a prologue repeats
     # next to nothing.
-    cheap = how != "vendor" and _is_image(geometry) and (transposed or not need.x)
+    cheap = how != "vendor" and geometry.is_image and (transposed or not need.x)
     if how != "prologue" and not cheap:
         dy = Operand(_materialise(dy, groups))
     dtype, act = gradient_dtype(saved.weight), (spec.x_activation, spec.x_slope)
@@ -323,19 +319,15 @@ def _convolution_backward(
 
 
 def _vendor(x: Tensor, weight: Tensor, spec: BlockSpec) -> Tensor:
-    op = F.conv_transpose2d if spec.transposed else F.conv2d
     off = nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
     with off:
-        y = op(x, weight, None, spec.stride, spec.padding)
+        y = convolution.convolve(x, weight, None, spec.stride, spec.padding, spec.transposed)
     return y.contiguous(memory_format=CHANNELS_LAST)
 
 
 def _vendor_gradients(
     dy: Tensor, x: Tensor, weight: Tensor, spec: BlockSpec, need: Need
 ) -> tuple[Tensor | None, Tensor | None]:
-    stride, pad = [spec.stride] * 2, [spec.padding] * 2
-    gx, gw, _ = torch.ops.aten.convolution_backward(
-        dy, x, weight, None, stride, pad, [1, 1], spec.transposed, [0, 0], 1,
-        [need.x, need.weight, False],
-    )  # fmt: skip
-    return gx, gw
+    return convolution.gradients(
+        dy, x, weight, spec.stride, spec.padding, spec.transposed, need.x, need.weight
+    )

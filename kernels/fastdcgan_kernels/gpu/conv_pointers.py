@@ -2,13 +2,17 @@
 Loads are by pointers, which run on every target and take every number of channels.
 
 A layer joins a small side [N, P, Q, CS] and a large side [N, H, W, CL], both NHWC in memory, by
-16 taps; its weight is [CS, 4, 4, CL] in memory, whichever PyTorch layer it comes from. Small pixel
-(p, q) meets large pixel (p * STRIDE - PAD + kh, q * STRIDE - PAD + kw) at tap (kh, kw).
+K x K taps; its weight is [CS, K, K, CL] in memory, whichever PyTorch layer it comes from. Small
+pixel (p, q) meets large pixel (p * STRIDE - PAD + kh, q * STRIDE - LEFT + kw) at tap (kh, kw).
 
 convolution             large to small: Conv2d's output, ConvTranspose2d's input gradient.
 transposed convolution  small to large: ConvTranspose2d's output, Conv2d's input gradient. With
-                        STRIDE 2 the output falls into 4 phases (r, s), each a 2x2 convolution; with
-                        STRIDE 1 (small side 1x1, large side 4x4) into 16 phases of one tap.
+                        STRIDE 2 the output falls into 4 phases (r, s), each a convolution by every
+                        other tap: of a 4x4 kernel 2x2, of a 5x5 kernel 3x3, 3x2, 2x3 and 2x2. From
+                        1x1 pixels to K x K it falls into K x K phases of one tap. A place is one
+                        pixel of each phase.
+
+Taps and phases are constants of the layer (Shape), so that each has a kernel of its own.
 
 Not here: which tile; the layers with a three-channel side (conv_image.py); the weight's gradient.
 """
@@ -22,7 +26,7 @@ from torch import Tensor
 from ..choice.geometry import Geometry, Tile, cdiv
 from .launch import begin
 from .partials import finish, join, nothing, place_of, turns_of
-from .tile import Epilogue, Operand, Result, gather_launch, gather_sum, of_group, pixels
+from .tile import Epilogue, Operand, Result, gather_launch, gather_sum, is_there, of_group, pixels
 
 # isort: split
 from .tile import store_pixels
@@ -32,9 +36,10 @@ def convolve(
     source: Operand, weight: Tensor, geometry: Geometry, *, transposed: bool, tile: Tile,
     epilogue: Epilogue = Epilogue(), groups: int = 1, precision: str = "ieee",
 ) -> Result:  # fmt: skip
-    """The convolution with its epilogue; `weight` [CS, CL, 4, 4] in the dtype of the source. The
+    """The convolution with its epilogue; `weight` [CS, CL, K, K] in the dtype of the source. The
     result's tiles are those of its rows, phase by phase."""
-    rows = geometry.N // groups * geometry.P * geometry.Q
+    shape = geometry.shape(transposed)
+    rows = geometry.N // groups * shape.P * shape.Q
     launch, result = gather_launch(
         gather_pointers, {"x": source.loaded, "w": weight}, cdiv(rows, tile.rows), source,
         geometry, transposed, tile, epilogue, groups, precision,
@@ -46,7 +51,7 @@ def convolve(
 @triton.jit(do_not_specialize=["images"])
 def gather_pointers(
     x,  # Loaded: the side that is read, NHWC; [3, groups, CI] coefficients
-    w,  # [CS, 4, 4, CL], dtype of x
+    w,  # [CS, K, K, CL], dtype of x
     out,  # the side that is written, NHWC; with SPLIT > 1 fp32 [SPLIT, like that]
     end,  # Stored, like out
     groups, images,  # N / groups
@@ -56,8 +61,8 @@ def gather_pointers(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (programs * column tiles, groups, SPLIT). Rows are small pixels of a group; each phase
-    of them is a tile."""
+    """Grid: (programs * column tiles, groups, SPLIT). Rows are places of a group; each phase of
+    them is a tile."""
     begin(PDL)
     PHASES: tl.constexpr = S.PHASE * S.PHASE
     at = place_of(S.CO, BLOCK_N)
@@ -68,6 +73,8 @@ def gather_pointers(
         tile = at.program + turn * at.programs
         r, s = tile % PHASES // S.PHASE, tile % S.PHASE
         n, p, q, row_mask = pixels(tile // PHASES, at.group, images, S, BLOCK_M)
+        if S.RAGGED:
+            row_mask &= is_there(p, q, r, s, S)
         acc = gather_sum(
             of_group(x, at.group, S.CI), x_slope, groups * S.CI, w, n, p, q, row_mask, r, s,
             at.channel, at.channel_mask, split, S, PROLOGUE, X_ACTIVATION, SPLIT, BLOCK_M, BLOCK_N,

@@ -18,16 +18,19 @@ from ..choice.geometry import Geometry, Tile, box_of, cdiv
 from .descriptors import box_pixels, described, descriptor, fits_descriptors, large_box, load_box
 from .launch import begin
 from .partials import finish, join, nothing, place_of, turns_of
-from .tile import Epilogue, Loaded, Operand, Result, apply, gather_launch, store_pixels
+from .tile import Epilogue, Loaded, Operand, Result, apply, gather_launch, is_there, store_pixels
+
+# isort: split
+from .tile import taps_of
 
 
 def takes(
     source: Operand, weight: Tensor, geometry: Geometry, *, transposed: bool, tile: Tile,
     precision: str = "ieee",
 ) -> bool:  # fmt: skip
-    """Whether `convolve` can run this: the tile is for descriptors, which the tensors fit, and no
-    box of the large side holds two taps."""
-    whole_taps = transposed or geometry.CL % tile.depth == 0
+    """Whether `convolve` can run this: the tile is for descriptors, which the tensors and the layer
+    fit, and no box of the large side holds two taps."""
+    whole_taps = transposed or (geometry.CL % tile.depth == 0 and geometry.has_view)
     tensors = source.value, source.aux, weight
     by_descriptors = tile.engine != "pointers"  # those of "gluon" that it does not take, too
     return by_descriptors and whole_taps and fits_descriptors(precision, *tensors)
@@ -38,11 +41,12 @@ def convolve(
     epilogue: Epilogue = Epilogue(), groups: int = 1, precision: str = "ieee",
 ) -> Result:  # fmt: skip
     """The convolution with its epilogue, as `conv_pointers.convolve`, of what `takes` accepts."""
-    g, box = geometry, box_of(tile.rows, geometry)
+    g, shape = geometry, geometry.shape(transposed)
+    box = box_of(tile.rows, shape)
     block = [tile.depth, tile.columns] if transposed else [tile.columns, tile.depth]
-    loads = described("x", source, g, not transposed, tile.rows, tile.depth)
-    loads["w"] = descriptor(weight, [g.CS, 16 * g.CL], block)
-    row_tiles = cdiv(g.N // groups, box[0]) * (g.P // box[1]) * (g.Q // box[2])
+    loads = described("x", source, g, not transposed, box, tile.depth)
+    loads["w"] = descriptor(weight, [g.CS, g.kernel**2 * g.CL], block)
+    row_tiles = cdiv(g.N // groups, box[0]) * (shape.P // box[1]) * (shape.Q // box[2])
     launch, result = gather_launch(
         gather_descriptors, loads, row_tiles, source, g, transposed, tile, epilogue, groups,
         precision,
@@ -80,7 +84,7 @@ def gather_descriptors(
     x,  # descriptor of the side that is read
     x_aux,  # descriptor of the same shape, for its prologue
     x_coef,  # [3, groups, CI] fp32
-    w,  # descriptor [CS, 16 * CL], dtype of x
+    w,  # descriptor [CS, K * K * CL], dtype of x
     out,  # the side that is written, NHWC; with SPLIT > 1 fp32 [SPLIT, like that]
     end,  # Stored, like out
     groups, images,  # N / groups
@@ -95,9 +99,6 @@ def gather_descriptors(
     CL."""
     begin(PDL)
     CHUNKS: tl.constexpr = (S.CI + BLOCK_K - 1) // BLOCK_K
-    TAPS: tl.constexpr = S.SIDE * S.SIDE
-    STEPS: tl.constexpr = TAPS * CHUNKS
-    SHARE: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
     BOXES_OF_IMAGES: tl.constexpr = (S.P // BOX[1]) * (S.Q // BOX[2])
     PHASES: tl.constexpr = S.PHASE * S.PHASE
     at = place_of(S.CO, BLOCK_N)
@@ -109,24 +110,29 @@ def gather_descriptors(
         r, s = tile % PHASES // S.PHASE, tile % S.PHASE
         n0, p0, q0, image, p, q = box_pixels(tile // PHASES, at.group, images, S, BOX)
         row_mask = image < images
-        if S.STRIDE > 1:
-            top, left, first_tap = p0 - 1 + r, q0 - 1 + s, (15 - 4 * r - s) * S.CL + col0
-        else:
-            top, left, first_tap = p0, q0, (4 * r + s) * S.CL + col0
+        down, across, from_p, from_q, first_tap = S.SIDE, S.SIDE, 0, 0, 0
+        if S.TRANSPOSED:
+            taps, from_p, last_kh = taps_of(r, S, S.PAD)
+            side, from_q, last_kw = taps_of(s, S, S.LEFT)
+            first_tap = (last_kh * S.K + last_kw) * S.CL + col0
+            if S.UNEVEN:
+                down, across = taps, side
+        steps = down * across * CHUNKS
+        share = (steps + SPLIT - 1) // SPLIT
 
         acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-        for step in range(split * SHARE, min(split * SHARE + SHARE, STEPS)):
+        for step in range(split * share, min(split * share + share, steps)):
             if S.TRANSPOSED:
-                tap, c0 = step % TAPS, step // TAPS * BLOCK_K
-                th, tw = tap // S.SIDE, tap % S.SIDE
-                corner = n0, top + th, left + tw, c0
-                a = w.load([c0, first_tap - (8 * th + 2 * tw) * S.CL])
-                h, v = p + (top - p0) + th, q + (left - q0) + tw
-            else:  # a row of taps is one row of 4 * CL channels, here as in the weight
-                kh, along = step // (4 * CHUNKS), step % (4 * CHUNKS) * BLOCK_K
+                tap, c0 = step % (down * across), step // (down * across) * BLOCK_K
+                th, tw = tap // across, tap % across
+                corner = n0, p0 + from_p + th, q0 + from_q + tw, c0
+                a = w.load([c0, first_tap - S.STRIDE * (S.K * th + tw) * S.CL])
+                h, v = p + from_p + th, q + from_q + tw
+            else:  # a row of taps is one row of K * CL channels, here as in the weight
+                kh, along = step // (S.K * CHUNKS), step % (S.K * CHUNKS) * BLOCK_K
                 corner = large_box(n0, p0, q0, kh, along, S)
                 a = w.load([col0, step * BLOCK_K])
-                h, v = p * S.STRIDE - S.PAD + kh, q * S.STRIDE - S.PAD + along // S.CL
+                h, v = p * S.STRIDE - S.PAD + kh, q * S.STRIDE - S.LEFT + along // S.CL
                 c0 = along % S.CL
             b, second = load_box(x, x_aux, corner, BLOCK_M, BLOCK_K, PROLOGUE)
             inside = (h >= 0) & (h < S.HI) & (v >= 0) & (v < S.WI) & row_mask
@@ -146,8 +152,11 @@ def gather_descriptors(
                 tile // PHASES, at.group, images, S, BOX, part, len(parts)
             )
             n = (at.group * images + image).to(tl.int64)
+            part_mask = image < images
+            if S.RAGGED:
+                part_mask &= is_there(p, q, r, s, S)
             found = store_pixels(
-                parts[part], out, n, p, q, r, s, image < images, at, end, slope, groups, images,
+                parts[part], out, n, p, q, r, s, part_mask, at, end, slope, groups, images,
                 split, S, SPLIT, HAS_BIAS, EPILOGUE, ACTIVATION, ROWS=1,
             )  # fmt: skip
             own = join(own, found, EPILOGUE)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..choice.geometry import Geometry, Tile, box_is_rows, bucket, cdiv, empty
+from ..choice.geometry import Geometry, Tile, box_is_rows, box_of, bucket, cdiv, empty
 from .descriptors import box_pixels, described, descriptor, fits_descriptors, large_box, load_box
 from .launch import Launch, begin
 from .tile import Loaded, Operand, apply, load_operand, of_group, parts_like, pixels, reduce
@@ -21,22 +21,24 @@ def weight_gradient(
     small: Operand, large: Operand, geometry: Geometry, *, tile: Tile, dtype: torch.dtype,
     groups: int = 1, precision: str = "ieee",
 ) -> Tensor:  # fmt: skip
-    """d weight [CS, CL, 4, 4] in `dtype`: per tap, small^T large over all pixels. `tile.rows` are
+    """d weight [CS, CL, K, K] in `dtype`: per tap, small^T large over all pixels. `tile.rows` are
     of CS, `tile.columns` of CL, `tile.depth` pixels at a time; `tile.split` parts, summed in their
     order. By descriptors a tile of more columns than CL has two taps side by side."""
     g, columns = geometry, min(tile.columns, max(16, bucket(geometry.CL)))
     kernel, taps = weight_gradient_pointers, 1
     loads: dict[str, Any] = {"small": small.loaded, "large": large.loaded}
     if takes_descriptors(small, large, g, tile, groups, precision):
-        kernel, taps = weight_gradient_descriptors, 2 if tile.columns > columns else 1
-        loads = described("large", large, g, True, tile.depth, columns) | {"TAPS": taps}
+        kernel = weight_gradient_descriptors
+        taps = 2 if tile.columns > columns and g.kernel % 2 == 0 else 1
+        box = box_of(tile.depth, g)
+        loads = described("large", large, g, True, box, columns) | {"TAPS": taps}
         rows, block = [g.N * g.P * g.Q, g.CS], [tile.depth, tile.rows]
         loads["small"], loads["small_aux"] = (descriptor(t, rows, block) for t in small.loaded[:2])
         loads["small_coef"] = small.loaded.coef
-    out = empty(g.CS, g.CL, 4, 4, small.value, dtype)
+    out = empty(g.CS, g.CL, g.kernel, g.kernel, small.value, dtype)
     store = parts_like(out, tile.split)
     Launch(
-        kernel, (16 // taps * cdiv(g.CS, tile.rows) * cdiv(g.CL, columns), tile.split), {
+        kernel, (g.kernel**2 // taps * cdiv(g.CS, tile.rows) * cdiv(g.CL, columns), tile.split), {
             **loads, "out": store, "groups": groups, "images": g.N // groups,
             "small_slope": float(small.slope), "large_slope": float(large.slope), "S": g.shape(),
             "SMALL_PROLOGUE": small.prologue, "SMALL_ACTIVATION": small.activation,
@@ -50,25 +52,25 @@ def weight_gradient(
 def takes_descriptors(
     small: Operand, large: Operand, geometry: Geometry, tile: Tile, groups: int, precision: str
 ) -> bool:
-    """Whether loads are by descriptors: the tile is for them, the tensors fit them, a box has one
-    group's pixels, which follow one another in the small side's memory."""
+    """Whether loads are by descriptors: the tile is for them, the tensors and the layer fit them, a
+    box has one group's pixels, which follow one another in the small side's memory."""
     tensors = small.value, small.aux, large.value, large.aux
     by_descriptors = tile.engine == "descriptors" and box_is_rows(tile.depth, geometry, groups)
-    return by_descriptors and fits_descriptors(precision, *tensors)
+    return by_descriptors and geometry.has_view and fits_descriptors(precision, *tensors)
 
 
 @triton.jit(do_not_specialize=["images"])
 def weight_gradient_pointers(
     small,  # Loaded [N, P, Q, CS]: Conv2d's output gradient, ConvTranspose2d's input
     large,  # Loaded [N, H, W, CL]: Conv2d's input, ConvTranspose2d's output gradient
-    out,  # [CS, 4, 4, CL], or fp32 [SPLIT, like that]
+    out,  # [CS, K, K, CL], or fp32 [SPLIT, like that]
     groups, images,  # N / groups
     small_slope, large_slope, S: tl.constexpr, SMALL_PROLOGUE: tl.constexpr,
     SMALL_ACTIVATION: tl.constexpr, LARGE_PROLOGUE: tl.constexpr, LARGE_ACTIVATION: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (16 taps * tiles of CS * tiles of CL, SPLIT); the second axis cuts the blocks of
+    """Grid: (K * K taps * tiles of CS * tiles of CL, SPLIT); the second axis cuts the blocks of
     pixels, of which none has those of two groups, into SPLIT ranges."""
     begin(PDL)
     sum_pixels(
@@ -86,7 +88,7 @@ def weight_gradient_descriptors(
     large,  # descriptor of the large side
     large_aux,
     large_coef,  # [3, groups, CL] fp32
-    out,  # [CS, 4, 4, CL], or fp32 [SPLIT, like that]
+    out,  # [CS, K, K, CL], or fp32 [SPLIT, like that]
     groups, images,  # N / groups
     small_slope, large_slope, S: tl.constexpr, BOX: tl.constexpr, SMALL_PROLOGUE: tl.constexpr,
     SMALL_ACTIVATION: tl.constexpr, LARGE_PROLOGUE: tl.constexpr, LARGE_ACTIVATION: tl.constexpr,
@@ -117,9 +119,9 @@ def sum_pixels(
     L_TILES: tl.constexpr = (S.CL + BLOCK_N - 1) // BLOCK_N
     pid = tl.program_id(0)
     l_tile = pid % L_TILES
-    tap = (pid // L_TILES) % (16 // TAPS) * TAPS
-    s_tile = pid // (L_TILES * (16 // TAPS))
-    kh, kw = tap // 4, tap % 4
+    tap = (pid // L_TILES) % (S.K * S.K // TAPS) * TAPS
+    s_tile = pid // (L_TILES * (S.K * S.K // TAPS))
+    kh, kw = tap // S.K, tap % S.K
     split = tl.program_id(1)
 
     cs = s_tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -142,7 +144,7 @@ def sum_pixels(
             else:
                 n0, p0, q0, image, p, q = box_pixels(block, group, images, S, BOX)
                 m_mask = image < images
-            h, v = p * S.STRIDE - S.PAD + kh, q * S.STRIDE - S.PAD + kw
+            h, v = p * S.STRIDE - S.PAD + kh, q * S.STRIDE - S.LEFT + kw
             inside = m_mask & (h >= 0) & (h < S.H) & (v >= 0) & (v < S.W)
             large_group = of_group(large, group, S.CL)
             if BOX is None:
@@ -187,8 +189,8 @@ def sum_pixels(
                     next_acc = tl.dot(tl.trans(a), c, next_acc, input_precision=PRECISION)
             acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
 
-    offsets = (cs * (16 * S.CL) + tap * S.CL).to(tl.int64)[:, None] + cl[None, :]
-    offsets += split.to(tl.int64) * (S.CS * 16 * S.CL)
+    offsets = (cs * (S.K * S.K * S.CL) + tap * S.CL).to(tl.int64)[:, None] + cl[None, :]
+    offsets += split.to(tl.int64) * (S.CS * S.K * S.K * S.CL)
     mask = cs_mask[:, None] & cl_mask[None, :]
     tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=mask)
     if TAPS == 2:

@@ -3,11 +3,12 @@ tap of a tile of pixels, no index arithmetic. What a box takes from outside the 
 is the padding.
 
 A tile of pixels is a BOX of small pixels (images, rows, columns), of which the rows divide P and
-the columns Q. Where STRIDE is 2 the large side's descriptor is the view [N, P, 2, Q, 2 * CL] of
+the columns Q. Where STRIDE is 2 the large side's descriptor is the view [N, H/2, 2, W/2, 2 * CL] of
 [N, H, W, CL]: the pixels that one tap meets are neighbours in it. Else a descriptor is the tensor
 as it lies in memory, NHWC.
 
-Not here: tensors whose rows are no multiple of 16 bytes.
+Not here: tensors whose rows are no multiple of 16 bytes, and large sides that are odd where STRIDE
+is 2.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..choice.geometry import Geometry, box_of
+from ..choice.geometry import Geometry
 from .tile import Operand
 
 
@@ -52,12 +53,12 @@ def descriptor(t: Tensor, shape: list[int], box: list[int]) -> Any:
 
 
 def described(
-    name: str, operand: Operand, geometry: Geometry, large: bool, pixels: int, channels: int
-) -> dict[str, Any]:
+    name: str, operand: Operand, geometry: Geometry, large: bool, box: tuple[int, int, int],
+    channels: int,
+) -> dict[str, Any]:  # fmt: skip
     """`Operand.loaded` as three arguments of a kernel, with descriptors of its tensors, of which a
-    box has these channels of `pixels`; and the BOX."""
+    box has these channels of its pixels; and the BOX."""
     n, c, h, w = operand.value.shape
-    box = box_of(pixels, geometry)
     shape, block = [n, h, w, c], [*box, channels]
     if large and geometry.stride == 2:
         shape, block = [n, h // 2, 2, w // 2, 2 * c], [*box[:2], 1, box[2], channels]
@@ -73,7 +74,7 @@ def box_pixels(
     at, group, images, S: tl.constexpr, BOX: tl.constexpr, PART: tl.constexpr = 0,
     PARTS: tl.constexpr = 1,
 ):  # fmt: skip
-    """(image, row, column) of a box's first small pixel, and [pixels] of each, or of those in one
+    """(image, row, column) of a box's first place, and [pixels] of each, or of those in one
     of PARTS of the box; the images of these are counted from the group's first."""
     q0 = at % (S.Q // BOX[2]) * BOX[2]
     p0 = at // (S.Q // BOX[2]) % (S.P // BOX[1]) * BOX[1]
@@ -102,7 +103,10 @@ def large_box(n, p, q, kh, along, S: tl.constexpr):
     the kernel's row kh, at channel `along` of its taps' kw * CL + c. Past a tap's last channel a
     box holds a neighbour."""
     if S.STRIDE == 2:
-        at = S.CL + along
-        return n, p + (kh + 1) // 2 - 1, (kh + 1) % 2, q + at // (2 * S.CL) - 1, at % (2 * S.CL)
+        # Counted from UP and BACK pairs of pixels before the first, so that nothing is negative.
+        UP: tl.constexpr = (S.PAD + 1) // 2
+        BACK: tl.constexpr = (S.LEFT + 1) // 2
+        row, at = kh + (2 * UP - S.PAD), along + (2 * BACK - S.LEFT) * S.CL
+        return n, p + row // 2 - UP, row % 2, q + at // (2 * S.CL) - BACK, at % (2 * S.CL)
     else:
-        return n, p + kh, q + along // S.CL, along % S.CL
+        return n, p + kh - S.PAD, q + along // S.CL - S.LEFT, along % S.CL

@@ -154,7 +154,7 @@ def gather_launch(
     transposed: bool, tile: Tile, epilogue: Epilogue, groups: int, precision: str,
 ) -> tuple[Launch, Callable[[], Result]]:  # fmt: skip
     """A convolution by `kernel` (gather_pointers or gather_descriptors) with these loads, of so
-    many tiles of a group's small pixels; and what gives its result once it has run."""
+    many tiles of a group's places; and what gives its result once it has run."""
     g, shape = geometry, geometry.shape(transposed)
     out = empty(g.N, shape.CO, shape.HO, shape.WO, source.value)
     store, whole = parts_like(out, tile.split), tile.split == 1
@@ -243,8 +243,8 @@ def of_group(x, group, C: tl.constexpr):
 
 @triton.jit
 def pixels(block, group, images, S: tl.constexpr, BLOCK: tl.constexpr):
-    """A block of a group's small pixels: (image, int64, among those of all groups, row, column,
-    mask), each [BLOCK]."""
+    """A block of a group's places: (image, int64, among those of all groups, row, column, mask),
+    each [BLOCK]."""
     row = block * BLOCK + tl.arange(0, BLOCK)
     mask = row < images * (S.P * S.Q)
     q = row % S.Q
@@ -359,7 +359,7 @@ def store_tile(
 def store_pixels(
     acc,  # as `store_tile`: rows are small pixels, or the pixels of one phase of the large side
     out,
-    n, p, q, r, s,  # [BM]: image, row and column of the small pixel; phase
+    n, p, q, r, s,  # [BM]: image, row and column of the place; phase
     row_mask,
     at,  # Place
     end, slope, groups, images, split, S: tl.constexpr, SPLIT: tl.constexpr,
@@ -368,7 +368,7 @@ def store_pixels(
 ):  # fmt: skip
     """`store_tile` of a tile of a convolution; with SPLIT > 1 to this part's copy of `out`."""
     if S.TRANSPOSED:
-        out_row = (n * S.HO + (S.STRIDE * p + r)) * S.WO + (S.STRIDE * q + s)
+        out_row = (n * S.HO + (S.PHASE * p + r)) * S.WO + (S.PHASE * q + s)
     else:
         out_row = (n * S.HO + p) * S.WO + q
     offsets = tl.expand_dims(out_row * S.CO, 1 - ROWS) + tl.expand_dims(at.channel, ROWS)
@@ -378,6 +378,33 @@ def store_pixels(
         acc, out, offsets, row_mask, at, end, slope, groups, S.CO, HAS_BIAS, EPILOGUE, ACTIVATION,
         ROWS,
     )  # fmt: skip
+
+
+@triton.jit
+def is_there(p, q, r, s, S: tl.constexpr):
+    """Of each place whether its pixel of phase (r, s) is one of the large side's."""
+    return (S.PHASE * p + r < S.HO) & (S.PHASE * q + s < S.WO)
+
+
+@triton.jit
+def taps_of(r, S: tl.constexpr, PAD: tl.constexpr):
+    """Along one axis, of the pixels of phase r of a transposed convolution, PAD of which are cut
+    off: how many taps they have, where the first that they read lies from their place, and the
+    kernel's row there; from one tap to the next that is one on, and STRIDE back."""
+    if S.PHASE != S.STRIDE:  # from one pixel
+        taps, top, kh = 1, 0, r
+    elif S.STRIDE == 1:
+        taps, top, kh = S.K, PAD - S.K + 1, S.K - 1
+    else:
+        # h = 2 * place + r meets the rows kh = h + PAD - 2 * p, of which the least is 0 or 1.
+        least, at = r, PAD // 2
+        if PAD % 2 == 1:
+            least, at = 1 - r, PAD // 2 + r
+        taps = S.SIDE
+        if S.UNEVEN:
+            taps = S.SIDE - least
+        top, kh = at - taps + 1, least + 2 * (taps - 1)
+    return taps, top, kh
 
 
 @triton.jit
@@ -394,27 +421,28 @@ def gather_sum(
     """[BLOCK_M, BLOCK_N] fp32: a tile of the convolution, or of one part of SPLIT of its sum.
     Loads by pointers, which the compiler turns into asynchronous copies."""
     CHUNKS: tl.constexpr = (S.CI + BLOCK_K - 1) // BLOCK_K
-    STEPS: tl.constexpr = S.SIDE * S.SIDE * CHUNKS
-    SHARE: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
 
-    if S.TRANSPOSED and S.STRIDE > 1:
-        top, left = p - 1 + r, q - 1 + s
-    elif S.TRANSPOSED:
-        top, left = p, q
+    down, across = S.SIDE, S.SIDE
+    if S.TRANSPOSED:
+        taps, from_p, last_kh = taps_of(r, S, S.PAD)
+        side, from_q, last_kw = taps_of(s, S, S.LEFT)
+        top, left = p + from_p, q + from_q
+        if S.UNEVEN:
+            down, across = taps, side
     else:
-        top, left = p * S.STRIDE - S.PAD, q * S.STRIDE - S.PAD
+        top, left = p * S.STRIDE - S.PAD, q * S.STRIDE - S.LEFT
     corner = ((n * S.HI + top) * S.WI + left) * S.CI
+    steps = down * across * CHUNKS
+    share = (steps + SPLIT - 1) // SPLIT
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for step in range(split * SHARE, min(split * SHARE + SHARE, STEPS)):
+    for step in range(split * share, min(split * share + share, steps)):
         tap = step // CHUNKS
         c = (step % CHUNKS) * BLOCK_K + tl.arange(0, BLOCK_K)
         c_mask = c < S.CI
-        th, tw = tap // S.SIDE, tap % S.SIDE
-        if S.TRANSPOSED and S.STRIDE > 1:
-            kh, kw = 3 - 2 * th - r, 3 - 2 * tw - s
-        elif S.TRANSPOSED:
-            kh, kw = r, s
+        th, tw = tap // across, tap % across
+        if S.TRANSPOSED:
+            kh, kw = last_kh - S.STRIDE * th, last_kw - S.STRIDE * tw
         else:
             kh, kw = th, tw
         h, v = top + th, left + tw
@@ -424,9 +452,11 @@ def gather_sum(
             inside[:, None] & c_mask[None, :], c[None, :], c_mask[None, :], PROLOGUE, X_ACTIVATION,
         )  # fmt: skip
         if S.TRANSPOSED:
-            w_offsets = (c * (16 * S.CO) + (kh * 4 + kw) * S.CO)[:, None] + channel[None, :]
+            w_offsets = (c * (S.K * S.K * S.CO) + (kh * S.K + kw) * S.CO)[:, None]
+            w_offsets += channel[None, :]
         else:
-            w_offsets = (kh * 4 + kw) * S.CI + c[:, None] + (channel * (16 * S.CI))[None, :]
+            w_offsets = (kh * S.K + kw) * S.CI + c[:, None]
+            w_offsets += (channel * (S.K * S.K * S.CI))[None, :]
         b = tl.load(w + w_offsets, mask=c_mask[:, None] & channel_mask[None, :], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     return acc

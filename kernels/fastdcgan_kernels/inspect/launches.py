@@ -14,7 +14,7 @@ from .. import dcgan, functional
 from ..adam import Adam, Average
 from ..choice import persistent
 from ..choice.choose import override
-from ..choice.geometry import gradient_dtype
+from ..choice.geometry import gradient_dtype, sides_of
 from ..choice.spec import BlockSpec, Buffers, Inputs, Need, Saved
 from ..choice.targets import TARGETS, assume, implementation
 from ..choice.types import How, Task
@@ -90,7 +90,7 @@ def _of_layer(
     g, name, deferred = layer.geometry(batch), layer.name, how in ("hybrid", "prologue")
     undoes = "leaky_relu" if deferred and name == "D2" else layer.before
     spec = BlockSpec(
-        layer.transposed, layer.stride, layer.pad, layer.after, 0.2, eps=1e-5, momentum=0.1,
+        layer.transposed, layer.stride, sides_of(layer.pad), layer.after, 0.2, eps=1e-5, momentum=0.1,
         x_activation=undoes, x_slope=0.2,
     )  # fmt: skip
     x, weight = _image(batch, layer.ci, layer.side, dtype), _few(g.CS, g.CL, 4, 4)

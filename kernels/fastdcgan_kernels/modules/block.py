@@ -16,14 +16,14 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .. import functional
 from ..choice import plain
-from ..choice.geometry import contiguous, is_channels_last
+from ..choice.geometry import KERNELS, contiguous, is_channels_last, sides_of
 from ..choice.spec import BlockSpec, Buffers
+from ..convolution import convolve
 from ..functional import Activated, Deferred, Input
 
 _stat_groups: list[int] = [1]
@@ -62,8 +62,8 @@ class ConvBlock(nn.Module):
     the weight, anew at every call. While a part has hooks, the parts are called one by one.
 
     Args:
-        conv: nn.Conv2d or nn.ConvTranspose2d, 4x4 with stride 2 and padding 1, or stride 1 and
-            padding 0. Input and output are (N, C, H, W), the output channels_last.
+        conv: nn.Conv2d or nn.ConvTranspose2d with a square kernel of 1 to 7 pixels a side, stride 1
+            or 2, any padding. Input and output are (N, C, H, W), the output channels_last.
         norm: nn.BatchNorm2d or nn.SyncBatchNorm of conv's output channels. Default None.
         activation: nn.ReLU, nn.LeakyReLU, nn.Tanh. Default None.
 
@@ -113,11 +113,10 @@ def run_block(
         spec = replace(spec, eps=norm.eps, groups=groups, sync=_process_group(norm))
     how = functional.runner_of(x, weight, spec, norm is not None)
     if how == "reference":
-        op = F.conv_transpose2d if spec.transposed else F.conv2d
         x = functional.materialise(x)
         if x.dtype != weight.dtype and functional.runs_kernels(x.device):  # which take both
             weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        y = op(x, weight, bias, spec.stride, spec.padding)
+        y = convolve(x, weight, bias, spec.stride, spec.padding, spec.transposed)
         y = y if norm is None else _for_each_group(norm, y)
         return y if activation is None else activation(y)
     inputs = functional.inputs_of(x, weight, bias, getattr(conv, "_working", None))
@@ -184,8 +183,19 @@ def formatted(x: Any, form: torch.memory_format) -> Any:
 
 def spec_of(conv: Convolution) -> BlockSpec:
     """Of the convolution alone."""
-    transposed = isinstance(conv, nn.ConvTranspose2d)
-    return BlockSpec(transposed, conv.stride[0], int(conv.padding[0]))
+    if isinstance(conv, nn.ConvTranspose2d):
+        sides = sides_of(_numbers(conv.padding), conv.output_padding)
+        return BlockSpec(True, conv.stride[0], sides)
+    if conv.padding == "same":  # of an even kernel more below and on the right
+        k = conv.kernel_size[0] - 1
+        return BlockSpec(False, 1, (k // 2, k // 2, k - k // 2, k - k // 2))
+    padding = 0 if conv.padding == "valid" else _numbers(conv.padding)
+    return BlockSpec(False, conv.stride[0], sides_of(padding))
+
+
+def _numbers(padding: object) -> tuple[int, int]:
+    rows, columns = padding  # type: ignore[misc]
+    return int(rows), int(columns)
 
 
 def _process_group(norm: Norm) -> str:
@@ -232,14 +242,19 @@ def activation_of(module: nn.Module | None) -> tuple[Any, float] | None:
 
 def why_not_conv(conv: Convolution) -> str:
     """Why no fused block has this convolution; "" if one has."""
-    if tuple(conv.kernel_size) != (4, 4):
-        return f"its kernel is {'x'.join(map(str, conv.kernel_size))}, blocks have 4x4"
-    if (tuple(conv.stride), conv.padding) not in (((2, 2), (1, 1)), ((1, 1), (0, 0))):
-        return f"stride {conv.stride} with padding {conv.padding}; blocks have 2 with 1, 1 with 0"
+    rows, columns = conv.kernel_size
+    if rows != columns or rows not in KERNELS:
+        return f"its kernel is {rows}x{columns}; blocks have square ones, 1x1 to 7x7"
+    if tuple(conv.stride) not in ((1, 1), (2, 2)):
+        return f"its stride is {conv.stride}; blocks have 1 and 2 along both axes"
     if tuple(conv.dilation) != (1, 1) or conv.groups != 1 or conv.padding_mode != "zeros":
         return "dilation, groups and padding modes are not in any block"
-    if isinstance(conv, nn.ConvTranspose2d) and tuple(conv.output_padding) != (0, 0):
-        return f"output_padding {conv.output_padding} is not in any block"
+    if not isinstance(conv.padding, str) and min(conv.padding) < 0:
+        return f"its padding is {conv.padding}"
+    if isinstance(conv, nn.ConvTranspose2d) and not (
+        0 <= min(conv.output_padding) <= max(conv.output_padding) < conv.stride[0]
+    ):
+        return f"its output_padding is {conv.output_padding}"
     return ""
 
 

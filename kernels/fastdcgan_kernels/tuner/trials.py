@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.grad import conv2d_weight
 
 from .. import functional, reference
 from ..choice.choose import override
 from ..choice.geometry import Tile
 from ..choice.types import Block, How, Question, Task
+from ..convolution import convolve, gradients
 from ..functional import Deferred
 from ..gpu import blocks
 from ..gpu.tile import Epilogue, Operand, Result
@@ -108,7 +108,8 @@ def _call(room: Any, block: Block, x: Any, *parameters: Any, **options: Any) -> 
     shift (where there is no norm, the bias) and the activation's name."""
     g, (weight, gamma, shift, activation) = block.geometry, parameters
     name = f"conv{'_transpose' * block.transposed}{'_bn' * block.norm}_act"
-    options |= {"stride": g.stride, "padding": g.pad, "activation": activation, "slope": SLOPE}
+    options |= {"stride": g.stride, "padding": g.sides(block.transposed)}
+    options |= {"activation": activation, "slope": SLOPE}
     if not block.norm:
         return getattr(room, name)(x, weight, shift, **options)
     options |= {"training": True, "momentum": 0.0, "eps": EPS}
@@ -133,12 +134,12 @@ class BlockTrial(_Trial):
         draw = _Draw(device, block.dtype)
         ci, co = (g.CS, g.CL) if transposed else (g.CL, g.CS)
         deferred = ci > 4 and not (transposed and g.stride == 1)
-        taps = (1 if g.stride == 1 else 4) if transposed else 16
+        taps = g.shape(transposed).SIDE ** 2
         scale = (taps * ci * (19 if deferred else 1)) ** -0.5  # results near 1; 19: mean of x**2
         self.activation = "tanh" if transposed and not block.norm else ACTIVATION
         x = draw.image(g.N, ci, *((g.P, g.Q) if transposed else (g.H, g.W)))
         coef = draw.coef(block.groups, ci) if deferred else None
-        weight = draw.normal(g.CS, g.CL, 4, 4, scale=scale)
+        weight = draw.normal(g.CS, g.CL, g.kernel, g.kernel, scale=scale)
         gamma = 1 + draw.normal(co, scale=0.1) if block.norm else None
         tanh = self.activation == "tanh"  # has no kink, and no gradient far from 0
         shift = draw.normal(co, scale=0.1) if tanh else draw.shift(co)
@@ -192,7 +193,7 @@ class TileTrial(_Trial):
         if self.sums:
             self.other = self._operand(draw, second, "activate" if both else "none")
         else:
-            weight = draw.normal(g.CS, g.CL, 4, 4, scale=0.1)
+            weight = draw.normal(g.CS, g.CL, g.kernel, g.kernel, scale=0.1)
             self.weight = weight.to(task.dtype, memory_format=torch.channels_last)
             self.epilogue = Epilogue(task.epilogue, slope=SLOPE)
             if task.epilogue in ("gradient", "actgrad"):
@@ -222,9 +223,12 @@ class TileTrial(_Trial):
         x = _transformed(self.source, wide).to(dtype)
         if self.sums:
             large = _transformed(self.other, wide).to(dtype)
-            return [conv2d_weight(large, (g.CS, g.CL, 4, 4), x, g.stride, g.pad)]
-        convolve = torch.conv_transpose2d if self.transposed else torch.conv2d
-        y = convolve(x, self.weight.to(dtype), None, g.stride, g.pad).to(wide)
+            like = large.new_empty(g.CS, g.CL, g.kernel, g.kernel)
+            _, gw = gradients(x, large, like, g.stride, g.sides(False), False, need_x=False)
+            assert gw is not None
+            return [gw]
+        sides = g.sides(self.transposed)
+        y = convolve(x, self.weight.to(dtype), None, g.stride, sides, self.transposed).to(wide)
         if self.task.epilogue == "store":
             return [y]
         if self.task.epilogue == "statistics":

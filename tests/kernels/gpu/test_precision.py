@@ -13,7 +13,7 @@ from fastdcgan_kernels.gpu import blocks, descriptors
 from fastdcgan_kernels.gpu.launch import recording
 
 VERSIONS = {"3.6.0": False, "3.7.1": True, "3.10.0+git1": True, "4.0": True, "unknown": False}
-SPEC = BlockSpec(transposed=False, stride=2, padding=1)
+SPEC = BlockSpec(transposed=False, stride=2, padding=(1, 1, 1, 1))
 
 
 @pytest.mark.parametrize("version", VERSIONS)
