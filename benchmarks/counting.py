@@ -405,7 +405,7 @@ def _products(name: str, grid: tuple[int, ...], given: dict[str, Any]) -> tuple[
     images = given["groups"] * given["images"]
     pixels = given["images"] * given["P"] * given["Q"]
     depth = given.get("BLOCK_K", 64)
-    small = ("HI", "WI") if given.get("TRANSPOSED") else ("P", "Q")
+    small = ("HI", "WI") if given.get("TRANSPOSED") and "HI" in given else ("P", "Q")
     taps = given[small[0]] * given[small[1]] * given.get("K", 4) ** 2
     useful = 2 * images * taps * given["CS"] * given["CL"]
     if "weight_gradient" in name:

@@ -3,7 +3,8 @@ where there are any for the device, shape and dtype, and in plain PyTorch (refer
 Not here: what the kernels do (gpu/blocks.py), which of them run (choice/).
 
 The kernels cover square kernels of 1 to 7 pixels a side with stride 1 or 2 and any padding, in
-float32, bfloat16 and float16. FASTDCGAN_IMPL says what happens elsewhere: `auto` (default) and `reference` run plain PyTorch, `triton` raises.
+float32, bfloat16 and float16. FASTDCGAN_IMPL says what happens elsewhere: `auto` (default) and
+`reference` run plain PyTorch, `triton` raises.
 
 Gradients: first order by kernels; where a graph of the gradient is asked for (create_graph=True),
 the gradient is computed in plain PyTorch, so that higher orders are those of its functions.
@@ -107,13 +108,15 @@ def conv_bn_act(
 
 def conv_transpose_bn_act(
     x: Input, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
-    running_mean: Tensor | None, running_var: Tensor | None, *, stride: int, padding: Padding, output_padding: Padding = 0,
-    training: bool, momentum: float | Tensor, eps: float, activation: Activation,
-    slope: float = 0.0, stat_groups: int = 1, sync: str = "", batches: Tensor | None = None,
+    running_mean: Tensor | None, running_var: Tensor | None, *, stride: int,
+    padding: Padding, output_padding: Padding = 0, training: bool, momentum: float | Tensor,
+    eps: float, activation: Activation, slope: float = 0.0, stat_groups: int = 1, sync: str = "", batches: Tensor | None = None,
     working: Tensor | None = None, defer: bool = False,
 ) -> Any:  # fmt: skip
     """As `conv_bn_act`, with y = conv_transpose2d(x, weight) + bias and weight (CI, CO, K, K)."""
-    spec = BlockSpec(True, stride, sides_of(padding, output_padding), activation, slope, eps, stat_groups, sync)
+    spec = BlockSpec(
+        True, stride, sides_of(padding, output_padding), activation, slope, eps, stat_groups, sync
+    )
     inputs = replace(inputs_of(x, weight, bias, working), gamma=gamma, beta=beta)
     buffers = Buffers(running_mean, running_var, batches)
     return with_norm(x, inputs, buffers, spec, training, momentum, defer)
@@ -130,8 +133,9 @@ def conv_act(
 
 
 def conv_transpose_act(
-    x: Input, weight: Tensor, bias: Tensor | None = None, *, stride: int, padding: Padding, output_padding: Padding = 0,
-    activation: Activation, slope: float = 0.0, working: Tensor | None = None, defer: bool = False,
+    x: Input, weight: Tensor, bias: Tensor | None = None, *, stride: int, padding: Padding,
+    output_padding: Padding = 0, activation: Activation, slope: float = 0.0,
+    working: Tensor | None = None, defer: bool = False,
 ) -> Any:  # fmt: skip
     """act(conv_transpose2d(x, weight) + bias); else as `conv_act`."""
     spec = BlockSpec(True, stride, sides_of(padding, output_padding), activation, slope)

@@ -67,7 +67,8 @@ def conv_bn_act(
 
 def conv_transpose_bn_act(
     x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
-    running_mean: Tensor | None, running_var: Tensor | None, *, stride: int, padding: Padding, output_padding: Padding = 0,
+    running_mean: Tensor | None, running_var: Tensor | None, *, stride: int,
+    padding: Padding, output_padding: Padding = 0,
     training: bool, momentum: float | Tensor, eps: float, activation: Activation,
     slope: float = 0.0, sync: str = "",
 ) -> Tensor:  # fmt: skip
@@ -87,7 +88,9 @@ def conv_transpose_bn_act(
     Raises:
         ValueError: as in `conv_bn_act`.
     """
-    spec = BlockSpec(True, stride, sides_of(padding, output_padding), activation, slope, eps, sync=sync)
+    spec = BlockSpec(
+        True, stride, sides_of(padding, output_padding), activation, slope, eps, sync=sync
+    )
     inputs = Inputs(x, weight, bias=bias, gamma=gamma, beta=beta)
     return block(inputs, Buffers(running_mean, running_var), spec, training, momentum)
 
@@ -102,8 +105,8 @@ def conv_act(
 
 
 def conv_transpose_act(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int, padding: Padding, output_padding: Padding = 0,
-    activation: Activation, slope: float = 0.0,
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int, padding: Padding,
+    output_padding: Padding = 0, activation: Activation, slope: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """act(conv_transpose2d(x, weight) + bias); else as in `conv_transpose_bn_act`."""
     spec = BlockSpec(True, stride, sides_of(padding, output_padding), activation, slope)

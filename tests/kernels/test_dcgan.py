@@ -33,7 +33,10 @@ def test_layers_have_the_shapes_that_the_nets_give_them(size):
                 if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
                     layer, transposed = next(layers), isinstance(module, nn.ConvTranspose2d)
                     geometry = geometry_of(
-                        x, module.weight, transposed, module.stride[0],
+                        x,
+                        module.weight,
+                        transposed,
+                        module.stride[0],
                         sides_of(module.padding[0]),
                     )
                     assert layer.geometry(6) == geometry

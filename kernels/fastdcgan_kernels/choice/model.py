@@ -74,7 +74,8 @@ def work_of(task: Task) -> Work:
     if op == "weight_gradient":  # the groups are one sum; its dtype is the parameter's
         n, copies = (64, 1) if image else (g.CL, g.kernel**2)
         moved = size * aux * (small + large) + 4 * weight
-        return Work(g.CS, n, 1, task.groups * pixels, copies, weight, moved, pairs=not image and g.kernel % 2 == 0)
+        pairs = not image and g.kernel % 2 == 0
+        return Work(g.CS, n, 1, task.groups * pixels, copies, weight, moved, pairs)
     if op == "conv":
         taps, along = (1, 64) if image else (g.kernel**2, g.CL)
         moved = size * (aux * large + weight + both * small)

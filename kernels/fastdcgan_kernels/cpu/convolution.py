@@ -33,8 +33,8 @@ def is_doubled(geometry: Geometry) -> bool:
 
 def is_end(geometry: Geometry) -> bool:
     """Whether it joins one pixel and as many as the kernel has taps."""
-    g, k = geometry, geometry.kernel
-    return g.pad == g.left == 0 and (g.P, g.Q, g.H, g.W) == (1, 1, k, k)
+    g = geometry
+    return g.pad == g.left == 0 and g.P == g.Q == 1 and g.H == g.W == g.kernel
 
 
 def has_winograd(geometry: Geometry) -> bool:

@@ -90,8 +90,8 @@ def _of_layer(
     g, name, deferred = layer.geometry(batch), layer.name, how in ("hybrid", "prologue")
     undoes = "leaky_relu" if deferred and name == "D2" else layer.before
     spec = BlockSpec(
-        layer.transposed, layer.stride, sides_of(layer.pad), layer.after, 0.2, eps=1e-5, momentum=0.1,
-        x_activation=undoes, x_slope=0.2,
+        layer.transposed, layer.stride, sides_of(layer.pad), layer.after, 0.2, eps=1e-5,
+        momentum=0.1, x_activation=undoes, x_slope=0.2,
     )  # fmt: skip
     x, weight = _image(batch, layer.ci, layer.side, dtype), _few(g.CS, g.CL, 4, 4)
     coef = _few(5, 1, layer.ci) if deferred and layer.before != "none" else None

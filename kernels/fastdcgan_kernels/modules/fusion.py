@@ -60,10 +60,10 @@ def fuse(model: Model, *, verbose: bool = False, example: Any = None) -> Model:
     """Run the model's convolution + BatchNorm + activation blocks as fused kernels.
 
     Found are nn.Conv2d and nn.ConvTranspose2d (square kernels of 1 to 7 pixels a side, stride 1 or
-    2, any padding; neither grouped nor dilated), each alone or followed by nn.BatchNorm2d (nn.SyncBatchNorm), nn.ReLU, nn.LeakyReLU
-    or nn.Tanh: in nn.Sequential at any depth, and as attributes that a module's own forward calls
-    in order (read with torch.fx, in training and evaluation). Everything else runs as it did:
-    so does a module that has hooks, whenever it got them, a module that is called by itself, and a
+    2, any padding; neither grouped nor dilated), each alone or followed by nn.BatchNorm2d
+    (nn.SyncBatchNorm), nn.ReLU, nn.LeakyReLU or nn.Tanh: in nn.Sequential at any depth, and as
+    attributes that a module's own forward calls in order (read with torch.fx, in training and
+    evaluation). Everything else runs as it did: so does a module that has hooks, whenever it got them, a module that is called by itself, and a
     forward that is given other arguments, or finds other attributes, than it was read with.
 
     Args:

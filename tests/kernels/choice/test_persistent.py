@@ -92,7 +92,7 @@ def test_tiles_that_do_not_fit(change):
 
 def test_a_box_stays_in_its_group():
     """Of 8 images; the last one of a single group may have fewer."""
-    small = replace(MID, P=4, Q=4)
+    small = replace(MID, P=4, Q=4, H=8, W=8)
     assert plan(geometry=replace(small, N=32), groups=2).RAGGED is False
     assert plan(geometry=replace(small, N=24), groups=2) is None
     assert plan(geometry=replace(small, N=24)).RAGGED is False

@@ -50,7 +50,11 @@ def test_a_block_is_its_parts_in_order(name, norm, training):
 @pytest.mark.parametrize(
     ("parts", "why"),
     [
-        ((nn.Conv2d(3, 4, 3),), "its kernel is 3x3"),
+        ((nn.Conv2d(3, 4, 8),), "its kernel is 8x8; blocks have square ones, 1x1 to 7x7"),
+        ((nn.Conv2d(3, 4, (3, 5)),), "its kernel is 3x5"),
+        ((nn.Conv2d(3, 4, 3, 3),), "its stride is"),
+        ((nn.Conv2d(3, 4, 3, (2, 1)),), "its stride is"),
+        ((nn.ConvTranspose2d(3, 4, 3, output_padding=1),), "its output_padding is"),
         ((nn.Conv2d(3, 4, 4, 2, 1, groups=1, dilation=2),), "dilation"),
         ((nn.Conv2d(3, 4, 4, 2, 1), nn.BatchNorm2d(5)), "the norm has 5 features"),
         ((nn.Conv2d(3, 4, 4, 2, 1), None, nn.GELU()), "GELU is not ReLU"),

@@ -151,15 +151,21 @@ SEQUENTIALS = {
     "own norm": (lambda: nn.Sequential(down(3, 4), OwnNorm(4), nn.ReLU()), 1),
     "own relu": (lambda: nn.Sequential(down(3, 4), nn.BatchNorm2d(4), OwnReLU()), 1),
     "own forward": (lambda: OwnForward(down(3, 4), nn.BatchNorm2d(4)), 1),
-    "3x3": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU()), 0),
+    "3x3": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU()), 1),
+    "8x8": (lambda: nn.Sequential(nn.Conv2d(3, 4, 8, 2, 4), nn.BatchNorm2d(4), nn.ReLU()), 0),
+    "3x4": (lambda: nn.Sequential(nn.Conv2d(3, 4, (3, 4)), nn.BatchNorm2d(4), nn.ReLU()), 0),
+    "stride 3": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3, 3), nn.BatchNorm2d(4), nn.ReLU()), 0),
+    "same": (lambda: nn.Sequential(nn.Conv2d(3, 4, 4, padding="same"), nn.ReLU()), 1),
+    "two paddings": (lambda: nn.Sequential(nn.Conv2d(3, 4, 5, 2, (2, 0)), nn.ReLU()), 1),
     "dilated": (lambda: nn.Sequential(nn.Conv2d(3, 4, 4, 2, 1, dilation=2), nn.ReLU()), 0),
     "grouped": (lambda: nn.Sequential(nn.Conv2d(3, 6, 4, 2, 1, groups=3), nn.ReLU()), 0),
     "reflecting": (
         lambda: nn.Sequential(nn.Conv2d(3, 4, 4, 2, 1, padding_mode="reflect"), nn.ReLU()), 0,
     ),
-    "valid": (lambda: nn.Sequential(nn.Conv2d(3, 4, 4, padding="valid"), nn.ReLU()), 0),
+    "valid": (lambda: nn.Sequential(nn.Conv2d(3, 4, 4, padding="valid"), nn.ReLU()), 1),
     "output padding": (
-        lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 4, 2, 1, output_padding=1), nn.ReLU()), 0,
+        lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 5, 2, 2, output_padding=(1, 0)), nn.ReLU()),
+        1,
     ),
     "no affine": (lambda: nn.Sequential(down(3, 4), nn.BatchNorm2d(4, affine=False)), 1),
     "no statistics": (
@@ -715,7 +721,7 @@ def test_findings_and_what_verbose_prints(capsys):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.main = nn.Sequential(down(3, 4), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, 1, 1))
+            self.main = nn.Sequential(down(3, 4), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 8, 1, 4))
             self.data, self.hooked = OnData(), nn.Sequential(down(4, 4))
             self.hooked[0].register_forward_hook(lambda *a: None)
             self.loose = down(4, 4)
@@ -727,7 +733,7 @@ def test_findings_and_what_verbose_prints(capsys):
     assert lines == [str(f) for f in findings(net)]
     assert {f.names[0]: (f.fused, f.reason.split(" (")[0]) for f in findings(net)} == {
         "main.0": (True, ""),
-        "main.2": (False, "its kernel is 3x3, blocks have 4x4"),
+        "main.2": (False, "its kernel is 8x8; blocks have square ones, 1x1 to 7x7"),
         "data.conv": (False, "its forward cannot be read by torch.fx"),
         "hooked.0": (False, "it has hooks, or a forward of its own"),
         "loose": (False, "its forward cannot be read by torch.fx"),

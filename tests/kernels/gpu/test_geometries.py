@@ -1,0 +1,126 @@
+"""Layers of every kernel size, stride and padding (in the interpreter) against plain PyTorch in
+float64, which pads and cuts by hand: both convolutions by pointers and by descriptors, and the
+weight's gradient. What a DCGAN's own layers do with prologues, dtypes and splits is in the tests of
+each family."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastdcgan_kernels.choice.geometry import Tile, geometry_of, sides_of
+from fastdcgan_kernels.gpu import conv_pointers, conv_tma, conv_weight
+from tests.kernels import exact
+from tests.kernels.exact import EPILOGUES, PROLOGUES
+
+
+@pytest.fixture(autouse=True, scope="module")
+def results_start_as_nan():
+    with exact.results_start_as_nan():
+        yield
+
+
+def layer(
+    kernel, stride, padding, sides=(6, 4), transposed=False, output_padding=0, *, cs=16, cl=24, n=2
+):
+    """Its Geometry on images of these sides."""
+    x = torch.empty(n, cs if transposed else cl, *sides, device="meta")
+    weight = torch.empty(cs, cl, kernel, kernel, device="meta")
+    return geometry_of(x, weight, transposed, stride, sides_of(padding, output_padding))
+
+
+GEOMETRIES = {
+    "1x1": layer(1, 1, 0),
+    "1x1, stride 2": layer(1, 2, 0),
+    "1x1, stride 2, transposed": layer(1, 2, 0, (3, 2), True, 1),
+    "1x1, padded": layer(1, 1, 2),
+    "2x2": layer(2, 2, 0),
+    "3x3": layer(3, 1, 1),
+    "3x3, odd sides": layer(3, 1, 1, (5, 3)),
+    "3x3, stride 2": layer(3, 2, 1),
+    "3x3, stride 2, odd sides": layer(3, 2, 1, (5, 7)),
+    "3x3, stride 2, up": layer(3, 2, 1, (3, 2), True, 1),
+    "3x3, stride 2, up to odd sides": layer(3, 2, 1, (3, 2), True),
+    "4x4": layer(4, 1, 1),
+    "4x4, same": layer(4, 1, (1, 1, 2, 2)),
+    "4x4, odd sides": layer(4, 2, 1, (7, 5)),
+    "4x4, wide padding": layer(4, 2, (3, 0)),
+    "4x4 to 1x1": layer(4, 1, 0, (4, 4)),
+    "1x1 to 3x3": layer(3, 1, 0, (1, 1), True),
+    "1x1 to 5x5, cut": layer(5, 1, (0, 0, 1, 2), (1, 1), True),
+    "5x5": layer(5, 1, 2),
+    "5x5, stride 2": layer(5, 2, 2, output_padding=0),
+    "5x5, Keras's same": layer(5, 2, (1, 1, 2, 2)),
+    "5x5, Keras's same, up": layer(5, 2, (1, 1, 2, 2), (3, 2), True),
+    "5x5, up": layer(5, 2, 2, (3, 2), True, 1),
+    "6x6, stride 2": layer(6, 2, 2),
+    "7x7": layer(7, 1, 3),
+    "7x7, stride 2, one row": layer(7, 2, 3, (1, 9)),
+}
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["down", "up"])
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_by_pointers(name, transposed):
+    g, at = GEOMETRIES[name], list(GEOMETRIES).index(name)
+    for epilogue, groups, split in (("statistics", 2, 1), (EPILOGUES[at % 4], 1, 3)):
+        exact.check_gather(
+            conv_pointers.convolve, transposed, g, torch.float32, PROLOGUES[at // 2 % 4], epilogue,
+            ("leaky_relu", "relu"), groups, Tile(16, 16, 16, split),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["down", "up"])
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_by_descriptors(name, transposed):
+    g, at = GEOMETRIES[name], list(GEOMETRIES).index(name)
+    tile = Tile(16, 16, 8, engine="descriptors")
+    source = exact.Draw(torch.float32).operand(exact.Draw.sides(None, g)[0], 1, "none", "relu")
+    taken = conv_tma.takes(source, source.value, g, transposed=transposed, tile=tile)
+    assert taken == (transposed or g.stride == 1 or g.H % 2 == g.W % 2 == 0)
+    if not taken:
+        return
+    for epilogue, split in (("statistics", 1), (EPILOGUES[at % 4], 2)):
+        exact.check_gather(
+            conv_tma.convolve, transposed, g, torch.float32, PROLOGUES[at // 2 % 4], epilogue,
+            ("leaky_relu", "relu"), 1, Tile(16, 16, 8, split, engine="descriptors"),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("engine", ["pointers", "descriptors"])
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_the_weights_gradient(name, engine):
+    """By descriptors a tile as wide as twice the channels has two taps, where a row has pairs."""
+    g = GEOMETRIES[name]
+    for columns, split, prologues in ((16, 3, ("normgrad", "activate")), (64, 1, ("none", "none"))):
+        tile = Tile(16, columns, 8, split, engine=engine)
+        exact.check_weight_gradient(
+            conv_weight.weight_gradient, g, torch.float32, prologues, ("relu", "relu"), 1, tile
+        )
+
+
+paddings = st.tuples(*[st.integers(0, 4)] * 2, *[st.integers(-1, 4)] * 2)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    st.integers(1, 7), st.sampled_from([1, 2]), paddings, st.tuples(*[st.integers(1, 9)] * 2),
+    st.booleans(), st.booleans(), st.sampled_from([3, 8, 20]), st.sampled_from([1, 8, 17]),
+    st.sampled_from(PROLOGUES), st.sampled_from(EPILOGUES), st.integers(1, 3), st.integers(0, 99),
+)  # fmt: skip
+def test_any_geometry(
+    kernel, stride, padding, sides, up, transposed, cs, cl, prologue, epilogue, split, seed
+):
+    if not up:
+        padding = tuple(abs(n) for n in padding)
+    g = layer(kernel, stride, padding, sides, up, cs=cs, cl=cl)
+    if min(g.P, g.Q, g.H, g.W) < 1:
+        return
+    exact.check_gather(
+        conv_pointers.convolve, transposed, g, torch.float32, prologue, epilogue,
+        ("tanh", "leaky_relu"), 2, Tile(16, 16, 16, split), seed,
+    )  # fmt: skip
+    exact.check_weight_gradient(
+        conv_weight.weight_gradient, g, torch.float32, ("none", "none"), ("relu", "relu"), 2,
+        Tile(16, 16, 16, split), seed=seed,
+    )  # fmt: skip
