@@ -110,8 +110,8 @@ def conv_transpose_bn_act(
     x: Input, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
     running_mean: Tensor | None, running_var: Tensor | None, *, stride: int,
     padding: Padding, output_padding: Padding = 0, training: bool, momentum: float | Tensor,
-    eps: float, activation: Activation, slope: float = 0.0, stat_groups: int = 1, sync: str = "", batches: Tensor | None = None,
-    working: Tensor | None = None, defer: bool = False,
+    eps: float, activation: Activation, slope: float = 0.0, stat_groups: int = 1, sync: str = "",
+    batches: Tensor | None = None, working: Tensor | None = None, defer: bool = False,
 ) -> Any:  # fmt: skip
     """As `conv_bn_act`, with y = conv_transpose2d(x, weight) + bias and weight (CI, CO, K, K)."""
     spec = BlockSpec(

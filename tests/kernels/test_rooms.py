@@ -25,6 +25,7 @@ FLOORS = [
     ("gpu.partials",),
     ("gpu.launch",),
     ("reference", "dcgan", "aside", "placing"),
+    ("convolution",),
     ("choice",),
 ]
 SHARED = {"gpu.tile", "gpu.partials", "gpu.launch", "gpu.descriptors"}  # by all families of kernels

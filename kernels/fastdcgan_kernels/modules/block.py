@@ -193,9 +193,8 @@ def spec_of(conv: Convolution) -> BlockSpec:
     return BlockSpec(False, conv.stride[0], sides_of(padding))
 
 
-def _numbers(padding: object) -> tuple[int, int]:
-    rows, columns = padding  # type: ignore[misc]
-    return int(rows), int(columns)
+def _numbers(padding: Any) -> tuple[int, int]:
+    return int(padding[0]), int(padding[1])
 
 
 def _process_group(norm: Norm) -> str:

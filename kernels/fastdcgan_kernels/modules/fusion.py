@@ -63,8 +63,9 @@ def fuse(model: Model, *, verbose: bool = False, example: Any = None) -> Model:
     2, any padding; neither grouped nor dilated), each alone or followed by nn.BatchNorm2d
     (nn.SyncBatchNorm), nn.ReLU, nn.LeakyReLU or nn.Tanh: in nn.Sequential at any depth, and as
     attributes that a module's own forward calls in order (read with torch.fx, in training and
-    evaluation). Everything else runs as it did: so does a module that has hooks, whenever it got them, a module that is called by itself, and a
-    forward that is given other arguments, or finds other attributes, than it was read with.
+    evaluation). Everything else runs as it did: so does a module that has hooks, whenever it got
+    them, a module that is called by itself, and a forward that is given other arguments, or finds
+    other attributes, than it was read with.
 
     Args:
         model: any module; it is changed in place. Classes change: `type(m) is nn.Sequential` does
