@@ -401,7 +401,8 @@ def _products(name: str, grid: tuple[int, ...], given: dict[str, Any]) -> tuple[
     def loaded(prologue: str) -> int:
         return 2 if given.get(prologue) in ("normgrad", "actgrad") else 1
 
-    rows, columns = given["BLOCK_M"], given.get("BLOCK_N", 64) * given.get("TAPS", 1)
+    columns = given.get("BLOCK_N", given.get("WINDOW", 64)) * given.get("TAPS", 1)
+    rows = given["BLOCK_M"]
     images = given["groups"] * given["images"]
     pixels = given["images"] * given["P"] * given["Q"]
     depth = given.get("BLOCK_K", 64)
@@ -418,7 +419,7 @@ def _products(name: str, grid: tuple[int, ...], given: dict[str, Any]) -> tuple[
         deep = given["BOX"][0] if "BOX" in given else given["BOX_N"]
         tiles = padded(given["images"], deep) * given["P"] * given["Q"] // rows * phases
     if name == "image_down":
-        k = padded(64, depth)
+        k = padded(given["WINDOW"], depth)
     elif name == "image_up":  # all taps of a pixel are columns
         k, wide = padded(given["CS"], depth), columns
         tiles = given["images"] * strips(given["P"], given["Q"], rows)[1]

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from torch import nn
 
-    from .choice.geometry import Geometry
+    from .choice.geometry import Geometry, Sides
 
 SIZES = (32, 64, 128)  # pixels along a side of the images
 NZ, WIDTH = 100, 64  # latent channels; ngf and ndf, the feature maps beside the image
 
 
 class Layer(NamedTuple):
-    """A 4x4 convolution with what stands around it."""
+    """A convolution with what stands around it."""
 
     name: str  # G1, G2, ... and D1, D2, ...
     transposed: bool
@@ -31,20 +31,29 @@ class Layer(NamedTuple):
     norm: bool  # a BatchNorm follows
     before: str  # activation of a BatchNorm before it, which its kernels may apply as they load
     after: str  # activation behind it and its norm
+    kernel: int = 4
+    padding: Sides | None = None  # as `sides_of` it; None: a DCGAN's
 
     @property
     def pad(self) -> int:
-        """1 with stride 2, 0 with stride 1."""
+        """A DCGAN's: 1 with stride 2, 0 with stride 1."""
         return self.stride - 1
+
+    @property
+    def sides(self) -> Sides:
+        """(top, left, bottom, right) of its padding."""
+        return self.padding or (self.pad, self.pad, self.pad, self.pad)
 
     def geometry(self, batch: int) -> Geometry:
         """Its shapes on a batch."""
-        from .choice.geometry import Geometry
+        import torch
 
-        times = 2 if self.stride == 2 else 4  # a side of the large pixels to one of the small
-        p = self.side if self.transposed else self.side // times
+        from .choice.geometry import geometry_of
+
         cs, cl = (self.ci, self.co) if self.transposed else (self.co, self.ci)
-        return Geometry(batch, p, p, cs, times * p, times * p, cl, self.stride, self.pad)
+        x = torch.empty(batch, self.ci, self.side, self.side, device="meta")
+        weight = torch.empty(cs, cl, self.kernel, self.kernel, device="meta")
+        return geometry_of(x, weight, self.transposed, self.stride, self.sides)
 
 
 def layers(size: int = 64, channels: int = 3) -> list[Layer]:

@@ -53,12 +53,16 @@ class Geometry:
             ends.append(behind if transposed else before if same else max(behind, 0))
         return self.pad, self.left, ends[0], ends[1]
 
+    def is_image(self, transposed: bool) -> bool:
+        """Whether the large side is an image of few channels, and the convolution from it (with the
+        weight's gradient), or the transposed one to it, has a kernel that merges taps."""
+        return self.CL <= 4 and (self.is_standard or not transposed)
+
     @property
-    def is_image(self) -> bool:
-        """Whether its large side is an image of few channels, by a 4x4 kernel of stride 2, for
-        which there are kernels that merge taps."""
-        doubled = (self.H, self.W) == (2 * self.P, 2 * self.Q)
-        return self.CL <= 4 and doubled and self.is_standard
+    def window(self) -> int:
+        """Values of an image that a small pixel meets, up to a power of two: a DCGAN's are 4 rows
+        of 16, of up to 4 channels."""
+        return 64 if self.is_standard else max(16, bucket(self.kernel**2 * self.CL))
 
     @property
     def has_view(self) -> bool:
@@ -68,14 +72,15 @@ class Geometry:
 
     @property
     def is_standard(self) -> bool:
-        """Whether it is a DCGAN's 4x4 kernel of stride 2 with padding 1."""
-        return (self.kernel, self.stride, self.pad, self.left) == (4, 2, 1, 1)
+        """Whether it is a DCGAN's: a 4x4 kernel of stride 2 with padding 1, even sides."""
+        doubled = (self.H, self.W) == (2 * self.P, 2 * self.Q)
+        return doubled and (self.kernel, self.stride, self.pad, self.left) == (4, 2, 1, 1)
 
     def reads_once(self, transposed: bool) -> bool:
         """Whether the convolution, or the transposed one, loads each value of its input about once,
         whatever its tiles: to an image, or to a few numbers."""
         if transposed:
-            return self.is_image
+            return self.is_image(transposed)
         return self.CS <= 16 and (self.P == self.Q == 1 or self.kernel == 1)
 
     def shape(self, transposed: bool = False) -> Shape:
@@ -94,6 +99,7 @@ class Geometry:
             *(large if transposed else small), PHASE=phase, SIDE=side,
             UNEVEN=transposed and side * phase != self.kernel,
             RAGGED=transposed and (self.H % phase != 0 or self.W % phase != 0),
+            WINDOW=self.window if self.CL <= 4 else 0, STANDARD=self.is_standard,
         )  # fmt: skip
 
 
@@ -122,6 +128,8 @@ class Shape(NamedTuple):
     SIDE: int  # taps that an output pixel has along each axis, or at most
     UNEVEN: bool  # some phases have a tap less
     RAGGED: bool  # the last place is in some phases outside
+    WINDOW: int  # of an image
+    STANDARD: bool
 
 
 @dataclass(frozen=True)

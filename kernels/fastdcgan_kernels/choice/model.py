@@ -72,12 +72,12 @@ def work_of(task: Task) -> Work:
     aux = 1 if task.prologue in ("none", "activate") else 2  # tensors that an operand is read from
     both = 2 if task.epilogue in READING else 1  # like the result: that, and what is read
     if op == "weight_gradient":  # the groups are one sum; its dtype is the parameter's
-        n, copies = (64, 1) if image else (g.CL, g.kernel**2)
+        n, copies = (g.window, 1) if image else (g.CL, g.kernel**2)
         moved = size * aux * (small + large) + 4 * weight
         pairs = not image and g.kernel % 2 == 0
         return Work(g.CS, n, 1, task.groups * pixels, copies, weight, moved, pairs)
     if op == "conv":
-        taps, along = (1, 64) if image else (g.kernel**2, g.CL)
+        taps, along = (1, g.window) if image else (g.kernel**2, g.CL)
         moved = size * (aux * large + weight + both * small)
         return Work(pixels, g.CS, taps, along, task.groups, small, moved)
     shape = g.shape(transposed=True)

@@ -66,12 +66,11 @@ def plan_of(
     `rows` pixels and `columns` channels; 8 warps multiply together, 4 are two consumers in turn."""
     g, shape = geometry, geometry.shape(transposed)
     box, images = box_of(tile.rows, g), g.N // groups
-    doubled = g.is_standard and (g.H, g.W) == (2 * g.P, 2 * g.Q)
     whole = shape.CI % DEPTH == 0 and shape.CO % tile.columns == 0
     sizes = tile.rows in (128, 256) and tile.columns in (64, 128)
     threads = 32 * tile.warps
     if not (
-        target.name == "sm_90" and epilogue in EPILOGUES and doubled and whole and sizes
+        target.name == "sm_90" and epilogue in EPILOGUES and g.is_standard and whole and sizes
         and tile.depth == DEPTH and tile.split == 1 and tile.warps in (4, 8) and tile.stages >= 3
         and tile.rows * tile.columns <= ACCUMULATORS * threads
         and (groups == 1 or images % box[0] == 0)  # else a box would reach into the next group

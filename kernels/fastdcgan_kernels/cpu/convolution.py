@@ -25,12 +25,6 @@ PANEL, CHUNK = 32, 16
 PIXELS = 256
 
 
-def is_doubled(geometry: Geometry) -> bool:
-    """Whether it is a 4x4 kernel of stride 2 between sides of which one is twice the other."""
-    g = geometry
-    return g.is_standard and (g.H, g.W) == (2 * g.P, 2 * g.Q)
-
-
 def is_end(geometry: Geometry) -> bool:
     """Whether it joins one pixel and as many as the kernel has taps."""
     g = geometry
@@ -42,7 +36,7 @@ def has_winograd(geometry: Geometry) -> bool:
     a side of 1 or 3 would waste what they save."""
     g = geometry
     tiled = 4 * cdiv(g.P, 2) * cdiv(g.Q, 2)
-    fits = is_doubled(g) and g.CS % PANEL == 0 and g.CL % PANEL == 0
+    fits = g.is_standard and g.CS % PANEL == 0 and g.CL % PANEL == 0
     return fits and 3 * tiled <= 4 * g.P * g.Q
 
 
@@ -54,7 +48,7 @@ def pays(geometry: Geometry) -> bool:
 
 def has_image_up(geometry: Geometry) -> bool:
     """Whether `image_up` has a kernel for this layer."""
-    return geometry.is_image and geometry.CS % CHUNK == 0
+    return geometry.is_image(transposed=True) and geometry.CS % CHUNK == 0
 
 
 def convolve(

@@ -137,7 +137,7 @@ def convolve(
     tile = tile or _tile(op, geometry, source.value, source.prologue, epilogue.kind, groups)
     given: Any = {"transposed": transposed, "tile": tile, "precision": precision_of(source.value)}
     family: Any = conv_pointers
-    if geometry.is_image:
+    if geometry.is_image(transposed):
         family = conv_image
     elif tile.engine == "gluon" and _gluon_takes(
         source, weight, geometry, epilogue=epilogue, groups=groups, **given
@@ -159,7 +159,7 @@ def weight_gradient(
     small, large = (x, dy) if transposed else (dy, x)
     prologues = "none" if small.prologue == large.prologue == "none" else "both"
     tile = tile or _tile("weight_gradient", geometry, x.value, prologues, "store", groups)
-    family: Any = conv_image if geometry.is_image else conv_weight
+    family: Any = conv_image if geometry.is_image(False) else conv_weight
     gradient: Tensor = family.weight_gradient(
         small, large, geometry, tile=tile, dtype=dtype, groups=groups,
         precision=precision_of(x.value),
@@ -205,7 +205,7 @@ def _target(device: torch.device) -> Target:
 def _tile(
     op: str, geometry: Geometry, x: Tensor, prologue: str, epilogue: str, groups: int
 ) -> Tile:
-    op = f"image_{op}" if geometry.is_image else op
+    op = f"image_{op}" if geometry.is_image(op == "conv_transposed") else op
     task = Task(op, geometry, x.dtype, prologue, epilogue, groups)
     tile: Tile = choose.tile_for(task, _target(x.device))
     if x.dtype == torch.float32 and precision_of(x) == "ieee":
@@ -275,7 +275,7 @@ def _convolution_backward(
         found["bias"] = batchnorm.column_sum(dy, groups)
     # On an image's few channels, and where all taps of a value are one tile, a prologue repeats
     # next to nothing.
-    cheap = how != "vendor" and geometry.is_image and (transposed or not need.x)
+    cheap = how != "vendor" and geometry.is_image(False) and (transposed or not need.x)
     if how != "prologue" and not cheap:
         dy = Operand(_materialise(dy, groups))
     dtype, act = gradient_dtype(saved.weight), (spec.x_activation, spec.x_slope)

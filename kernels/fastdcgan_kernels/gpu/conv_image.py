@@ -1,11 +1,14 @@
-"""Layers whose large side is an image of 1 to 4 channels, with stride 2. A GEMM over single taps
-would be nearly all padding here, so these kernels merge taps. Not here: wider layers
-(conv_pointers.py, conv_tma.py, conv_weight.py).
+"""Layers whose large side is an image of 1 to 4 channels. A GEMM over single taps would be nearly
+all padding here, so these kernels merge taps. Not here: wider layers (conv_pointers.py,
+conv_tma.py, conv_weight.py); kernels other than a DCGAN's to the image (conv_pointers.py).
 
-From the image, a kernel row of 4 pixels is 4 * CL values that lie together in memory: 4 rows of up
-to 16 values make one sum of 64. To the image, the product of a small pixel with all of its taps has
-as many values: each small pixel is read and multiplied once, and a pixel of the image is the sum of
-4 such values, of neighbours in the tile.
+From the image all taps of a small pixel are one sum: its window. Of a DCGAN's 4x4 kernel a row is
+4 * CL values that lie together in memory, and 4 rows of up to 16 values make a window of 64; of any
+other kernel a window is its K * K * CL values in the weight's order.
+
+To the image, the product of a small pixel with all of its taps has as many values: each small pixel
+is read and multiplied once, and a pixel of the image is the sum of 4 such values, of neighbours in
+the tile.
 """
 
 from __future__ import annotations
@@ -26,12 +29,9 @@ from .tile import Epilogue, Operand, Result, load_operand, of_group, parts_like,
 # isort: split
 from .tile import store_pixels, store_tile
 
-WINDOW = tl.constexpr(64)  # values of a 4x4 window of up to 4 channels
-
 
 def _shape(g: Geometry, transposed: bool = False) -> Shape:
-    assert (g.H, g.W, g.stride, g.pad) == (2 * g.P, 2 * g.Q, 2, 1)
-    assert g.CL <= 4
+    assert g.is_image(transposed)
     return g.shape(transposed)
 
 
@@ -39,7 +39,7 @@ def convolve(
     source: Operand, weight: Tensor, geometry: Geometry, *, transposed: bool, tile: Tile,
     epilogue: Epilogue = Epilogue(), groups: int = 1, precision: str = "ieee",
 ) -> Result:  # fmt: skip
-    """The convolution with its epilogue: from the image a sum of 64, `tile.depth` at a time; to the
+    """The convolution with its epilogue: from the image a window, `tile.depth` at a time; to the
     image (`transposed`) all columns at once, whatever `tile.columns`. `tile.split` is not read."""
     g, shape = geometry, _shape(geometry, transposed)
     images = g.N // groups
@@ -50,7 +50,7 @@ def convolve(
         tiles = images * of_image
     else:
         kernel, column_tiles = image_down, cdiv(g.CS, tile.columns)
-        sizes |= {"BLOCK_N": tile.columns, "BLOCK_K": min(tile.depth, WINDOW.value)}
+        sizes |= {"BLOCK_N": tile.columns, "BLOCK_K": min(tile.depth, g.window)}
         tiles = cdiv(images * g.P * g.Q, tile.rows)
     out = empty_or_placed(g.N, shape.CO, shape.HO, shape.WO, source.value)
     programs = epilogue.programs(tiles, groups, out.device)
@@ -92,10 +92,10 @@ def weight_gradient(
     small: Operand, large: Operand, geometry: Geometry, *, tile: Tile, dtype: torch.dtype,
     groups: int = 1, precision: str = "ieee",
 ) -> Tensor:  # fmt: skip
-    """d weight [CS, CL, 4, 4]. `tile.rows` are of CS, `tile.depth` pixels at a time; all columns
+    """d weight [CS, CL, K, K]. `tile.rows` are of CS, `tile.depth` pixels at a time; all columns
     are one tile."""
     g, shape = geometry, _shape(geometry)
-    out = empty(g.CS, g.CL, 4, 4, small.value, dtype)
+    out = empty(g.CS, g.CL, g.kernel, g.kernel, small.value, dtype)
     store = parts_like(out, tile.split)
     Launch(
         image_weight_gradient, (cdiv(g.CS, tile.rows), tile.split), {
@@ -110,15 +110,47 @@ def weight_gradient(
 
 
 @triton.jit
-def window_taps(k, C: tl.constexpr):
-    """For columns k of `load_windows`: where in [4, 4, C] each one's weight is, and which columns
+def window_taps(k, S: tl.constexpr):
+    """For columns k of `load_windows`: where in [K, K, CL] each one's weight is, and which columns
     have one."""
-    j = k % 16 - C % 2
-    return k // 16 * (4 * C) + j, (j >= 0) & (j < 4 * C)
+    taps, used = k, k < S.K * S.K * S.CL
+    if S.STANDARD:
+        j = k % 16 - S.CL % 2
+        taps, used = k // 16 * (4 * S.CL) + j, (j >= 0) & (j < 4 * S.CL)
+    return taps, used
 
 
 @triton.jit
 def load_windows(
+    x, slope,  # Loaded, [N, H, W, CL]
+    group, groups,
+    n, p, q, row_mask,  # [A]: as of `pixels`
+    k,  # [B]: columns, of WINDOW
+    S: tl.constexpr, PROLOGUE: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """[A, B]: columns of the windows of small pixels. Columns without a tap hold 0 or, of a
+    DCGAN's, a neighbour."""
+    if S.STANDARD:
+        loaded = load_standard(
+            x, slope, group, groups, n, p, q, row_mask, k, S.P, S.Q, S.CL, PROLOGUE, ACTIVATION
+        )
+    else:
+        kh, kw, c = k // (S.K * S.CL), k // S.CL % S.K, k % S.CL
+        h, v = p * S.STRIDE - S.PAD, q * S.STRIDE - S.LEFT
+        row, column = h[:, None] + kh[None, :], v[:, None] + kw[None, :]
+        used = (k < S.K * S.K * S.CL)[None, :]
+        inside = (row >= 0) & (row < S.H) & (column >= 0) & (column < S.W)
+        corner = ((n * S.H + h) * S.W + v) * S.CL
+        loaded = load_operand(
+            of_group(x, group, S.CL), slope, groups * S.CL,
+            corner[:, None] + ((kh * S.W + kw) * S.CL + c)[None, :],
+            row_mask[:, None] & inside & used, c[None, :], used, PROLOGUE, ACTIVATION,
+        )  # fmt: skip
+    return loaded
+
+
+@triton.jit
+def load_standard(
     x, slope,  # Loaded, [N, 2P, 2Q, C]
     group, groups,
     n, p, q, row_mask,  # [A]: as of `pixels`
@@ -126,7 +158,7 @@ def load_windows(
     P: tl.constexpr, Q: tl.constexpr, C: tl.constexpr,
     PROLOGUE: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """[A, B]: columns of the 4x4 windows of small pixels, which have 16 for each of their rows.
+    """[A, B]: columns of 4x4 windows, which have 16 for each of their rows.
 
     A window row starts at pixel 2q - 1, so for odd C at an odd element. Its first column is the
     element before that: then all start at an even one, and values are copied two at a time, as an
@@ -148,18 +180,18 @@ def load_windows(
 
 
 @triton.jit
-def load_taps(w, taps, used, channel, channel_mask, C: tl.constexpr):
-    """[columns, channels] of a weight [channels, 4, 4, C]; 0 in columns without a tap."""
+def load_taps(w, taps, used, channel, channel_mask, S: tl.constexpr):
+    """[columns, channels] of a weight [channels, K, K, CL]; 0 in columns without a tap."""
     return tl.load(
-        w + taps[:, None] + (channel * (16 * C))[None, :],
+        w + taps[:, None] + (channel * (S.K * S.K * S.CL))[None, :],
         mask=used[:, None] & channel_mask[None, :], other=0.0,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["images"])
 def image_down(
-    x,  # Loaded, [N, 2P, 2Q, CL]
-    w,  # [CS, 4, 4, CL]
+    x,  # Loaded, [N, H, W, CL]
+    w,  # [CS, K, K, CL]
     out,  # [N, P, Q, CS]
     end,  # Stored, like out
     groups, images,  # N / groups
@@ -170,7 +202,7 @@ def image_down(
     PDL: tl.constexpr,
 ):  # fmt: skip
     """From the image. Grid: (programs * column tiles, groups). Rows are small pixels of a group;
-    BLOCK_K divides 64."""
+    BLOCK_K divides WINDOW."""
     begin(PDL)
     at = place_of(S.CS, BLOCK_N)
     tiles = tl.cdiv(images * (S.P * S.Q), BLOCK_M)
@@ -179,16 +211,15 @@ def image_down(
         tile = at.program + turn * at.programs
         n, p, q, row_mask = pixels(tile, at.group, images, S, BLOCK_M)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for step in range(WINDOW // BLOCK_K):
+        for step in range(S.WINDOW // BLOCK_K):
             k = step * BLOCK_K + tl.arange(0, BLOCK_K)
-            taps, used = window_taps(k, S.CL)
+            taps, used = window_taps(k, S)
             a = load_windows(
-                x, x_slope, at.group, groups, n, p, q, row_mask, k, S.P, S.Q, S.CL, PROLOGUE,
-                X_ACTIVATION,
+                x, x_slope, at.group, groups, n, p, q, row_mask, k, S, PROLOGUE, X_ACTIVATION
             )  # fmt: skip
             # Not only the weight: a neighbour's NaN times 0 is NaN.
             a = tl.where(used[None, :], a, 0.0)
-            b = load_taps(w, taps, used, at.channel, at.channel_mask, S.CL)
+            b = load_taps(w, taps, used, at.channel, at.channel_mask, S)
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
         found = store_pixels(
             acc, out, n, p, q, 0, 0, row_mask, at, end, slope, groups, images, 0, S, 1, HAS_BIAS,
@@ -234,7 +265,7 @@ def image_up(
         # The products of each small pixel with all of its taps. Rows are (meeting, r, s, channel of
         # 4): the pixel is at the corner's bottom right, bottom left, top right or top left, and
         # (r, s) is the square's pixel.
-        k = tl.arange(0, WINDOW)
+        k = tl.arange(0, S.WINDOW)
         up, before, r, s = k // 32, k // 16 % 2, k // 8 % 2, k // 4 % 2
         used = k % 4 < S.CL
         taps = ((2 * up + r) * 4 + 2 * before + s) * S.CL + k % 4
@@ -243,7 +274,7 @@ def image_up(
         inside = (p >= 0) & (p < S.P) & (q >= 0) & (q < S.Q)
         # One image has fewer than 2^31 elements.
         pixel = n * (S.P * S.Q * S.CS) + (p * S.Q + q) * S.CS
-        acc = tl.zeros((WINDOW, BLOCK_M), dtype=tl.float32)
+        acc = tl.zeros((S.WINDOW, BLOCK_M), dtype=tl.float32)
         for step in range(CHUNKS):
             c = step * BLOCK_K + tl.arange(0, BLOCK_K)
             c_mask = c < S.CS
@@ -284,8 +315,8 @@ def image_up(
 @triton.jit(do_not_specialize=["images"])
 def image_weight_gradient(
     small,  # Loaded, [N, P, Q, CS]
-    large,  # Loaded, [N, 2P, 2Q, CL]
-    out,  # [CS, 4, 4, CL], or fp32 [SPLIT, like that]
+    large,  # Loaded, [N, H, W, CL]
+    out,  # [CS, K, K, CL], or fp32 [SPLIT, like that]
     groups, images,  # N / groups
     small_slope, large_slope, S: tl.constexpr, SMALL_PROLOGUE: tl.constexpr,
     SMALL_ACTIVATION: tl.constexpr, LARGE_PROLOGUE: tl.constexpr, LARGE_ACTIVATION: tl.constexpr,
@@ -293,18 +324,18 @@ def image_weight_gradient(
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tiles of CS, SPLIT). The second axis cuts the blocks of pixels into SPLIT ranges; no
-    block has pixels of two groups. All taps at once: the columns are 4 kernel rows of 16."""
+    block has pixels of two groups. All taps at once: the columns are those of the window."""
     begin(PDL)
     s_tile, split = tl.program_id(0), tl.program_id(1)
     cs = s_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     cs_mask = cs < S.CS
-    k = tl.arange(0, WINDOW)
-    taps, used = window_taps(k, S.CL)
+    k = tl.arange(0, S.WINDOW)
+    taps, used = window_taps(k, S)
     blocks = tl.cdiv(images * (S.P * S.Q), BLOCK_K)
     share = tl.cdiv(groups * blocks, SPLIT)
     first = split * share
 
-    acc = tl.zeros((BLOCK_M, WINDOW), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_M, S.WINDOW), dtype=tl.float32)
     for group in range(groups):
         start = group * blocks
         for block in range(max(first, start) - start, min(first + share - start, blocks)):
@@ -316,10 +347,10 @@ def image_weight_gradient(
                 SMALL_PROLOGUE, SMALL_ACTIVATION,
             )  # fmt: skip
             b = load_windows(
-                large, large_slope, group, groups, n, p, q, m_mask, k, S.P, S.Q, S.CL,
-                LARGE_PROLOGUE, LARGE_ACTIVATION,
+                large, large_slope, group, groups, n, p, q, m_mask, k, S, LARGE_PROLOGUE,
+                LARGE_ACTIVATION,
             )  # fmt: skip
             acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
-    offsets = (cs * (16 * S.CL)).to(tl.int64)[:, None] + taps[None, :]
-    offsets += split.to(tl.int64) * (S.CS * 16 * S.CL)
+    offsets = (cs * (S.K * S.K * S.CL)).to(tl.int64)[:, None] + taps[None, :]
+    offsets += split.to(tl.int64) * (S.CS * S.K * S.K * S.CL)
     tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=cs_mask[:, None] & used[None, :])

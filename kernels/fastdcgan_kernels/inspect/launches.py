@@ -14,7 +14,7 @@ from .. import dcgan, functional
 from ..adam import Adam, Average
 from ..choice import persistent
 from ..choice.choose import override
-from ..choice.geometry import gradient_dtype, sides_of
+from ..choice.geometry import gradient_dtype
 from ..choice.spec import BlockSpec, Buffers, Inputs, Need, Saved
 from ..choice.targets import TARGETS, assume, implementation
 from ..choice.types import How, Task
@@ -25,15 +25,31 @@ from ..gpu.tile import Epilogue, Operand
 from ..modules.copies import WorkingCopies
 
 BATCH = 128
+# Layers of other nets: of TensorFlow's DCGAN (T), SNGAN's critic (S), pix2pix's critic (P),
+# CycleGAN's generator (C).
+OTHERS = (
+    dcgan.Layer("T2", True, 1, 256, 128, 7, True, "leaky_relu", "leaky_relu", 5, (2, 2, 2, 2)),
+    dcgan.Layer("T3", True, 2, 128, 64, 7, True, "leaky_relu", "leaky_relu", 5, (1, 1, 2, 2)),
+    dcgan.Layer("T4", True, 2, 64, 1, 14, False, "leaky_relu", "tanh", 5, (1, 1, 2, 2)),
+    dcgan.Layer("T5", False, 2, 1, 64, 28, False, "none", "leaky_relu", 5, (1, 1, 2, 2)),
+    dcgan.Layer("T6", False, 2, 64, 128, 14, False, "none", "leaky_relu", 5, (1, 1, 2, 2)),
+    dcgan.Layer("S1", False, 1, 3, 64, 32, False, "none", "leaky_relu", 3, (1, 1, 1, 1)),
+    dcgan.Layer("S3", False, 1, 128, 128, 16, False, "none", "leaky_relu", 3, (1, 1, 1, 1)),
+    dcgan.Layer("P4", False, 1, 256, 512, 32, True, "leaky_relu", "leaky_relu", 4, (1, 1, 1, 1)),
+    dcgan.Layer("C2", False, 2, 64, 128, 64, True, "relu", "relu", 3, (1, 1, 1, 1)),
+    dcgan.Layer("C6", True, 2, 128, 64, 32, True, "relu", "relu", 3, (1, 1, 0, 0)),
+    dcgan.Layer("C8", False, 1, 64, 3, 70, False, "relu", "tanh", 7, (0, 0, 0, 0)),
+)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def launches(arch: str, dtype: str, batch: int = BATCH) -> Iterator[tuple[str, Launch]]:
     """(layer and pass, launch) of every layer of the 64-pixel DCGAN, as the blocks make them for
-    this target, each way that may be chosen; and of the rest of a step."""
+    this target, each way that may be chosen; of the default way of OTHERS; and of the rest of a
+    step."""
     hows: tuple[How, ...] = ("hybrid", "materialised", "prologue", "vendor")
     for how in hows:
-        for layer in dcgan.layers():
+        for layer in (*dcgan.layers(), *(OTHERS if how == hows[0] else ())):
             if how == "vendor" and layer.name != "G2":
                 continue  # one layer shows its kernels: they are the same everywhere
             with assume(TARGETS[arch]), override(how):
@@ -90,18 +106,19 @@ def _of_layer(
     g, name, deferred = layer.geometry(batch), layer.name, how in ("hybrid", "prologue")
     undoes = "leaky_relu" if deferred and name == "D2" else layer.before
     spec = BlockSpec(
-        layer.transposed, layer.stride, sides_of(layer.pad), layer.after, 0.2, eps=1e-5,
+        layer.transposed, layer.stride, layer.sides, layer.after, 0.2, eps=1e-5,
         momentum=0.1, x_activation=undoes, x_slope=0.2,
     )  # fmt: skip
-    x, weight = _image(batch, layer.ci, layer.side, dtype), _few(g.CS, g.CL, 4, 4)
+    x, weight = _image(batch, layer.ci, layer.side, dtype), _few(g.CS, g.CL, g.kernel, g.kernel)
     coef = _few(5, 1, layer.ci) if deferred and layer.before != "none" else None
     given: dict[str, Any] = {"x": x, "weight": weight, "x_coef": coef}
     if how == "hybrid" and coef is not None and not g.reads_once(layer.transposed):
         given["x_activated"] = x
     if not layer.norm:
+        undone = deferred and name in ("D1", "S1", "T5")  # the next block undoes its activation
         with recording() as forward:
             y = blocks.conv_act(Inputs(**given), spec)
-        if deferred and name == "D1":  # D2 undoes its activation
+        if undone:
             spec = replace(spec, activation="none")
         with recording() as backward:
             need = Need(x=True, weight=True, bias=name == "D1")

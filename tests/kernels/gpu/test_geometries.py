@@ -3,13 +3,15 @@ float64, which pads and cuts by hand: both convolutions by pointers and by descr
 weight's gradient. What a DCGAN's own layers do with prologues, dtypes and splits is in the tests of
 each family."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdcgan_kernels.choice.geometry import Tile, geometry_of, sides_of
-from fastdcgan_kernels.gpu import conv_pointers, conv_tma, conv_weight
+from fastdcgan_kernels.gpu import conv_image, conv_pointers, conv_tma, conv_weight
 from tests.kernels import exact
 from tests.kernels.exact import EPILOGUES, PROLOGUES
 
@@ -97,6 +99,23 @@ def test_the_weights_gradient(name, engine):
         exact.check_weight_gradient(
             conv_weight.weight_gradient, g, torch.float32, prologues, ("relu", "relu"), 1, tile
         )
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_from_an_image(name, channels):
+    """Where all taps are one sum."""
+    g, at = replace(GEOMETRIES[name], CL=channels), list(GEOMETRIES).index(name)
+    assert g.is_image(transposed=False)
+    prologue, epilogue = PROLOGUES[at // 2 % 4], EPILOGUES[(at + channels) % 4]
+    exact.check_gather(
+        conv_image.convolve, False, g, torch.float32, prologue, epilogue, ("leaky_relu", "relu"),
+        1 + at % 2, Tile(16, 16, 16),
+    )  # fmt: skip
+    exact.check_weight_gradient(
+        conv_image.weight_gradient, g, torch.float32, ("normgrad", prologue), ("relu", "relu"),
+        1 + at % 2, Tile(16, 64, 16, 2),
+    )  # fmt: skip
 
 
 paddings = st.tuples(*[st.integers(0, 4)] * 2, *[st.integers(-1, 4)] * 2)
