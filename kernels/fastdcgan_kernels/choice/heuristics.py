@@ -125,6 +125,8 @@ def _sizes(task: Task, target: Target, engine: Engine) -> Iterator[tuple[int, in
     if _is_image(task):
         most_rows = 64 if sums_pixels else 128
         least_columns = most_columns = min(64, n)  # of two kernels it is what they have
+    elif _is_irregular(task) and (engine == "pointers" or target.name == "sm_100"):
+        results = max(64 * 64, results // 2)
     deep = max(16, min(128 // size, bucket(work.along)))
     rows_of = _powers(work.m, least_rows, most_rows)
     columns_of = _powers(n, least_columns, most_columns)
@@ -153,14 +155,22 @@ def _warps(task: Task, target: Target, engine: Engine, rows: int, columns: int) 
         return (4,)
     along = {"conv": g.CL, "conv_transposed": g.CS, "weight_gradient": 8}[op]
     most = 128 * 64
+    if _is_irregular(task) and (engine == "pointers" or target.name == "sm_120"):
+        most = 64 * 64 if engine == "pointers" else 32 * 64
     if task.epilogue in READING:
-        most = 64 * 64 if engine == "pointers" else most
+        most = most // 2 if engine == "pointers" else most
         most = 32 * 64 if target.name == "sm_120" else most
     if task.prologue != "none":
         most = 64 * 32
     if task.dtype == torch.float32:
         most = 32 * 32
     return (8,) if rows * columns > most or along * size % 16 else (4, 8)
+
+
+def _is_irregular(task: Task) -> bool:
+    """Whether finding a tap or a pixel divides by no power of two, which takes registers."""
+    shape = task.geometry.shape(task.op == "conv_transposed")
+    return any(n & (n - 1) for n in (shape.K, shape.P, shape.Q))
 
 
 def _is_image(task: Task) -> bool:
