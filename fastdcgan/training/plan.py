@@ -107,8 +107,8 @@ def _no_graph(config: TrainConfig, ranks: Ranks, device: torch.device) -> str:
         return f"CUDA graphs are for CUDA devices, and this is {device}"
     if ranks.world > 1:
         return "a step of several processes waits for its all-reduces, which are not captured"
-    if config.keras_epsilon:
-        return "Keras's epsilon is another number in every step, and a graph would repeat the first"
+    if config.keras_epsilon and not _blocks_are_kernels(config, device):
+        return "Keras's epsilon is another number in every step of PyTorch's Adam"
     return ""
 
 

@@ -128,8 +128,9 @@ def _adam(
         t = t + 1
         yield "exp_avg", m, old_m, beta1 * old_m + (1 - beta1) * g
         yield "exp_avg_sq", v, old_v, beta2 * old_v + (1 - beta2) * g.square()
-        root = (v.double() / (1 - beta2**t)).sqrt()
-        yield "parameters", p, old, old - rate / (1 - beta1**t) * m.double() / (root + eps)
+        correction = (1 - beta2**t).sqrt()
+        root = v.double().sqrt() / correction + (eps / correction if optimiser.eps_inside else eps)
+        yield "parameters", p, old, old - rate / (1 - beta1**t) * m.double() / root
         if p in copies:
             yield "16-bit copies", copies[p], p.double(), p.double()
     if optimiser.average is not None:

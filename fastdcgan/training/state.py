@@ -136,7 +136,9 @@ class TrainState:
             models.load_weights(self.ema.average, state["ema"], name="ema")
             self.ema.updates.fill_(state["step"])
         for optimiser, name in ((self.optG, "optG"), (self.optD, "optD")):
-            here = _adam_options(self.device)  # not those of the device that it was saved on
+            # Not those of the device that it was saved on; and of the configuration, because old
+            # runs kept Keras's epsilon as it was in their last step.
+            here = _adam_options(self.device) | {"eps": optimiser.param_groups[0]["eps"]}
             groups = [{**group, **here} for group in state[name]["param_groups"]]
             optimiser.load_state_dict({**state[name], "param_groups": groups})
         for scaler, saved in zip(self.scalers, state["scalers"], strict=True):
@@ -193,7 +195,14 @@ def _tensors(net: nn.Module) -> list[Tensor]:
 def _adam(net: nn.Module, lr: float, config: TrainConfig, device: torch.device) -> Adam:
     betas = (config.beta1, config.beta2)
     options = _adam_options(device)
-    return Adam(net.parameters(), lr=lr, betas=betas, eps=config.adam_eps, **options)
+    return Adam(
+        net.parameters(),
+        lr=lr,
+        betas=betas,
+        eps=config.adam_eps,
+        eps_inside=config.keras_epsilon,
+        **options,
+    )
 
 
 def _adam_options(device: torch.device) -> dict[str, bool]:

@@ -355,20 +355,15 @@ class Step:
     def _overlapping(self, which: int) -> Iterator[None]:
         """Inside, a backward pass through D (0) or G (1) puts aside what it need not wait for. Not
         an update before its time: gradients that are scaled, or are summed over processes or with a
-        penalty's first; Keras's epsilon."""
+        penalty's first."""
         state, on = self.state, self.overlap and not (self.compiles and self._whole)
         optimiser = (state.optD, state.optG)[which]
         later = state.scalers[which].is_enabled() or dist.is_initialized()
-        later = later or (which == 0 and self.penalty.chosen) or state.config.keras_epsilon
+        later = later or (which == 0 and self.penalty.chosen)
         with forked(state.device, on), optimiser.early(on and not later):
             yield
 
     def _update(self, scaler: int, optimiser: torch.optim.Adam, net: nn.Module) -> None:
         distributed.sum_gradients(net.parameters())
-        if self.state.config.keras_epsilon:
-            # m / (sqrt(v) + e) * sqrt(c) is m / (sqrt(v / c) + e / sqrt(c)), c = 1 - beta2^t.
-            for group in optimiser.param_groups:
-                correction = 1 - group["betas"][1] ** (self.state.step + 1)
-                group["eps"] = self.state.config.adam_eps / correction**0.5
         self.state.scalers[scaler].step(optimiser)
         self.state.scalers[scaler].update()

@@ -81,6 +81,11 @@ class Adam(torch.optim.Adam):
     `refresh` takes there from its group.
 
     `early` lets a backward pass update large parameters as their gradients come.
+
+    Args:
+        *given, **options: as torch.optim.Adam's.
+        eps_inside: add eps before the bias correction, as Keras does: m / (sqrt(v) + eps), times
+            rate sqrt(1 - beta2^t) / (1 - beta1^t). Default False: after it, as PyTorch.
     """
 
     average: Average | None = None
@@ -92,15 +97,19 @@ class Adam(torch.optim.Adam):
     _tickets: Tensor | None = None
     _early: dict[Tensor, None]
     """Updated already, in this step."""
+    _steps: int | None = None
+    """Steps until now, where they are known without asking a device."""
 
-    def __init__(self, *given: Any, **options: Any) -> None:
+    def __init__(self, *given: Any, eps_inside: bool = False, **options: Any) -> None:
         super().__init__(*given, **options)
+        self.eps_inside = eps_inside
         self._early = {}
 
     def prepare(self) -> None:
         """Makes the state that PyTorch's Adam makes in its first step."""
         for p in self._parameters():
             if not self.state[p]:
+                self._steps = 0
                 self.state[p] = {
                     "step": torch.zeros((), dtype=torch.float32, device=p.device),
                     "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
@@ -121,6 +130,11 @@ class Adam(torch.optim.Adam):
             self._rate.fill_(rate)
         self._given_rate = rate
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As PyTorch's."""
+        super().load_state_dict(state_dict)
+        self._steps = None
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update by the gradients as they are; returns what the closure does."""
@@ -128,12 +142,14 @@ class Adam(torch.optim.Adam):
         rest = [p for p in self._parameters() if p not in early]
         if closure is None and self._in_one_launch(rest):
             self._launch(rest)
+            self._steps = None
             return None
         gradients = {p: p.grad for p in early}
         for p in early:  # PyTorch leaves out what has no gradient
             p.grad = None
         self._widen()
-        result = super().step(closure)
+        with self._corrected():
+            result = super().step(closure)
         for p, gradient in gradients.items():
             p.grad = gradient
         if self.copies is not None:
@@ -141,6 +157,24 @@ class Adam(torch.optim.Adam):
         if self.average is not None:
             self.average.update(early)
         return result
+
+    @contextlib.contextmanager
+    def _corrected(self) -> Iterator[None]:
+        """Inside, the groups' eps is what PyTorch's Adam takes for one that is inside: it adds it
+        to sqrt(v / c), c = 1 - beta2^t, and so it is eps / sqrt(c)."""
+        kept = [group["eps"] for group in self.param_groups]
+        if self.eps_inside:
+            self.prepare()
+            if self._steps is None:
+                self._steps = int(self.state[self._parameters()[0]]["step"])
+            self._steps += 1
+            for group in self.param_groups:
+                group["eps"] /= (1 - group["betas"][1] ** self._steps) ** 0.5
+        try:
+            yield
+        finally:
+            for group, eps in zip(self.param_groups, kept, strict=True):
+                group["eps"] = eps
 
     @contextlib.contextmanager
     def early(self, on: bool = True) -> Iterator[None]:
@@ -244,7 +278,7 @@ class Adam(torch.optim.Adam):
             share1=1.0 - beta1, share2=1.0 - beta2, log1=log1, log2=log2,
             eps=float(group["eps"]), scale=self._rate if scale is None else scale,
             found_inf=self._rate if found_inf is None else found_inf, tickets=self._tickets,
-            SCALED=scale is not None, LAST=last,
+            SCALED=scale is not None, INSIDE=self.eps_inside, LAST=last,
         )  # fmt: skip
         increment_version([*values, *(followed[v] for v in [*values, *counts] if followed)])
         if self.copies is not None:

@@ -404,3 +404,24 @@ def test_writing_a_copy_that_a_backward_needs_is_an_error():
     optimiser.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("mode", ["triton", "reference"])
+def test_epsilon_inside_is_kerass(mode):
+    """p -= rate sqrt(1 - beta2^t) / (1 - beta1^t) m / (sqrt(v) + eps) (keras/optimizers/adam.py),
+    with gradients as small as eps, where it matters most."""
+    rate, beta1, beta2, eps = 1e-2, 0.9, 0.999, 1e-3
+    p = nn.Parameter(torch.randn(40, generator=torch.Generator().manual_seed(0)))
+    optimiser = Adam([p], lr=rate, betas=(beta1, beta2), eps=eps, eps_inside=True)
+    expected = p.detach().double()
+    m = v = torch.zeros(40, dtype=torch.float64)
+    with targets.implementation(mode):
+        for t in range(1, 5):
+            p.grad = 1e-3 * torch.randn(40, generator=torch.Generator().manual_seed(t))
+            g = p.grad.double()
+            m, v = m + (1 - beta1) * (g - m), v + (1 - beta2) * (g * g - v)
+            scale = rate * (1 - beta2**t) ** 0.5 / (1 - beta1**t)
+            expected = expected - scale * m / (v.sqrt() + eps)
+            optimiser.step()
+            torch.testing.assert_close(p.double(), expected, rtol=0, atol=3e-7)
+    assert optimiser.param_groups[0]["eps"] == eps

@@ -606,9 +606,13 @@ def test_where_a_graph_is_captured(monkeypatch):
     many = choose_engine(config, Ranks(0, 2, 0), cuda)
     assert many.cuda_graph == "off"
     assert "all-reduces" in many.notes[0]
-    keras = choose_engine(preset("tf28", channels=1), Ranks(), cuda)
-    assert keras.cuda_graph == "off"
-    assert "Keras" in keras.notes[0]
+    keras = preset("tf28", channels=1, impl="reference")  # PyTorch's Adam, whose epsilon is fixed
+    assert choose_engine(keras, Ranks(), cuda).cuda_graph == "off"
+    assert "Keras" in choose_engine(keras, Ranks(), cuda).notes[0]
+    monkeypatch.setattr(targets, "target_of", lambda device: targets.TARGETS["sm_90"])
+    keras = preset("tf28", channels=1)
+    assert choose_engine(keras, Ranks(), cuda).cuda_graph == "auto"
+    monkeypatch.undo()
     on = dataclasses.replace(config, cuda_graph="on")
     with pytest.raises(InputError, match="--cuda-graph on was given"):
         choose_engine(on, Ranks(), CPU)

@@ -68,13 +68,15 @@ def adam(
     found_inf,  # [] fp32: where it is not 0 the parameters stay as they are; read where SCALED
     tickets,  # [] int32: 0, before and after
     SCALED: tl.constexpr,
+    INSIDE: tl.constexpr,  # eps is added before the bias correction
     LAST: tl.constexpr,  # of the launches of an update: it counts the update
     FIRST: tl.constexpr,  # block of each value's first element, and how many blocks there are
     SIZES: tl.constexpr, BLOCK: tl.constexpr,  # elements of each value, and of a block
     PDL: tl.constexpr,
 ):  # fmt: skip
     """m += (1 - beta1) (g - m); v += (1 - beta2) (g g - v);
-    p -= rate / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps). Grid: (blocks,)."""
+    p -= rate / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps), or where it is INSIDE with
+    eps / sqrt(1 - beta2^t). Grid: (blocks,)."""
     begin(PDL)
     block = tl.program_id(0)
     at = (block - pick(FIRST, block, FIRST)) * BLOCK + tl.arange(0, BLOCK)
@@ -112,8 +114,11 @@ def adam(
         v = old2 + share2 * (g * g - old2)
         t = tl.load(pick(steps, block, FIRST)) + 1.0
         size = tl.load(rate) / one_minus_exp(t * log1)
-        root = tl.sqrt_rn(v) / tl.sqrt_rn(one_minus_exp(t * log2))
-        moved = value - size * (m / (root + eps))
+        correction = tl.sqrt_rn(one_minus_exp(t * log2))
+        added = eps
+        if INSIDE:
+            added = eps / correction
+        moved = value - size * (m / (tl.sqrt_rn(v) / correction + added))
         if SCALED:
             m = tl.where(taken, m, old1)
             v = tl.where(taken, v, old2)
