@@ -165,8 +165,9 @@ class Adam(torch.optim.Adam):
         kept = [group["eps"] for group in self.param_groups]
         if self.eps_inside:
             self.prepare()
+            count = self.state[self._parameters()[0]]["step"]
             if self._steps is None:
-                self._steps = int(self.state[self._parameters()[0]]["step"])
+                self._steps = 0 if count.is_meta else int(count)
             self._steps += 1
             for group in self.param_groups:
                 group["eps"] /= (1 - group["betas"][1] ** self._steps) ** 0.5

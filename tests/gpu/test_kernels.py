@@ -34,20 +34,38 @@ LAYERS = {
     "small": (True, 2, (2, 16, 4, 6), (16, 24, 4, 4)),
 }
 
+# Other kernels, strides and paddings, in the same way: of TensorFlow's DCGAN (T), SNGAN's critic
+# (S), pix2pix's (P), CycleGAN's generator (C), with (top, left, bottom, right) of the padding.
+OTHERS = {
+    "T2": (True, 1, (8, 256, 7, 7), (256, 128, 5, 5), (2, 2, 2, 2)),
+    "T3": (True, 2, (8, 128, 7, 7), (128, 64, 5, 5), (1, 1, 2, 2)),
+    "T4": (True, 2, (8, 64, 14, 14), (64, 1, 5, 5), (1, 1, 2, 2)),
+    "T5": (False, 2, (8, 1, 28, 28), (64, 1, 5, 5), (1, 1, 2, 2)),
+    "T6": (False, 2, (8, 64, 14, 14), (128, 64, 5, 5), (1, 1, 2, 2)),
+    "S1": (False, 1, (8, 3, 32, 32), (64, 3, 3, 3), (1, 1, 1, 1)),
+    "S3": (False, 1, (8, 128, 16, 16), (128, 128, 3, 3), (1, 1, 1, 1)),
+    "P4": (False, 1, (2, 256, 32, 32), (512, 256, 4, 4), (1, 1, 1, 1)),
+    "C2": (False, 2, (4, 64, 64, 64), (128, 64, 3, 3), (1, 1, 1, 1)),
+    "C6": (True, 2, (4, 128, 32, 32), (128, 64, 3, 3), (1, 1, 0, 0)),
+    "C8": (False, 1, (2, 64, 38, 38), (3, 64, 7, 7), (0, 0, 0, 0)),
+    "odd": (False, 2, (3, 24, 9, 13), (40, 24, 3, 3), (1, 0, 1, 1)),
+    "1x1": (False, 1, (4, 64, 16, 16), (32, 64, 1, 1), (0, 0, 0, 0)),
+}
+
 
 def draw(*shape, dtype=torch.float32, seed=0, spread=1.0):
     values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * spread
     return values.to(DEVICE, dtype).requires_grad_()
 
 
-def results(op, x, weight, gamma, beta, stride, upstream):
+def results(op, x, weight, gamma, beta, stride, upstream, padding=None):
     """Output, buffers and gradients of a block, as float64 on the host."""
     leaves = [t.detach().clone().requires_grad_() for t in (x, weight, gamma, beta)]
     like = gamma.detach()
     mean, var = torch.zeros_like(like), torch.ones_like(like)
     out = op(
         leaves[0], leaves[1], None, leaves[2], leaves[3], mean, var, stride=stride,
-        padding=stride - 1, training=True, momentum=0.1, eps=1e-5, activation="tanh",
+        padding=stride - 1 if padding is None else padding, training=True, momentum=0.1, eps=1e-5, activation="tanh",
     )  # fmt: skip
     out.backward(upstream.to(out.dtype))
     return [t.detach().double().cpu() for t in (out, mean, var, *(leaf.grad for leaf in leaves))]
@@ -63,26 +81,40 @@ def worse(ours, rival, truth):
 @pytest.mark.parametrize("how", ["hybrid", "materialised", "prologue", "vendor"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_blocks(name, how, dtype, monkeypatch):
+    """A DCGAN's layers and awkward ones."""
+    transposed, stride, x, weight = LAYERS[name]
+    compare(transposed, stride, x, weight, (stride - 1,) * 4, how, dtype, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("how", ["hybrid", "prologue"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_kernels(name, how, dtype, monkeypatch):
+    """Every size of kernel, stride and padding."""
+    compare(*OTHERS[name], how, dtype, monkeypatch)
+
+
+def compare(transposed, stride, x, weight, padding, how, dtype, monkeypatch):
     """No further from float64 than twice PyTorch's own blocks in the same dtype, or a few
     roundings. tanh has no kink: no rounding decides a derivative."""
     monkeypatch.setenv("FASTDCGAN_IMPL", "triton")
     torch.backends.cudnn.conv.fp32_precision = "ieee"
-    transposed, stride, x, weight = LAYERS[name]
     channels = weight[1] if transposed else weight[0]
     op = "conv_transpose_bn_act" if transposed else "conv_bn_act"
     x, weight = draw(*x, dtype=dtype), draw(*weight, seed=1, spread=0.05)
     gamma, beta = draw(channels, seed=2), draw(channels, seed=3)
     shape = getattr(reference, op)(
         x.detach(), weight.detach().to(dtype), None, None, None, None, None, stride=stride,
-        padding=stride - 1, training=True, momentum=0.1, eps=1e-5, activation="none",
+        padding=padding, training=True, momentum=0.1, eps=1e-5, activation="none",
     ).shape  # fmt: skip
     upstream = draw(*shape, seed=4).detach()
+    given = stride, upstream, padding
     with choose.override(how):
-        ours = results(getattr(functional, op), x, weight, gamma, beta, stride, upstream)
+        ours = results(getattr(functional, op), x, weight, gamma, beta, *given)
     with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
-        rival = results(getattr(reference, op), x, weight, gamma, beta, stride, upstream)
+        rival = results(getattr(reference, op), x, weight, gamma, beta, *given)
     wide = [t.detach().double() for t in (x, weight, gamma, beta)]
-    truth = results(getattr(reference, op), *wide, stride, upstream.double())
+    truth = results(getattr(reference, op), *wide, stride, upstream.double(), padding)
     floor = 4e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
     for place, values in enumerate(zip(ours, rival, truth, strict=True)):
         error, allowed = worse(*values)

@@ -609,10 +609,10 @@ def test_where_a_graph_is_captured(monkeypatch):
     keras = preset("tf28", channels=1, impl="reference")  # PyTorch's Adam, whose epsilon is fixed
     assert choose_engine(keras, Ranks(), cuda).cuda_graph == "off"
     assert "Keras" in choose_engine(keras, Ranks(), cuda).notes[0]
-    monkeypatch.setattr(targets, "target_of", lambda device: targets.TARGETS["sm_90"])
-    keras = preset("tf28", channels=1)
-    assert choose_engine(keras, Ranks(), cuda).cuda_graph == "auto"
-    monkeypatch.undo()
+    with monkeypatch.context() as there:
+        there.setattr(targets, "target_of", lambda device: targets.TARGETS["sm_90"])
+        keras = preset("tf28", channels=1)
+        assert choose_engine(keras, Ranks(), cuda).cuda_graph == "auto"
     on = dataclasses.replace(config, cuda_graph="on")
     with pytest.raises(InputError, match="--cuda-graph on was given"):
         choose_engine(on, Ranks(), CPU)
