@@ -65,7 +65,8 @@ def results(op, x, weight, gamma, beta, stride, upstream, padding=None):
     mean, var = torch.zeros_like(like), torch.ones_like(like)
     out = op(
         leaves[0], leaves[1], None, leaves[2], leaves[3], mean, var, stride=stride,
-        padding=stride - 1 if padding is None else padding, training=True, momentum=0.1, eps=1e-5, activation="tanh",
+        padding=stride - 1 if padding is None else padding, training=True, momentum=0.1, eps=1e-5,
+        activation="tanh",
     )  # fmt: skip
     out.backward(upstream.to(out.dtype))
     return [t.detach().double().cpu() for t in (out, mean, var, *(leaf.grad for leaf in leaves))]
