@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import reference
+from . import convolution, reference
 from .choice.spec import BlockSpec, Buffers, Inputs, Need, Saved
 from .ops import GRADIENTS, NAMESPACE, SIGNATURES
 
@@ -209,12 +209,9 @@ def _convolution_gradients(
     dy: Tensor, x: Any, weight: Any, spec: BlockSpec
 ) -> tuple[Tensor, Tensor]:
     """Of x and weight, all of them as they are multiplied: in the dtype of x."""
-    operands = (t.to(x.dtype).float() for t in (dy, x, weight))
-    stride, pad = [spec.stride] * 2, [spec.padding] * 2
-    gx, gw, _ = torch.ops.aten.convolution_backward(
-        *operands, None, stride, pad, [1, 1], spec.transposed, [0, 0], 1, [True, True, False]
-    )
-    return gx, gw
+    dy, x, weight = (t.to(x.dtype).float() for t in (dy, x, weight))
+    found: Any = convolution.gradients(dy, x, weight, spec.stride, spec.padding, spec.transposed)
+    return found
 
 
 def _activation_gradients(
