@@ -350,7 +350,7 @@ def with_norm(
         return outs[0] if groups == 1 else torch.cat(outs)
     if not spec.sync:
         try:
-            reference.check_values_per_channel(_output_shape(inputs, spec), groups)
+            reference.check_values_per_channel(output_shape(x, weight, spec), groups)
         except ValueError:
             count()  # nn.BatchNorm2d counts before it refuses
             raise
@@ -421,8 +421,9 @@ def _activated(x: Input, weight: Tensor, spec: BlockSpec, how: How) -> Tensor | 
     return materialise(x._replace(y=x.y.detach(), coef=x.coef.detach()))
 
 
-def _output_shape(inputs: Inputs, spec: BlockSpec) -> torch.Size:
-    g = spec.geometry(inputs.x, inputs.weight)
+def output_shape(x: Input, weight: Tensor, spec: BlockSpec) -> torch.Size:
+    """That of a block's output on x."""
+    g = spec.geometry(_tensor(x), weight)
     return torch.Size((g.N, g.CL, g.H, g.W) if spec.transposed else (g.N, g.CS, g.P, g.Q))
 
 
