@@ -172,6 +172,7 @@ def save_conv_act(ctx: Any, name: str, inputs: Any, out: Tensor) -> None:
     """Without an activation, or if its taker undoes that, the output is not needed. Without one the
     taker may change it in place, too."""
     given, spec = SIGNATURES[name].restore(inputs)
+    assert spec.activation not in reference.OF_INPUT, "functional.without_norm keeps its input"
     if spec.undone:
         spec = replace(spec, activation="none")
     keep(ctx, given, spec, out=None if spec.activation == "none" else out)

@@ -223,8 +223,10 @@ def _activation_gradients(
     of act(z), z = scale * (y - mean) + shift."""
     mean, scale, shift, rstd, count = coef.unbind()
     away = y.float().unflatten(0, (coef.shape[1], -1)) - _wide(mean)
-    out = reference.act(_wide(scale) * away + _wide(shift), activation, slope)
-    dz = reference.act_backward(g.view_as(away), out, activation, slope)
+    kept = _wide(scale) * away + _wide(shift)
+    if activation not in reference.OF_INPUT:
+        kept = reference.act(kept, activation, slope)
+    dz = reference.act_backward(g.view_as(away), kept, activation, slope)
     s1, s2 = dz.sum((1, 3, 4)), (dz * away).sum((1, 3, 4))
     b = -scale * rstd.square() * s2 / count
     c = -scale * s1 / count - b * mean

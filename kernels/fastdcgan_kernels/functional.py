@@ -84,7 +84,8 @@ def conv_bn_act(
         momentum: a float, or a tensor on the device (a cumulative average's 1 / count): 0-dim, or
             [stat_groups].
         stat_groups: x is that many batches of equal size, one after the other: each is normalised
-            with its own statistics, and the running buffers see them in order. Default 1.
+            with its own statistics, and the running buffers see them in order. With as many as x
+            has images this is InstanceNorm. Default 1.
         sync: name of the process group over which the batch's statistics are taken
             (SyncBatchNorm); "": this process alone. Default "".
         batches: int64 of no dimension, in training: counts the batches that the running buffers
@@ -127,7 +128,7 @@ def conv_act(
     activation: Activation, slope: float = 0.0, working: Tensor | None = None, defer: bool = False,
 ) -> Any:  # fmt: skip
     """act(conv2d(x, weight) + bias); as `reference.conv_act`, dtypes and x as `conv_bn_act`.
-    defer: `Activated` may be returned. Default False."""
+    defer: `Activated` or `Deferred` may be returned. Default False."""
     spec = BlockSpec(False, stride, sides_of(padding), activation, slope)
     return without_norm(x, inputs_of(x, weight, bias, working), spec, defer)
 
@@ -322,8 +323,10 @@ def with_norm(
     momentum: float | Tensor, defer: bool, how: Runner | None = None,
 ) -> Any:  # fmt: skip
     """A block with a norm, by `how`, where that is known, else `runner_of`."""
-    reference.check_activation(spec.activation)
+    reference.check_activation(spec.activation, spec.slope)
     x, weight, groups = _cast(x), inputs.weight, spec.groups
+    if isinstance(x, Deferred) and x.coef.shape[1] != groups:
+        x = materialise(x)  # kernels take one number of groups
     inputs, spec = _given(x, inputs, spec)
     tracked = buffers.running_mean is not None and buffers.running_var is not None
     how = how or runner_of(x, weight, spec, True)
@@ -351,7 +354,7 @@ def with_norm(
         return outs[0] if groups == 1 else torch.cat(outs)
     if not spec.sync:
         try:
-            reference.check_values_per_channel(_output_shape(inputs, spec), groups)
+            reference.check_values_per_channel(output_shape(x, weight, spec), groups)
         except ValueError:
             count()  # nn.BatchNorm2d counts before it refuses
             raise
@@ -360,8 +363,9 @@ def with_norm(
     else:
         spec = replace(spec, momentum=momentum)
     if how == "cpu":
+        spec, left = _for_cpu(spec)
         flat = SIGNATURES["cpu_conv_norm"].flatten(inputs, buffers, spec)
-        return ops.cpu_conv_norm(*flat)[0]
+        return reference.act(ops.cpu_conv_norm(*flat)[0], left, spec.slope)
     inputs = replace(inputs, x_activated=_activated(x, weight, spec, how), working=_working(inputs))
     y, coef = ops.conv_bn(*SIGNATURES["conv_bn"].flatten(inputs, buffers, spec))
     deferred = Deferred(y, coef, spec.activation, spec.slope)
@@ -372,21 +376,42 @@ def without_norm(
     x: Input, inputs: Inputs, spec: BlockSpec, defer: bool = False, how: Runner | None = None
 ) -> Any:
     """The same of a block without one."""
-    reference.check_activation(spec.activation)
+    reference.check_activation(spec.activation, spec.slope)
     x, weight = _cast(x), inputs.weight
     inputs, spec = _given(x, inputs, spec)
     spec = replace(spec, groups=x.coef.shape[1] if isinstance(x, Deferred) else 1)
     how = how or runner_of(x, weight, spec, False)
     if how == "cpu":
-        return ops.cpu_conv_act(*SIGNATURES["cpu_conv_act"].flatten(inputs, spec))
+        spec, left = _for_cpu(spec)
+        out = ops.cpu_conv_act(*SIGNATURES["cpu_conv_act"].flatten(inputs, spec))
+        return reference.act(out, left, spec.slope)
     if how == "reference":
         inputs = _like(inputs) if runs_kernels(inputs.x.device) else inputs
         return reference.block_without_norm(replace(inputs, x=materialise(x)), spec)
     inputs = replace(inputs, x_activated=_activated(x, weight, spec, how), working=_working(inputs))
+    if spec.activation in reference.OF_INPUT and torch.is_grad_enabled():
+        # Its input is kept for the way back: as behind a norm, here one that changes nothing.
+        y = ops.conv_act(*SIGNATURES["conv_act"].flatten(inputs, replace(spec, activation="none")))
+        deferred = Deferred(y, _no_norm(y), spec.activation, spec.slope)
+        return deferred if defer else materialise(deferred)
     undoes = how in ("hybrid", "prologue") and spec.activation != "none"
     spec = replace(spec, undone=defer and undoes and torch.is_grad_enabled())
     out = ops.conv_act(*SIGNATURES["conv_act"].flatten(inputs, spec))
     return Activated(out, spec.activation, spec.slope) if spec.undone else out
+
+
+def _no_norm(y: Tensor) -> Tensor:
+    """Coefficients [5, 1, C] with which y is as it is: mean and shift 0, the others 1."""
+    coef = torch.ones(5, 1, y.shape[1], device=y.device)
+    coef[:3:2] = 0.0
+    return coef
+
+
+def _for_cpu(spec: BlockSpec) -> tuple[BlockSpec, str]:
+    """The block for the kernels of the CPU, and the activation that is left to PyTorch's own."""
+    if spec.activation in cpu.ACTIVATIONS:
+        return spec, "none"
+    return replace(spec, activation="none"), spec.activation
 
 
 def _activated(x: Input, weight: Tensor, spec: BlockSpec, how: How) -> Tensor | None:
@@ -400,8 +425,9 @@ def _activated(x: Input, weight: Tensor, spec: BlockSpec, how: How) -> Tensor | 
     return materialise(x._replace(y=x.y.detach(), coef=x.coef.detach()))
 
 
-def _output_shape(inputs: Inputs, spec: BlockSpec) -> torch.Size:
-    g = spec.geometry(inputs.x, inputs.weight)
+def output_shape(x: Input, weight: Tensor, spec: BlockSpec) -> torch.Size:
+    """That of a block's output on x."""
+    g = spec.geometry(_tensor(x), weight)
     return torch.Size((g.N, g.CL, g.H, g.W) if spec.transposed else (g.N, g.CS, g.P, g.Q))
 
 

@@ -9,7 +9,7 @@ those of the PyTorch functions called.
 """
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,10 @@ from .choice import plain
 from .choice.geometry import Padding, sides_of
 from .choice.spec import BlockSpec, Buffers, Inputs
 
-Activation = Literal["relu", "leaky_relu", "tanh", "none"]
+Activation = Literal["relu", "leaky_relu", "tanh", "sigmoid", "elu", "silu", "gelu", "none"]
+ACTIVATIONS: tuple[str, ...] = get_args(Activation)
+OF_INPUT = ("silu", "gelu")
+"""Activations whose derivative reads the input z. That of the others reads the output act(z)."""
 
 
 def conv_bn_act(
@@ -49,8 +52,10 @@ def conv_bn_act(
         momentum: share of the new value in the running buffers, a float or a 0-dim tensor. For a
             module's momentum of None, the module passes 1 / num_batches_tracked.
         eps: added to the variance.
-        activation: "relu", "leaky_relu", "tanh" or "none".
-        slope: of "leaky_relu" below 0; the others do not read it. Default 0.
+        activation: "relu", "leaky_relu", "tanh", "sigmoid", "elu", "silu", "gelu" (the exact one,
+            with erf) or "none".
+        slope: of "leaky_relu" below 0, and the alpha of "elu", above 0; the others do not read it.
+            Default 0.
         sync: name of the process group whose batches are normalised as one (SyncBatchNorm);
             "": none. Default "".
 
@@ -58,7 +63,8 @@ def conv_bn_act(
         (N, CO, P, Q), channels_last.
 
     Raises:
-        ValueError: for another activation, or in training with one value a channel.
+        ValueError: for another activation, for "elu" with a slope that is not above 0, or in
+            training with one value a channel.
     """
     spec = BlockSpec(False, stride, sides_of(padding), activation, slope, eps, sync=sync)
     inputs = Inputs(x, weight, bias=bias, gamma=gamma, beta=beta)
@@ -117,7 +123,7 @@ def block(
     inputs: Inputs, buffers: Buffers, spec: BlockSpec, training: bool, momentum: float | Tensor
 ) -> Tensor:
     """`conv_bn_act` or its transposed twin, of one group."""
-    check_activation(spec.activation)
+    check_activation(spec.activation, spec.slope)
     mean, var = buffers.running_mean, buffers.running_var
     y = _convolve(inputs.x, inputs.weight, inputs.bias, spec)
     batch = training or mean is None or var is None
@@ -135,7 +141,7 @@ def block(
 
 def block_without_norm(inputs: Inputs, spec: BlockSpec) -> Tensor:
     """`conv_act` or its transposed twin."""
-    check_activation(spec.activation)
+    check_activation(spec.activation, spec.slope)
     y = _convolve(inputs.x, inputs.weight, inputs.bias, spec)
     return _channels_last(act(y, spec.activation, spec.slope))
 
@@ -151,12 +157,13 @@ def _channels_last(y: Tensor) -> Tensor:
     return y.contiguous(memory_format=torch.channels_last)
 
 
-def check_activation(activation: str) -> None:
-    """Refuse a name that is none of `Activation`."""
-    if activation not in ("relu", "leaky_relu", "tanh", "none"):
-        raise ValueError(
-            f'activation={activation!r} was given; give "relu", "leaky_relu", "tanh" or "none"'
-        )
+def check_activation(activation: str, slope: float) -> None:
+    """Refuse a name that is none of `Activation`, and an "elu" without its alpha."""
+    if activation not in ACTIVATIONS:
+        *names, last = (f'"{name}"' for name in ACTIVATIONS)
+        raise ValueError(f"activation={activation!r} was given; give {', '.join(names)} or {last}")
+    if activation == "elu" and not slope > 0:
+        raise ValueError(f'slope={slope} was given for "elu"; give its alpha, which is above 0')
 
 
 def check_values_per_channel(shape: torch.Size, groups: int = 1) -> None:
@@ -169,16 +176,24 @@ def check_values_per_channel(shape: torch.Size, groups: int = 1) -> None:
 
 
 def act(z: Tensor, activation: str, slope: float) -> Tensor:
-    """relu, leaky_relu(slope), tanh, or z itself."""
+    """act(z), by PyTorch's functions."""
     if activation == "relu":
         return F.relu(z)
     if activation == "leaky_relu":
         return F.leaky_relu(z, slope)
-    return torch.tanh(z) if activation == "tanh" else z
+    if activation == "tanh":
+        return torch.tanh(z)
+    if activation == "sigmoid":
+        return torch.sigmoid(z)
+    if activation == "elu":
+        return F.elu(z, slope)
+    if activation == "silu":
+        return F.silu(z)
+    return F.gelu(z) if activation == "gelu" else z
 
 
 def act_backward(g: Tensor, o: Tensor, activation: str, slope: float) -> Tensor:
-    """The gradient of z from that of o = act(z)."""
+    """The gradient of z from that of o = act(z); of an activation in `OF_INPUT` o is z itself."""
     aten = torch.ops.aten
     found: Tensor = g
     if activation == "relu":
@@ -187,6 +202,14 @@ def act_backward(g: Tensor, o: Tensor, activation: str, slope: float) -> Tensor:
         found = aten.leaky_relu_backward(g, o, slope, True)
     elif activation == "tanh":
         found = aten.tanh_backward(g, o)
+    elif activation == "sigmoid":
+        found = aten.sigmoid_backward(g, o)
+    elif activation == "elu":
+        found = aten.elu_backward(g, slope, 1.0, 1.0, True, o)
+    elif activation == "silu":
+        found = aten.silu_backward(g, o)
+    elif activation == "gelu":
+        found = aten.gelu_backward(g, o, approximate="none")
     return found
 
 

@@ -25,7 +25,9 @@ from fastdcgan_kernels.gpu.tile import Epilogue, Operand
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PROLOGUES = ["none", "activate", "normgrad", "actgrad"]
 EPILOGUES = ["store", "statistics", "gradient", "actgrad"]
-ACTIVATIONS = ["relu", "leaky_relu", "tanh", "none"]
+ACTIVATIONS = ["relu", "leaky_relu", "tanh", "none", "sigmoid", "elu"]
+OF_INPUT = ["silu", "gelu"]  # no derivative from the output: there is no actgrad of these
+EVERY = [*ACTIVATIONS, *OF_INPUT]
 SLOPE, EPS = 0.2, 1e-3
 TILE = Tile(rows=32, columns=32, depth=64)  # the interpreter is slow: few of them for small shapes
 
@@ -115,19 +117,21 @@ class Draw:
 
 
 def act(z, activation):
-    if activation == "leaky_relu":
-        return F.leaky_relu(z, SLOPE)
-    return {"relu": torch.relu, "tanh": torch.tanh, "none": torch.clone}[activation](z)
+    if activation in ("leaky_relu", "elu"):
+        return getattr(F, activation)(z, SLOPE)
+    return z.clone() if activation == "none" else getattr(F, activation)(z)
 
 
 def act_backward(grad, o, activation):
-    """PyTorch's own derivatives, which take the output."""
+    """PyTorch's own derivatives, which take the output; of silu and gelu the input."""
     aten = torch.ops.aten
     if activation == "leaky_relu":
         return aten.leaky_relu_backward(grad, o, SLOPE, True)
+    if activation == "elu":
+        return aten.elu_backward(grad, SLOPE, 1, 1, True, o)
     if activation == "relu":
         return aten.threshold_backward(grad, o, 0)
-    return aten.tanh_backward(grad, o) if activation == "tanh" else grad
+    return grad if activation == "none" else getattr(aten, f"{activation}_backward")(grad, o)
 
 
 def planes(coef, n):
@@ -168,7 +172,8 @@ def finish(result, epilogue, dtype):
         return act(result, epilogue.activation), None
     mean, scale, shift = planes(epilogue.coef.to(dtype), result.shape[0])
     apart = epilogue.aux.to(dtype) - mean
-    dz = act_backward(result, act(scale * apart + shift, epilogue.activation), epilogue.activation)
+    z, activation = scale * apart + shift, epilogue.activation
+    dz = act_backward(result, z if activation in OF_INPUT else act(z, activation), activation)
     sums = torch.stack([dz, dz * apart]).unflatten(1, (epilogue.coef.shape[1], -1)).sum((2, 4, 5))
     return scale * dz, sums
 

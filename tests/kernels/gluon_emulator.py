@@ -470,7 +470,7 @@ def plain(jitted):
 
 tl = SimpleNamespace(
     maximum=lambda z, least, propagate_nan: z.clamp(min=least), where=torch.where, exp=torch.exp,
-    abs=torch.abs, PropagateNan=SimpleNamespace(ALL=None),
+    abs=torch.abs, PropagateNan=SimpleNamespace(ALL=None), static_assert=lambda *a: None,
 )  # fmt: skip
 language = SimpleNamespace(
     constexpr=lambda value: value, float32=torch.float32, int64=torch.int64,

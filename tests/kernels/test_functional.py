@@ -119,6 +119,138 @@ def test_blocks_without_norm_and_their_gradients(layer, activation, how):
         close(mine.grad, theirs.grad, 4e-6, 4e-5)
 
 
+NORMS = ["no norm", "batch", "instance", "instance affine"]
+# (transposed, stride, padding, x's shape, weight's shape)
+SHAPES = {
+    "conv": (False, 1, 1, (3, 6, 5, 4), (5, 6, 3, 3)),
+    "transposed": (True, 2, 1, (3, 6, 3, 2), (6, 5, 4, 4)),
+}
+
+
+def plain(x, weight, bias, gamma, beta, shape, norm, activation):
+    """A block by torch.nn.functional alone."""
+    transposed, stride, padding, *_ = shape
+    y = (F.conv_transpose2d if transposed else F.conv2d)(x, weight, bias, stride, padding)
+    if norm == "batch":
+        y = F.batch_norm(y, None, None, gamma, beta, training=True, eps=1e-4)
+    elif norm != "no norm":
+        y = F.instance_norm(y, weight=gamma, bias=beta, eps=1e-4)
+    act = {
+        "none": lambda z: z, "leaky_relu": lambda z: F.leaky_relu(z, 0.7),
+        "elu": lambda z: F.elu(z, 0.7),
+    }.get(activation) or getattr(F, activation)  # fmt: skip
+    return act(y)
+
+
+def fused(x, weight, bias, gamma, beta, shape, norm, activation, defer=False):
+    transposed, stride, padding, *_ = shape
+    kind = "conv_transpose" if transposed else "conv"
+    options = {"stride": stride, "padding": padding, "activation": activation, "slope": 0.7}
+    if norm == "no norm":
+        return getattr(fk, f"{kind}_act")(x, weight, bias, defer=defer, **options)
+    return getattr(fk, f"{kind}_bn_act")(
+        x, weight, bias, gamma, beta, None, None, training=True, momentum=0.1, eps=1e-4,
+        stat_groups=1 if norm == "batch" else x.shape[0], defer=defer, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+def test_every_activation_behind_every_norm_and_both_orders_of_gradient(activation, norm, shape):
+    shape = SHAPES[shape]
+    affine = (5,) if norm in ("batch", "instance affine") else None
+    tensors = leaves(*shape[3:], (5,), affine, affine)
+    twins = wide(tensors)
+    own, theirs = ([t for t in ts if t is not None] for ts in (tensors, twins))
+    out, expected = fused(*tensors, shape, norm, activation), plain(*twins, shape, norm, activation)
+    close(out, expected)
+    upstream = torch.randn(out.shape)
+    grads = torch.autograd.grad(out, own, upstream, retain_graph=True)
+    right = torch.autograd.grad(expected, theirs, upstream.double(), create_graph=True)
+    noise = right[1].abs().max()  # beside it the bias's gradient in front of a norm, 0, has none
+    for mine, truth in zip(grads, right, strict=True):
+        if truth.detach().abs().max() > 1e-6 * noise:
+            close(mine, truth, 4e-6, 4e-5)
+        else:
+            assert mine.abs().max() <= 1e-5 * noise
+    found = []
+    for ts, value in ((own, out), (theirs, expected)):
+        (gx,) = torch.autograd.grad(value, ts[0], upstream.to(value.dtype), create_graph=True)
+        unused = {"allow_unused": True, "materialize_grads": True}
+        found.append(torch.autograd.grad(gx.square().sum(), ts, **unused))
+    for mine, truth in zip(*found, strict=True):
+        if truth.abs().max() > 1e-9 * found[1][1].abs().max():
+            close(mine, truth, 2e-5, 2e-4)  # fp32 through two backward passes
+        else:
+            assert mine.abs().max() <= 1e-4 * found[1][1].abs().max()
+
+
+@pytest.mark.parametrize("penalty", [False, True])
+def test_a_chain_of_blocks_with_different_groups(penalty, how):
+    """Without a norm, InstanceNorm twice, BatchNorm: what one leaves to the next is taken where
+    both have the same groups, and materialised elsewhere."""
+    found = []
+    shapes = [(3, 3, 8, 8), (6, 3, 4, 4), (5, 6, 3, 3), (5, 5, 3, 3), (4, 5, 3, 3), (2, 4, 3, 3)]
+    tensors = leaves(*shapes, (5,), (5,), (4,), (4,))
+    kinds = [("no norm", "silu"), ("instance affine", "gelu"), ("instance", "elu"),
+             ("batch", "sigmoid"), ("no norm", "none")]  # fmt: skip
+    for own, op in ((tensors, fused), (wide(tensors), plain)):
+        h, *rest = own
+        weights, norms = rest[:5], [(None, None), rest[5:7], (None, None), rest[7:], (None, None)]
+        for weight, affine, (norm, activation) in zip(weights, norms, kinds, strict=True):
+            shape = (False, 2 if h is own[0] else 1, 1)
+            more = {"defer": activation != "none"} if op is fused else {}
+            h = op(h, weight, None, *affine, shape, norm, activation, **more)
+            if op is fused and how != "reference" and activation != "none":
+                assert isinstance(h, functional.Deferred)
+        loss = h.square().sum()
+        if penalty:
+            loss = torch.autograd.grad(loss, own[0], create_graph=True)[0].square().sum()
+        found.append([h, *torch.autograd.grad(loss, own)])
+    for mine, theirs in zip(*found, strict=True):
+        close(mine, theirs, 5e-5 if penalty else 1e-5, 5e-4 if penalty else 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("norm", ["no norm", "instance affine"])
+@pytest.mark.parametrize("activation", ["sigmoid", "elu", "silu", "gelu"])
+def test_new_activations_in_16_bits_are_as_exact_as_pytorchs(activation, norm, dtype):
+    shape = (False, 1, 1)
+    tensors = leaves((4, 16, 8, 8), (16, 16, 3, 3), None, (16,), (16,))
+    tensors[1].data *= 0.1
+    rivals, twins = (
+        [None if t is None else t.detach().clone().requires_grad_() for t in tensors],
+        wide(tensors),
+    )
+    if norm == "no norm":
+        tensors[3:] = rivals[3:] = twins[3:] = [None, None]
+    with torch.autocast("cpu", dtype=dtype):
+        outs = [fused(*tensors, shape, norm, activation), plain(*rivals, shape, norm, activation)]
+    outs.append(plain(*twins, shape, norm, activation))
+    upstream = torch.randn(outs[0].shape)
+    for out in outs:
+        out.backward(upstream.to(out.dtype))
+    triples = [outs, *zip(*([t.grad for t in ts if t is not None]
+                            for ts in (tensors, rivals, twins)), strict=True)]  # fmt: skip
+    for ours, theirs, exact in triples:
+        error, rival = ((v.double() - exact).square().mean().sqrt() for v in (ours, theirs))
+        assert error <= 1.5 * rival, (error / rival).item()
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_without_a_norm_silu_and_gelu_keep_their_input_alone(activation, launched):
+    """With a way back in a pass of their own; without one in the convolution's launch."""
+    x, weight = leaves((2, 6, 8, 8), (7, 6, 4, 4))
+    options = {"stride": 2, "padding": 1, "activation": activation}
+    assert saved_elements(lambda: fk.conv_act(x, weight, **options)).count(2 * 7 * 4 * 4) == 1
+    launched.clear()
+    with torch.no_grad():
+        out = fk.conv_act(x, weight, defer=True, **options)
+    assert launched == ["gather_pointers"]
+    close(out, getattr(F, activation)(F.conv2d(x.double(), weight.double(), None, 2, 1)))
+
+
 def chain(op, x, weights, norms, **options):
     """Three blocks up; the first two may leave their activation to the next."""
     defer = options.pop("defer", False)
@@ -686,6 +818,9 @@ def test_the_same_bits_twice():
 def test_nan_stays_nan():
     x, weight = leaves((1, 3, 4, 4), (2, 3, 4, 4))
     x.data[0, 0, 0, 0] = float("nan")
-    for activation in ACTIVATIONS:
+    for activation in reference.ACTIVATIONS:
         out = fk.conv_act(x, weight, stride=2, padding=1, activation=activation, slope=0.2)
+        assert out[0, :, 0, 0].isnan().all(), activation
+        with torch.no_grad():
+            out = fk.conv_act(x, weight, stride=2, padding=1, activation=activation, slope=0.2)
         assert out[0, :, 0, 0].isnan().all(), activation

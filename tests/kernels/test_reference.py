@@ -126,9 +126,12 @@ def test_one_value_a_channel_is_refused_in_training():
 
 
 def test_unknown_activation_is_refused():
-    with pytest.raises(ValueError, match="activation='gelu' was given") as caught:
-        fk.conv_act(leaf(1, 1, 4, 4), leaf(1, 1, 4, 4), stride=1, padding=0, activation="gelu")
-    assert "\n" not in str(caught.value)
+    for activation, why in (("swish", "activation='swish' was given"), ("elu", "give its alpha")):
+        with pytest.raises(ValueError, match=why) as caught:
+            fk.conv_act(
+                leaf(1, 1, 4, 4), leaf(1, 1, 4, 4), stride=1, padding=0, activation=activation
+            )
+        assert "\n" not in str(caught.value)
 
 
 def test_strides_of_the_input_do_not_matter():

@@ -63,8 +63,11 @@ def recording() -> AbstractContextManager[dict[Question, None]]:
 
 
 def _recorded(asked: Asked) -> Asked:
-    """The question as decisions know it: with a batch of the next power of two."""
-    asked = replace(asked, geometry=replace(asked.geometry, N=bucket(asked.geometry.N)))
+    """The question as decisions know it: with a batch of the next power of two, and with as many
+    groups where each image is one."""
+    images = bucket(asked.geometry.N)
+    groups = images if asked.groups == asked.geometry.N else asked.groups
+    asked = replace(asked, geometry=replace(asked.geometry, N=images), groups=groups)
     if _recorders:
         _recorders[-1][asked] = None
     return asked
@@ -83,7 +86,8 @@ def choose(block: Block, target: Target) -> Choice:
     g = block.geometry
     numbers = (g.N, g.P, g.Q, g.CS, g.H, g.W, g.CL, g.stride, g.pad, g.kernel, g.skew)
     sizes = tuple([operator.index(n) for n in numbers])  # torch.compile may have symbols there
-    stored = _stored(target.device, block.transposed, sizes, block.dtype, block.norm, block.groups)
+    groups = operator.index(block.groups)
+    stored = _stored(target.device, block.transposed, sizes, block.dtype, block.norm, groups)
     return Choice(stored, measured=True) if stored else Choice(DEFAULT)
 
 

@@ -11,21 +11,22 @@ from torch import Tensor
 
 from .geometry import Geometry, Sides, geometry_of
 
-KINDS = {"Tensor | None": "Tensor?", "Sides": "int[]"}  # types as torch.library has them
+Size = int  # a symbol where torch.compile takes any batch
+KINDS = {"Tensor | None": "Tensor?", "Sides": "int[]", "Size": "SymInt"}  # as torch.library's
 
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """Convolution, [BatchNorm], activation. The kernel's size is the weight's; `padding`: its
+    """Convolution, [norm], activation. The kernel's size is the weight's; `padding`: its
     `sides_of`."""
 
     transposed: bool = False
     stride: int = 1
     padding: Sides = (0, 0, 0, 0)
     activation: str = "none"
-    slope: float = 0.0
+    slope: float = 0.0  # of leaky_relu; the alpha of elu
     eps: float = 0.0
-    groups: int = 1  # equal batches in a row, each with its own statistics
+    groups: Size = 1  # equal batches in a row, each with its own statistics
     sync: str = ""  # name of the process group whose batches are normalised as one
     momentum: float = 0.0  # share of the batch in the running buffers, unless there are momenta
     # That of the block before, which this one undoes on the way back: x is its raw output, with

@@ -10,6 +10,8 @@ from . import ops as _  # noqa: F401  (registers the operators)
 from .build import library
 from .convolution import CHUNK, has_image_up, has_winograd, is_end
 
+ACTIVATIONS = ("relu", "leaky_relu", "tanh", "none")  # that the operators have
+
 
 def takes(geometry: Geometry, transposed: bool, norm: bool) -> bool:
     """Whether a block of this layer gains by running here: a rule by shapes, so that a run gives

@@ -1,10 +1,11 @@
 """The blocks, forward and backward, as sequences of launches on real tensors: what happens inside
 the operators of ops.py. Not here: autograd, autocast.
 
-A block is convolution, [BatchNorm], activation. With BatchNorm the convolution gives its raw
+A block is convolution, [norm], activation. With a norm the convolution gives its raw
 output y and the coefficients [5, groups, C] (mean, scale, shift, and two for the way back) of
 z = scale * (y - mean) + shift; the activation of z is a pass of its own, or is left to the next
-block, which applies it as it loads. Nothing else is kept for the backward pass.
+block, which applies it as it loads. Nothing else is kept for the backward pass. InstanceNorm is
+BatchNorm with a group for each image.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ..choice.geometry import Geometry, Tile, gradient_dtype
 from ..choice.spec import BlockSpec, Buffers, Inputs, Need, Saved
 from ..choice.targets import target_of
 from ..choice.types import Block, How, Target, Task
+from ..reference import OF_INPUT
 from . import batchnorm, conv_image, conv_pointers, conv_tma, conv_weight
 from .tile import Epilogue, Operand, Result
 
@@ -182,8 +184,11 @@ def gluon() -> Any:
     return conv_gluon
 
 
-def _gluon_takes(source: Operand, *given: Any, **more: Any) -> bool:
-    return gluon() is not None and gluon().takes(source, *given, **more)
+def _gluon_takes(source: Operand, weight: Tensor, geometry: Geometry, **more: Any) -> bool:
+    epilogue: Epilogue = more["epilogue"]
+    if epilogue.kind == "gradient" and epilogue.activation in OF_INPUT:
+        return False
+    return gluon() is not None and gluon().takes(source, weight, geometry, **more)
 
 
 def precision_of(x: Tensor) -> str:

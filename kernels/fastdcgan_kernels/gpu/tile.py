@@ -187,19 +187,69 @@ def activate(z, slope, ACTIVATION: tl.constexpr):
         e = tl.exp(-2.0 * tl.abs(z))
         t = (1.0 - e) / (1.0 + e)
         z = tl.where(z < 0, -t, t)
+    elif ACTIVATION == "sigmoid":
+        z = sigmoid(z)
+    elif ACTIVATION == "elu":
+        z = tl.where(z > 0, z, slope * expm1(-tl.abs(z)))
+    elif ACTIVATION == "silu":
+        z = z * sigmoid(z)
+    elif ACTIVATION == "gelu":
+        z = z * normal_cdf(z)
     return z
 
 
 @triton.jit
+def sigmoid(z):
+    """1 / (1 + exp(-z)), by exp of a negative number, which cannot overflow."""
+    e = tl.exp(-tl.abs(z))
+    return tl.where(z < 0, e, 1.0) / (1.0 + e)
+
+
+@triton.jit
+def expm1(z):
+    """exp(z) - 1 for z <= 0. Near 0, where the difference loses digits, by Taylor's series: from
+    -0.25 on the terms after z^6 are below 5e-8 of the sum."""
+    near = tl.maximum(z, -0.25, propagate_nan=tl.PropagateNan.ALL)
+    series = 1 / 6 + near * (1 / 24 + near * (1 / 120 + near / 720))
+    series = near * (1.0 + near * (1 / 2 + near * series))
+    return tl.where(z < -0.25, tl.exp(z) - 1.0, series)
+
+
+@triton.jit
+def normal_cdf(z):
+    """(1 + erf(z / sqrt(2))) / 2."""
+    return 0.5 + 0.5 * tl.erf(z * 0.7071067811865476)
+
+
+@triton.jit
+def derivative_at(z, slope, ACTIVATION: tl.constexpr):
+    """act'(z) from z."""
+    if ACTIVATION == "silu":
+        s = sigmoid(z)
+        d = s * (1.0 + z * (1.0 - s))
+    elif ACTIVATION == "gelu":
+        d = normal_cdf(z) + z * (0.3989422804014327 * tl.exp(-0.5 * z * z))
+    else:
+        d = activation_derivative(activate(z, slope, ACTIVATION), slope, ACTIVATION)
+    return d
+
+
+@triton.jit
 def activation_derivative(o, slope, ACTIVATION: tl.constexpr):
-    """act'(z) from the output o = act(z). At 0 it is PyTorch's: 0 for relu, slope for leaky_relu.
-    For leaky_relu the sign of o is that of z, so slope must not be negative."""
+    """act'(z) from the output o = act(z), of activations that allow it (reference.OF_INPUT does not
+    name them). At 0 it is PyTorch's: 0 for relu, slope for leaky_relu and elu, for which the sign
+    of o is that of z, so slope must not be negative."""
+    tl.static_assert(ACTIVATION != "silu" and ACTIVATION != "gelu", "see derivative_at")
     if ACTIVATION == "relu":
         d = tl.where(o > 0, 1.0, 0.0)
     elif ACTIVATION == "leaky_relu":
         d = tl.where(o > 0, 1.0, slope)
     elif ACTIVATION == "tanh":
         d = 1.0 - o * o
+    elif ACTIVATION == "sigmoid":
+        d = o * (1.0 - o)
+    elif ACTIVATION == "elu":
+        d = tl.where(o > 0, 1.0, o + slope)
     else:
         d = o * 0.0 + 1.0
     return d
@@ -298,8 +348,8 @@ def store_gradient(
     mean, shift = tl.expand_dims(mean, ROWS), tl.expand_dims(shift, ROWS)
     scale = tl.expand_dims(scale, ROWS)
     apart = tl.load(y + offsets, mask=mask, other=0.0).to(tl.float32) - mean
-    o = activate(scale * apart + shift, slope, ACTIVATION)
-    dz = tl.where(mask, result * activation_derivative(o, slope, ACTIVATION), 0.0)
+    derivative = derivative_at(scale * apart + shift, slope, ACTIVATION)
+    dz = tl.where(mask, result * derivative, 0.0)
     tl.store(out + offsets, (scale * dz).to(out.dtype.element_ty), mask=mask)
     return tl.sum(dz, axis=ROWS), tl.sum(dz * apart, axis=ROWS)
 

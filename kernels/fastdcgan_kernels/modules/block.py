@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from .. import functional
+from .. import functional, reference
 from ..choice import plain
 from ..choice.geometry import KERNELS, contiguous, is_channels_last, sides_of
 from ..choice.spec import BlockSpec, Buffers
@@ -29,7 +29,7 @@ from ..functional import Activated, Deferred, Input
 _stat_groups: list[int] = [1]
 
 Convolution = nn.Conv2d | nn.ConvTranspose2d
-Norm = nn.BatchNorm2d | nn.SyncBatchNorm
+Norm = nn.BatchNorm2d | nn.SyncBatchNorm | nn.InstanceNorm2d
 
 
 @contextlib.contextmanager
@@ -54,7 +54,7 @@ def groups_now() -> int:
 
 
 class ConvBlock(nn.Module):
-    """Convolution, BatchNorm and activation as one block.
+    """Convolution, norm and activation as one block.
 
     The parts stay what they are, so the state_dict has their keys: conv.weight, norm.weight, ...
     As `nn.Sequential(conv, norm, activation)` in every respect, nn.BatchNorm2d's momentum=None,
@@ -64,8 +64,10 @@ class ConvBlock(nn.Module):
     Args:
         conv: nn.Conv2d or nn.ConvTranspose2d with a square kernel of 1 to 7 pixels a side, stride 1
             or 2, any padding. Input and output are (N, C, H, W), the output channels_last.
-        norm: nn.BatchNorm2d or nn.SyncBatchNorm of conv's output channels. Default None.
-        activation: nn.ReLU, nn.LeakyReLU, nn.Tanh. Default None.
+        norm: nn.BatchNorm2d, nn.SyncBatchNorm or nn.InstanceNorm2d (without running statistics) of
+            conv's output channels. Default None.
+        activation: nn.ReLU, nn.LeakyReLU, nn.Tanh, nn.Sigmoid, nn.ELU, nn.SiLU or nn.GELU (the
+            exact one). Default None.
 
     Raises:
         ValueError: for a part that no fused block has.
@@ -78,8 +80,10 @@ class ConvBlock(nn.Module):
         why = why_not_conv(conv)
         if not why and norm is not None and norm.num_features != conv.out_channels:
             why = f"the norm has {norm.num_features} features"
+        if not why and norm is not None and not is_norm_of(norm, conv):
+            why = f"blocks have no {norm}"
         if not why and activation is not None and activation_of(activation) is None:
-            why = f"{type(activation).__name__} is not ReLU, LeakyReLU or Tanh"
+            why = f"blocks have no {activation}"
         if why:
             raise ValueError(f"no fused block of {conv}: {why}; use nn.Sequential")
         self.conv = conv
@@ -109,10 +113,12 @@ def run_block(
     spec = replace(spec_of(conv), activation=found[0], slope=found[1])
     weight, bias = conv.weight, conv.bias  # once: a parametrised weight may move with each access
     groups = groups_now()
+    if isinstance(norm, nn.InstanceNorm2d):  # each image is a group
+        groups = x.shape[0]
     if norm is not None:
         spec = replace(spec, eps=norm.eps, groups=groups, sync=_process_group(norm))
     how = functional.runner_of(x, weight, spec, norm is not None)
-    if how == "reference":
+    if how == "reference" or _is_refused(x, weight, spec, norm):
         x = functional.materialise(x)
         if x.dtype != weight.dtype and functional.runs_kernels(x.device):  # which take both
             weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
@@ -135,6 +141,14 @@ def run_block(
     training = norm.training or (norm.running_mean is None and norm.running_var is None)
     buffers = Buffers(mean, var, batches)
     return functional.with_norm(x, inputs, buffers, spec, training, momentum, defer, how)
+
+
+def _is_refused(x: Input, weight: Tensor, spec: BlockSpec, norm: Norm | None) -> bool:
+    """Whether the norm raises an error, in its own words: an InstanceNorm of single pixels."""
+    if not isinstance(norm, nn.InstanceNorm2d):
+        return False
+    *_, rows, columns = functional.output_shape(x, weight, spec)
+    return rows * columns == 1
 
 
 # --- Memory formats: kernels are channels_last, what leaves them is as plain PyTorch's ------------
@@ -163,8 +177,8 @@ def format_after(form: torch.memory_format, conv: nn.Module) -> torch.memory_for
 def is_kept(norm: nn.Module | None, activation: nn.Module | None) -> bool:
     """Whether a block keeps its output for the way back where the plain activation keeps its input,
     so that others may write over the output."""
-    leaky = isinstance(activation, nn.LeakyReLU) and not activation.inplace
-    return norm is None and leaky
+    keeps = isinstance(activation, nn.LeakyReLU | nn.ELU) and not activation.inplace
+    return norm is None and keeps
 
 
 def own(x: Tensor) -> Tensor:
@@ -222,8 +236,10 @@ def is_convolution(module: nn.Module) -> bool:
 
 
 def is_norm_of(module: nn.Module, conv: nn.Module) -> bool:
-    """Whether this is a BatchNorm of the convolution's output."""
-    if not isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
+    """Whether this is a norm of the convolution's output that blocks have."""
+    if not isinstance(module, Norm):
+        return False
+    if isinstance(module, nn.InstanceNorm2d) and module.track_running_stats:
         return False
     return bool(module.num_features == conv.out_channels)
 
@@ -232,11 +248,16 @@ def activation_of(module: nn.Module | None) -> tuple[Any, float] | None:
     """(name, slope) of an activation that blocks have; None for any other module."""
     if module is None:
         return "none", 0.0
-    if isinstance(module, nn.ReLU):
-        return "relu", 0.0
-    if isinstance(module, nn.LeakyReLU) and module.negative_slope >= 0:
-        return "leaky_relu", float(module.negative_slope)
-    return ("tanh", 0.0) if isinstance(module, nn.Tanh) else None
+    slope = 0.0
+    if isinstance(module, nn.LeakyReLU):
+        slope = float(module.negative_slope)
+    elif isinstance(module, nn.ELU):
+        slope = float(module.alpha)
+    names = (name for kind, name in ACTIVATIONS.items() if isinstance(module, kind))
+    name = next(names, None)
+    left = slope < 0 or (name == "elu" and slope == 0)
+    left = left or (isinstance(module, nn.GELU) and module.approximate != "none")
+    return None if name is None or left else (name, slope)
 
 
 def why_not_conv(conv: Convolution) -> str:
@@ -257,11 +278,14 @@ def why_not_conv(conv: Convolution) -> str:
     return ""
 
 
-# Modules whose stock `forward` a block reproduces.
-KINDS: tuple[type[nn.Module], ...] = (
-    nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.LeakyReLU, nn.Tanh,
+ACTIVATIONS: dict[type[nn.Module], reference.Activation] = {
+    nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid",
+    nn.ELU: "elu", nn.SiLU: "silu", nn.GELU: "gelu",
+}  # fmt: skip
+METHODS = (
+    "__call__", "forward", "_conv_forward", "_output_padding", "_check_input_dim",
+    "_apply_instance_norm",
 )  # fmt: skip
-METHODS = ("__call__", "forward", "_conv_forward", "_output_padding", "_check_input_dim")
 
 
 def is_special(module: nn.Module) -> bool:
@@ -270,9 +294,9 @@ def is_special(module: nn.Module) -> bool:
     if is_hooked(module):
         return True
     own = type(module)
-    for kind in KINDS:
+    for kind, fused in FUSED.items():
         if isinstance(module, kind):
-            stock = [kind, FUSED[kind]]
+            stock = [kind, fused]
             return any(
                 getattr(own, name, None) not in [getattr(one, name, None) for one in stock]
                 for name in METHODS
@@ -744,6 +768,10 @@ class AbsorbedSyncBatchNorm(Absorbed, nn.SyncBatchNorm):
     """Run by the fused convolution before it."""
 
 
+class AbsorbedInstanceNorm2d(Absorbed, nn.InstanceNorm2d):
+    """Run by the fused convolution before it."""
+
+
 class AbsorbedReLU(Absorbed, nn.ReLU):
     """Run by the fused convolution before it."""
 
@@ -756,14 +784,36 @@ class AbsorbedTanh(Absorbed, nn.Tanh):
     """Run by the fused convolution before it."""
 
 
+class AbsorbedSigmoid(Absorbed, nn.Sigmoid):
+    """Run by the fused convolution before it."""
+
+
+class AbsorbedELU(Absorbed, nn.ELU):
+    """Run by the fused convolution before it."""
+
+
+class AbsorbedSiLU(Absorbed, nn.SiLU):
+    """Run by the fused convolution before it."""
+
+
+class AbsorbedGELU(Absorbed, nn.GELU):
+    """Run by the fused convolution before it."""
+
+
+# Modules whose stock `forward` a block reproduces, and what they become among attributes.
 FUSED: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: FusedConv2d,
     nn.ConvTranspose2d: FusedConvTranspose2d,
     nn.BatchNorm2d: AbsorbedBatchNorm2d,
     nn.SyncBatchNorm: AbsorbedSyncBatchNorm,
+    nn.InstanceNorm2d: AbsorbedInstanceNorm2d,
     nn.ReLU: AbsorbedReLU,
     nn.LeakyReLU: AbsorbedLeakyReLU,
     nn.Tanh: AbsorbedTanh,
+    nn.Sigmoid: AbsorbedSigmoid,
+    nn.ELU: AbsorbedELU,
+    nn.SiLU: AbsorbedSiLU,
+    nn.GELU: AbsorbedGELU,
 }
 
 

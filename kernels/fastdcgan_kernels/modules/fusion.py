@@ -1,4 +1,4 @@
-"""fuse(model): finds convolution, BatchNorm, activation in a user's model and runs them as fused
+"""fuse(model): finds convolution, norm, activation in a user's model and runs them as fused
 blocks. Only the classes of modules change, so parameters, buffers, hooks, keys and isinstance stay
 as they were, and deepcopy and pickle need no help. Not here: the blocks, and
 those classes (block.py).
@@ -57,15 +57,17 @@ class Finding:
 
 
 def fuse(model: Model, *, verbose: bool = False, example: Any = None) -> Model:
-    """Run the model's convolution + BatchNorm + activation blocks as fused kernels.
+    """Run the model's convolution + norm + activation blocks as fused kernels.
 
     Found are nn.Conv2d and nn.ConvTranspose2d (square kernels of 1 to 7 pixels a side, stride 1 or
-    2, any padding; neither grouped nor dilated), each alone or followed by nn.BatchNorm2d
-    (nn.SyncBatchNorm), nn.ReLU, nn.LeakyReLU or nn.Tanh: in nn.Sequential at any depth, and as
-    attributes that a module's own forward calls in order (read with torch.fx, in training and
-    evaluation). Everything else runs as it did: so does a module that has hooks, whenever it got
-    them, a module that is called by itself, and a forward that is given other arguments, or finds
-    other attributes, than it was read with.
+    2, any padding; neither grouped nor dilated), each alone or followed by a norm, an activation or
+    both. Norms are nn.BatchNorm2d, nn.SyncBatchNorm and nn.InstanceNorm2d (without running
+    statistics); activations nn.ReLU, nn.LeakyReLU, nn.Tanh, nn.Sigmoid, nn.ELU, nn.SiLU and nn.GELU
+    (the exact one). They are found in nn.Sequential at any depth, and as attributes that a module's
+    own forward calls in order (read with torch.fx, in training and evaluation). Everything else
+    runs as it did: so does a module that has hooks, whenever it got them, a module that is called
+    by itself, and a forward that is given other arguments, or finds other attributes, than it was
+    read with.
 
     Args:
         model: any module; it is changed in place. Classes change: `type(m) is nn.Sequential` does

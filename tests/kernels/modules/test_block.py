@@ -27,11 +27,17 @@ PARTS = {
 
 
 @pytest.mark.parametrize("name", PARTS)
-@pytest.mark.parametrize("norm", [None, nn.BatchNorm2d(4), nn.BatchNorm2d(4, momentum=None)])
+@pytest.mark.parametrize(
+    "norm",
+    [None, nn.BatchNorm2d(4), nn.BatchNorm2d(4, momentum=None), nn.InstanceNorm2d(4, affine=True)],
+)
+@pytest.mark.parametrize("act", [nn.LeakyReLU(0.2), nn.SiLU(), nn.ELU(0.5)])
 @pytest.mark.parametrize("training", [True, False])
-def test_a_block_is_its_parts_in_order(name, norm, training):
+def test_a_block_is_its_parts_in_order(name, norm, act, training):
     conv, shape = PARTS[name]
-    parts = [copy.deepcopy(m) for m in (conv, norm, nn.LeakyReLU(0.2))]
+    if name == "collapse" and isinstance(norm, nn.InstanceNorm2d):
+        pytest.skip("single pixels have no statistics")
+    parts = [copy.deepcopy(m) for m in (conv, norm, act)]
     block = ConvBlock(*parts).train(training)
     twin = copy.deepcopy(nn.Sequential(*(m for m in parts if m is not None))).double()
     twin.train(training)
@@ -57,8 +63,12 @@ def test_a_block_is_its_parts_in_order(name, norm, training):
         ((nn.ConvTranspose2d(3, 4, 3, output_padding=1),), "its output_padding is"),
         ((nn.Conv2d(3, 4, 4, 2, 1, groups=1, dilation=2),), "dilation"),
         ((nn.Conv2d(3, 4, 4, 2, 1), nn.BatchNorm2d(5)), "the norm has 5 features"),
-        ((nn.Conv2d(3, 4, 4, 2, 1), None, nn.GELU()), "GELU is not ReLU"),
-        ((nn.Conv2d(3, 4, 4, 2, 1), None, nn.LeakyReLU(-1.0)), "LeakyReLU is not"),
+        (
+            (nn.Conv2d(3, 4, 4, 2, 1), nn.InstanceNorm2d(4, track_running_stats=True)),
+            "blocks have no InstanceNorm2d",
+        ),
+        ((nn.Conv2d(3, 4, 4, 2, 1), None, nn.Softplus()), "blocks have no Softplus"),
+        ((nn.Conv2d(3, 4, 4, 2, 1), None, nn.LeakyReLU(-1.0)), "blocks have no LeakyReLU"),
     ],
 )
 def test_parts_that_are_no_block_are_refused(parts, why):
@@ -177,6 +187,7 @@ def test_the_examples_nets_fused_in_one_line_and_trained():
     plain = Example(copy.deepcopy(g), copy.deepcopy(d), torch.float32)
     ours = Example(fuse(g), fuse(d), torch.float32)
     assert sum(f.fused for f in (*findings(g), *findings(d))) == 10
+    assert findings(d)[-1].names == ("11", "12")  # the sigmoid, too
     for _ in range(3):
         batch = None
         while batch is None or nearest_kink(exact, *batch) < 1e-5:
@@ -199,6 +210,25 @@ def test_the_examples_nets_fused_in_one_line_and_trained():
     twin = discriminator()
     twin.load_state_dict(ours.d.state_dict())
     assert [type(m) for m in unfuse(ours.d).modules()] == [type(m) for m in twin.modules()]
+
+
+def test_stat_groups_do_not_matter_to_norms_of_single_images():
+    plain = nn.Sequential(
+        nn.Conv2d(3, 8, 4, 2, 1), nn.InstanceNorm2d(8), nn.SiLU(),
+        nn.Conv2d(8, 4, 4, 2, 1), nn.BatchNorm2d(4), nn.GELU(),
+        nn.ConvTranspose2d(4, 4, 4, 2, 1), nn.InstanceNorm2d(4, affine=True), nn.ELU(),
+    )  # fmt: skip
+    grouped = fuse(copy.deepcopy(plain))
+    plain.double()
+    x = torch.randn(6, 3, 8, 8)
+    with stat_groups(2):
+        got = grouped(x)
+    expected = torch.cat([plain(x[:3].double()), plain(x[3:].double())])
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+    for out in (got, expected):
+        out.square().sum().backward()
+    for mine, theirs in zip(grouped.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])

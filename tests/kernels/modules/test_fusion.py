@@ -143,8 +143,30 @@ SEQUENTIALS = {
         2,
     ),
     "norm first": (lambda: nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), down(3, 4)), 1),
-    "another norm": (
-        lambda: nn.Sequential(down(3, 4), nn.InstanceNorm2d(4, affine=True), nn.ReLU()), 1,
+    "instance norm": (
+        lambda: nn.Sequential(
+            down(3, 4, True), nn.InstanceNorm2d(4), nn.LeakyReLU(0.2), nn.Conv2d(4, 5, 3, 1, 1),
+            nn.InstanceNorm2d(5, affine=True, eps=0.1), nn.ELU(0.3), up(5, 2), nn.BatchNorm2d(2),
+        ),
+        3,
+    ),
+    "instance norm with statistics": (
+        lambda: nn.Sequential(down(3, 4), nn.InstanceNorm2d(4, track_running_stats=True)), 1,
+    ),
+    "another norm": (lambda: nn.Sequential(down(3, 4), nn.GroupNorm(2, 4), nn.ReLU()), 1),
+    "activations": (
+        lambda: nn.Sequential(
+            down(3, 4), nn.SiLU(), down(4, 5), nn.BatchNorm2d(5), nn.GELU(), up(5, 4), nn.ELU(),
+            up(4, 4), nn.BatchNorm2d(4), nn.SiLU(True), down(4, 3), nn.Sigmoid(),
+        ),
+        5,
+    ),
+    "other activations": (
+        lambda: nn.Sequential(
+            down(3, 4), nn.Softplus(), up(4, 4), nn.GELU("tanh"), down(4, 4), nn.PReLU(), up(4, 4),
+            nn.ELU(-0.5), down(4, 4), nn.CELU(),
+        ),
+        5,
     ),
     "own conv": (lambda: nn.Sequential(OwnConv(3, 4, 4, 2, 1), nn.BatchNorm2d(4)), 0),
     "own conv inside": (lambda: nn.Sequential(OwnConvInside(3, 4, 4, 2, 1), nn.ReLU()), 0),
@@ -292,6 +314,20 @@ class OneReLU(nn.Module):
         return self.relu(self.other(h) + 1)
 
 
+class Images(nn.Module):
+    """Norms of single images, and a sigmoid, among attributes."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.act = down(3, 4), nn.InstanceNorm2d(4, affine=True), nn.SiLU()
+        self.up, self.norm2, self.gelu = up(4, 5), nn.InstanceNorm2d(5), nn.GELU()
+        self.last, self.sigmoid = down(5, 2, True), nn.Sigmoid()
+
+    def forward(self, x):
+        h = self.gelu(self.norm2(self.up(self.act(self.norm(self.conv(x))))))
+        return self.sigmoid(self.last(h))
+
+
 class Lists(nn.Module):
     def __init__(self):
         super().__init__()
@@ -389,6 +425,7 @@ MODULES = {
     "skip": (Skip, 1),
     "twice": (Twice, 0),
     "one relu": (OneReLU, 2),
+    "images": (Images, 3),
     "lists": (Lists, 2),
     "outer": (Outer, 1),
     "on data": (OnData, 0),
@@ -780,6 +817,44 @@ def test_statistics_switched_off_and_on():
             model.main[1].track_running_stats = track
         same(plain, fused, picture())
         plain.load_state_dict(fused.state_dict())
+
+
+def names_of(model):
+    return [f.names for f in findings(fuse(model)) if f.fused]
+
+
+def test_whole_blocks_are_found_and_those_left_that_blocks_have_not():
+    assert names_of(Images()) == [
+        ("conv", "norm", "act"), ("up", "norm2", "gelu"), ("last", "sigmoid"),
+    ]  # fmt: skip
+    for act in (nn.Sigmoid(), nn.ELU(2.0), nn.SiLU(), nn.GELU()):
+        assert names_of(nn.Sequential(down(3, 4), nn.InstanceNorm2d(4), act)) == [("0", "1", "2")]
+        assert names_of(nn.Sequential(down(3, 4), act)) == [("0", "1")]
+    statistics = nn.InstanceNorm2d(4, track_running_stats=True)
+    others = (nn.Softplus(), nn.PReLU(), nn.GELU("tanh"), nn.ELU(0.0), nn.ELU(-1.0), nn.CELU(),
+              nn.Hardtanh(), nn.ReLU6(), nn.Mish(), statistics, nn.GroupNorm(2, 4))  # fmt: skip
+    for other in others:
+        assert names_of(nn.Sequential(down(3, 4), other)) == [("0",)]
+
+
+def test_an_instance_norm_of_single_pixels_raises_as_before():
+    for norm in (nn.InstanceNorm2d(4), nn.InstanceNorm2d(4, affine=True)):
+        plain, fused = fused_twin(nn.Sequential(down(3, 4), norm, nn.ReLU()))
+        for training in (True, False):
+            errors = []
+            for model in (plain.train(training), fused.train(training)):
+                with pytest.raises(ValueError, match="more than 1 spatial element") as caught:
+                    model(picture(2, 3, 2))
+                errors.append(str(caught.value))
+            assert errors[0] == errors[1]
+
+
+def test_the_options_of_an_instance_norm_may_change():
+    plain, fused = fused_twin(nn.Sequential(down(3, 4), nn.InstanceNorm2d(4), nn.GELU()))
+    for model in (plain, fused):
+        model[1].eps = 0.5
+        model[2].approximate = "tanh"
+    same(plain, fused, picture())
 
 
 def test_one_value_a_channel_raises_as_before():

@@ -110,7 +110,36 @@ def chain():
     )  # fmt: skip
 
 
+class CycleGAN(nn.Module):
+    """Of its generator: to half the sides, a residual block, and back."""
+
+    def __init__(self, affine=False):
+        super().__init__()
+        self.down = nn.Sequential(
+            nn.ReflectionPad2d(1), nn.Conv2d(3, 16, 4), nn.InstanceNorm2d(16, affine=affine),
+            nn.ReLU(True), down(16, 16), nn.InstanceNorm2d(16, affine=affine), nn.ReLU(True),
+        )  # fmt: skip
+        self.residual = nn.Sequential(
+            nn.ReflectionPad2d(1), nn.Conv2d(16, 16, 3), nn.InstanceNorm2d(16, affine=affine),
+            nn.ReLU(True),
+            nn.ReflectionPad2d(1), nn.Conv2d(16, 16, 3), nn.InstanceNorm2d(16, affine=affine),
+        )  # fmt: skip
+        self.up, self.norm, self.act = up(16, 16), nn.InstanceNorm2d(16, affine=affine), nn.ReLU()
+        self.last = nn.Sequential(nn.ReflectionPad2d(1), nn.Conv2d(16, 3, 3), nn.Tanh())
+
+    def forward(self, x):
+        h = self.down(x)
+        h = h + self.residual(h)
+        return self.last(self.act(self.norm(self.up(h))))
+
+
 MODELS = {
+    "cyclegan": CycleGAN,
+    "cyclegan affine": lambda: CycleGAN(True),
+    "other activations": lambda: nn.Sequential(
+        down(3, 16, True), nn.SiLU(), down(16, 16), nn.BatchNorm2d(16), nn.GELU(), up(16, 16),
+        nn.ELU(0.5), up(16, 16), nn.BatchNorm2d(16), nn.SiLU(True), down(16, 3), nn.Sigmoid(),
+    ),
     "conv act": lambda: nn.Sequential(down(3, 16), nn.ReLU()),
     "conv": lambda: nn.Sequential(down(3, 16)),
     "chain": chain,
@@ -408,6 +437,11 @@ def test_a_layer_that_writes_over_a_blocks_output(memory):
     for model in (
         nn.Sequential(down(3, 16), nn.LeakyReLU(0.2), nn.Dropout(0.5, inplace=True)),
         nn.Sequential(down(3, 16), nn.LeakyReLU(0.2), nn.ReLU6(inplace=True), nn.SiLU(True)),
+        *(
+            nn.Sequential(down(3, 16), *norm, act(), nn.Dropout(0.5, inplace=True))
+            for act in (nn.ELU, nn.SiLU, nn.GELU)
+            for norm in ([], [nn.InstanceNorm2d(16)])
+        ),
         Net(),
         Residual(nn.Sequential(down(3, 16), nn.LeakyReLU(0.2))),
         Residual(Leaky()),
