@@ -164,10 +164,11 @@ class Adam(torch.optim.Adam):
         to sqrt(v / c), c = 1 - beta2^t, and so it is eps / sqrt(c)."""
         kept = [group["eps"] for group in self.param_groups]
         if self.eps_inside:
-            self.prepare()
-            count = self.state[self._parameters()[0]]["step"]
-            if self._steps is None:
-                self._steps = 0 if count.is_meta else int(count)
+            count = self.state[self._parameters()[0]].get("step")
+            if count is None:
+                self._steps = 0
+            elif count.device.type == "cpu" or self._steps is None:
+                self._steps = int(count)
             self._steps += 1
             for group in self.param_groups:
                 group["eps"] /= (1 - group["betas"][1] ** self._steps) ** 0.5

@@ -35,7 +35,7 @@ def leaf(*shape):
 
 
 # What each case of each operator is given; optional arguments that are not named are None.
-DOWN = {"transposed": False, "stride": 2, "padding": 1}
+DOWN = {"transposed": False, "stride": 2, "padding": (1, 1, 1, 1)}
 LAYER = {**DOWN, "x_activation": "none", "x_slope": 0.0}
 DEFERRED = {**DOWN, "x_activation": "leaky_relu", "x_slope": 0.2}
 CPU_LAYER = {**DOWN, "groups": 2, "eps": 1e-5, "slope": 0.2}
@@ -101,7 +101,7 @@ CASES = {
     "conv_act": {
         "alone": lambda: {
             "x": leaf(2, 5, 4, 4), "weight": leaf(5, 3, 4, 4), "transposed": True,
-            "stride": 2, "padding": 1,
+            "stride": 2, "padding": (1, 1, 1, 1),
             "x_activation": "none", "x_slope": 0.0, "activation": "tanh", "slope": 0.0,
             "undone": False,
         },
@@ -196,7 +196,7 @@ CASES = {
         "with bias": lambda: {
             "x": leaf(16, 32, 8, 8), "weight": leaf(32, 32, 4, 4), "bias": leaf(32),
             "transposed": True,
-            "stride": 2, "padding": 1, "activation": "leaky_relu", "slope": 0.2,
+            "stride": 2, "padding": (1, 1, 1, 1), "activation": "leaky_relu", "slope": 0.2,
         },
     },
     "cpu_conv_act_backward": {

@@ -179,8 +179,8 @@ def test_gradient_of_normalise_and_activate(activation, groups):
             close(gcoef[row], gcoef_truth[row])
 
 
-EXTREMES = [0.0, -0.0, 1e-8, -1e-8, -1e-3, -0.25, -0.26, 1.0, -1.0, 9.0, -9.0, 90.0, -90.0, 1e4, -1e4,
-            float("nan")]  # fmt: skip
+EXTREMES = [0.0, -0.0, 1e-8, -1e-8, -1e-3, -0.25, -0.26, 1.0, -1.0, 9.0, -9.0, 90.0, -90.0, 1e4,
+            -1e4, float("nan")]  # fmt: skip
 
 
 @ACTIVATION
