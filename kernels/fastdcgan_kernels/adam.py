@@ -97,8 +97,9 @@ class Adam(torch.optim.Adam):
     _tickets: Tensor | None = None
     _early: dict[Tensor, None]
     """Updated already, in this step."""
-    _steps: int | None = None
-    """Steps until now, where they are known without asking a device."""
+    _known: tuple[int, int] | None = None
+    """Steps until now, and the version of the tensor that counts them: where nobody has changed it
+    since, its device need not be asked."""
 
     def __init__(self, *given: Any, eps_inside: bool = False, **options: Any) -> None:
         super().__init__(*given, **options)
@@ -109,12 +110,12 @@ class Adam(torch.optim.Adam):
         """Makes the state that PyTorch's Adam makes in its first step."""
         for p in self._parameters():
             if not self.state[p]:
-                self._steps = 0
                 self.state[p] = {
                     "step": torch.zeros((), dtype=torch.float32, device=p.device),
                     "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
                     "exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format),
                 }
+                self._known = 0, self.state[p]["step"]._version
 
     def refresh(self) -> None:
         """Takes notice of another learning rate in the group. To be called before a CUDA graph
@@ -133,7 +134,7 @@ class Adam(torch.optim.Adam):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As PyTorch's."""
         super().load_state_dict(state_dict)
-        self._steps = None
+        self._known = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -142,7 +143,7 @@ class Adam(torch.optim.Adam):
         rest = [p for p in self._parameters() if p not in early]
         if closure is None and self._in_one_launch(rest):
             self._launch(rest)
-            self._steps = None
+            self._known = None
             return None
         gradients = {p: p.grad for p in early}
         for p in early:  # PyTorch leaves out what has no gradient
@@ -164,16 +165,20 @@ class Adam(torch.optim.Adam):
         to sqrt(v / c), c = 1 - beta2^t, and so it is eps / sqrt(c)."""
         kept = [group["eps"] for group in self.param_groups]
         if self.eps_inside:
-            count = self.state[self._parameters()[0]].get("step")
+            first = self._parameters()[0]
+            count = self.state[first].get("step")
             if count is None:
-                self._steps = 0
-            elif count.device.type == "cpu" or self._steps is None:
-                self._steps = int(count)
-            self._steps += 1
+                steps = 0
+            elif self._known is not None and self._known[1] == count._version:
+                steps = self._known[0]
+            else:
+                steps = int(count)
             for group in self.param_groups:
-                group["eps"] /= (1 - group["betas"][1] ** self._steps) ** 0.5
+                group["eps"] /= (1 - group["betas"][1] ** (steps + 1)) ** 0.5
         try:
             yield
+            if self.eps_inside:
+                self._known = steps + 1, self.state[first]["step"]._version
         finally:
             for group, eps in zip(self.param_groups, kept, strict=True):
                 group["eps"] = eps
