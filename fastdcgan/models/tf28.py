@@ -10,7 +10,6 @@ Keras's order: row, column, channel.
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdcgan.errors import InputError
@@ -24,6 +23,7 @@ from fastdcgan.models.conditional import (
     projected,
 )
 from fastdcgan.models.regularised import spectrally_normalise
+from fastdcgan_kernels import KerasBatchNorm2d
 
 SIZE = 28
 
@@ -33,52 +33,23 @@ BATCH_NORM_EPS = 1e-3
 BATCH_NORM_MOMENTUM = 0.01  # the share of the new value: Keras's 0.99 is the share of the old one
 
 
-class KerasBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm over dimension 1 with Keras's constants and Keras's moving variance.
-
-    Keras 3 moves `moving_variance` by the biased batch variance sum((x - mean)^2) / n
-    (keras/src/layers/normalization/batch_normalization.py), nn.BatchNorm by the unbiased one,
-    n/(n-1) times as large. n is the batch size after a Dense layer, so it shows. Keras 2 took the
-    unbiased one after convolutions, where n is so large that the two hardly differ.
-
-    The state-dict keys are nn.BatchNorm's. Gradients of every order are F.batch_norm's.
-    """
+class KerasBatchNorm(KerasBatchNorm2d):
+    """BatchNorm over dimension 1 with Keras's constants and moving variance, of (B, C) as of (B, C,
+    H, W): after a Dense layer n is the batch size, so that n / (n - 1) shows."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__(num_features, eps=BATCH_NORM_EPS, momentum=BATCH_NORM_MOMENTUM)
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Any rank will do."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise `input` of shape (B, C) or (B, C, H, W); shape and dtype stay.
-
-        Raises:
-            InputError: in training, if there is one value a channel only.
-        """
-        if not self.training:
-            return super().forward(input)
-        count = input.numel() // self.num_features
-        if count < 2:
+        if self.training and input.numel() // self.num_features < 2:
             raise InputError(
                 "one image was given, and one value has no batch statistics; "
                 "give 2 images or more, or use running statistics"
             )
-        assert self.momentum is not None
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        # With momentum 1 these receive the batch's own statistics from the pass that normalises;
-        # zeros, because it takes 0 times what they held, and 0 times NaN is NaN.
-        mean, unbiased = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
-        output = F.batch_norm(
-            input, mean, unbiased, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps
-        )
-        with torch.no_grad():
-            self.num_batches_tracked.add_(1)
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(unbiased * ((count - 1) / count), self.momentum)
-        return output
+
+
+def _norm(channels: int) -> KerasBatchNorm2d:
+    return KerasBatchNorm2d(channels, eps=BATCH_NORM_EPS, momentum=BATCH_NORM_MOMENTUM)
 
 
 class Permute(nn.Module):
@@ -121,11 +92,11 @@ class TF28Generator(nn.Module):
             nn.Unflatten(1, (7, 7, 256)),
             Permute(0, 3, 1, 2),
             nn.ConvTranspose2d(256, 128, 5, stride=1, padding=2, bias=False),
-            KerasBatchNorm(128),
+            _norm(128),
             nn.LeakyReLU(LEAKY_SLOPE, inplace=True),
             nn.ConvTranspose2d(128, 64, 5, stride=2, padding=1, bias=False),
             nn.ZeroPad2d((0, -1, 0, -1)),
-            KerasBatchNorm(64),
+            _norm(64),
             nn.LeakyReLU(LEAKY_SLOPE, inplace=True),
             nn.ConvTranspose2d(64, channels, 5, stride=2, padding=1, bias=False),
             nn.ZeroPad2d((0, -1, 0, -1)),

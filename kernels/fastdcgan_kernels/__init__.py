@@ -18,17 +18,19 @@ if TYPE_CHECKING:
     )
     from .modules.block import ConvBlock
     from .modules.fusion import Finding, findings, fuse, unfuse, unfused
+    from .modules.keras import KerasBatchNorm2d
     from .modules.share import share
     from .tuner import tune
 
 __all__ = [
-    "Activated", "ConvBlock", "Deferred", "Finding", "conv_act", "conv_bn_act",
+    "Activated", "ConvBlock", "Deferred", "Finding", "KerasBatchNorm2d", "conv_act", "conv_bn_act",
     "conv_transpose_act", "conv_transpose_bn_act", "findings", "fuse", "materialise", "share",
     "tune", "unfuse", "unfused",
 ]  # fmt: skip
 
 _ROOMS = {
     "ConvBlock": "modules.block",
+    "KerasBatchNorm2d": "modules.keras",
     "tune": "tuner",
     "share": "modules.share",
     **dict.fromkeys(["Finding", "findings", "fuse", "unfuse", "unfused"], "modules.fusion"),

@@ -121,7 +121,7 @@ def _conv_bn(
     for plane, name in enumerate(("mean", "scale", "shift", "rstd", "count")):
         expected[name] = coef[plane], right[plane]
     momentum = spec.momentum if buffers.momenta is None else buffers.momenta
-    reference.update_running(buffers, stats, momentum)
+    reference.update_running(buffers, stats, momentum, spec.correction)
     pairs = zip(moved, (buffers.running_mean, buffers.running_var), strict=True)
     return expected | dict(zip(("running_mean", "running_var"), pairs, strict=True))
 

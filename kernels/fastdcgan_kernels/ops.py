@@ -113,7 +113,7 @@ conv_bn = operator(
     "conv_bn",
     Signature(
         "", (Inputs, "x x_coef x_activated weight bias gamma beta working"), (Buffers, ""),
-        (BlockSpec, f"{LAYER} groups eps sync momentum"),
+        (BlockSpec, f"{LAYER} groups eps sync momentum correction"),
     ),
     "conv_bn", _fake_conv_bn, returns=2, changed=("running_mean", "running_var", "batches"),
 )

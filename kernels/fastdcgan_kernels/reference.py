@@ -127,14 +127,15 @@ def block(
     mean, var = buffers.running_mean, buffers.running_var
     y = _convolve(inputs.x, inputs.weight, inputs.bias, spec)
     batch = training or mean is None or var is None
-    if not batch or not (spec.sync or isinstance(momentum, Tensor)):
+    plainly = not spec.sync and not isinstance(momentum, Tensor) and spec.correction == 1
+    if not batch or plainly:
         y = F.batch_norm(y, mean, var, inputs.gamma, inputs.beta, batch, float(momentum), spec.eps)
         return _channels_last(act(y, spec.activation, spec.slope))
     if not spec.sync:
         check_values_per_channel(y.shape)
     stats = statistics(y, sync=spec.sync)
     if training:
-        update_running(buffers, stats, momentum)
+        update_running(buffers, stats, momentum, spec.correction)
     coef = coefficients(stats, inputs.gamma, inputs.beta, spec.eps)
     return _channels_last(activate(y, coef, spec.activation, spec.slope))
 
@@ -279,7 +280,9 @@ def activate(y: Tensor, coef: Tensor, activation: str, slope: float) -> Tensor:
     return act(z, activation, slope).flatten(0, 1).to(y.dtype)
 
 
-def update_running(buffers: Buffers, stats: Tensor, momentum: float | Tensor) -> None:
+def update_running(
+    buffers: Buffers, stats: Tensor, momentum: float | Tensor, correction: int = 1
+) -> None:
     """Move the running statistics, where there are some, by each group's in turn, the variance
     unbiased, in place. momentum: of every group, or [groups]."""
     if buffers.running_mean is None or buffers.running_var is None:
@@ -288,7 +291,7 @@ def update_running(buffers: Buffers, stats: Tensor, momentum: float | Tensor) ->
         for group, (mean, var, count) in enumerate(stats.detach().unbind(1)):
             share = momentum_of(momentum, group)
             buffers.running_mean.mul_(1 - share).add_(mean * share)
-            buffers.running_var.mul_(1 - share).add_(var * (count / (count - 1)) * share)
+            buffers.running_var.mul_(1 - share).add_(var * (count / (count - correction)) * share)
 
 
 def momentum_of(momentum: float | Tensor, group: int) -> float | Tensor:

@@ -34,6 +34,7 @@ PUBLIC = [
     "ConvBlock",
     "Deferred",
     "Finding",
+    "KerasBatchNorm2d",
     "conv_act",
     "conv_bn_act",
     "conv_transpose_act",

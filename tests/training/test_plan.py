@@ -32,9 +32,9 @@ def test_presets_are_fused_on_a_cpu(more, monkeypatch):
     assert sum(said in line for line in lines) == 1
 
 
-def test_other_kernel_sizes_are_not_fused_yet():
-    """The TensorFlow tutorial's 5x5."""
-    assert fused_share(preset("tf28", channels=1), Engine(torch.device("cuda"), None)) == 0
+def test_the_tensorflow_tutorials_nets_are_fused_whole():
+    """Their 5x5 kernels, Keras's padding and its BatchNorm."""
+    assert fused_share(preset("tf28", channels=1), Engine(torch.device("cuda"), None)) == 1
 
 
 def test_plain_pytorch_has_no_share():

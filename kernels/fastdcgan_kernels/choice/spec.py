@@ -29,6 +29,7 @@ class BlockSpec:
     groups: Size = 1  # equal batches in a row, each with its own statistics
     sync: str = ""  # name of the process group whose batches are normalised as one
     momentum: float = 0.0  # share of the batch in the running buffers, unless there are momenta
+    correction: int = 1  # of the running variance, by which its count is less: Keras has 0
     # That of the block before, which this one undoes on the way back: x is its raw output, with
     # coefficients, or its result.
     x_activation: str = "none"

@@ -39,7 +39,8 @@ def conv_norm(inputs: Inputs, buffers: Buffers, spec: BlockSpec) -> tuple[Tensor
         rows, channels, spec.eps, _slope(spec),
     )  # fmt: skip
     momenta = buffers.momenta
-    reference.update_running(buffers, stats, spec.momentum if momenta is None else momenta)
+    share = spec.momentum if momenta is None else momenta
+    reference.update_running(buffers, stats, share, spec.correction)
     if buffers.batches is not None:
         buffers.batches.add_(spec.groups)
     return (out.tanh_() if spec.activation == "tanh" else out), y, stats
@@ -145,7 +146,8 @@ def _save_conv_act(ctx: Any, inputs: Any, output: Any) -> None:
 _norm = operator(
     "cpu_conv_norm",
     Signature(
-        "", (Inputs, "x weight bias gamma beta"), (Buffers, ""), (BlockSpec, f"{NORM} momentum")
+        "", (Inputs, "x weight bias gamma beta"), (Buffers, ""),
+        (BlockSpec, f"{NORM} momentum correction"),
     ),
     conv_norm, _fake_conv_norm, returns=3, changed=("running_mean", "running_var", "batches"),
 )

@@ -77,6 +77,7 @@ class Running:
     var: Tensor
     momentum: float | Tensor
     batches: Tensor | None = None
+    correction: int = 1
 
 
 @contextmanager
@@ -111,7 +112,7 @@ def merged_statistics(
     return MergedStatistics(
         coef, stats, _given(gamma), _given(beta),
         () if running is None else (running.mean, running.var), _given(batches), momenta,
-        float(momentum), float(eps),
+        float(momentum), float(eps), float(1 if running is None else running.correction),
     )  # fmt: skip
 
 

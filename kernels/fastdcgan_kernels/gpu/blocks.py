@@ -64,7 +64,9 @@ def _running(buffers: Buffers, spec: BlockSpec) -> batchnorm.Running | None:
     if buffers.running_mean is None or buffers.running_var is None:
         return None
     momentum = spec.momentum if buffers.momenta is None else buffers.momenta
-    return batchnorm.Running(buffers.running_mean, buffers.running_var, momentum, buffers.batches)
+    return batchnorm.Running(
+        buffers.running_mean, buffers.running_var, momentum, buffers.batches, spec.correction
+    )
 
 
 def conv_bn_backward(

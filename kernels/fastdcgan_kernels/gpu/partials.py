@@ -69,6 +69,7 @@ class MergedStatistics(NamedTuple):
     momenta: Any  # ([groups],) fp32: the momentum of each group,
     momentum: Any  # or that of all
     eps: Any
+    correction: Any  # fp32: 1 where the running variance is unbiased, else 0
     tickets: Any = ()  # [column tiles] int32: 0, before and after
 
 
@@ -394,7 +395,7 @@ def merge_statistics(
             if len(merged.momenta) > 0:
                 share = tl.load(merged.momenta[0] + group)
             own_mean = own_mean * (1.0 - share) + mean * share
-            own_var = own_var * (1.0 - share) + var * (n / (n - 1.0)) * share
+            own_var = own_var * (1.0 - share) + var * (n / (n - merged.correction)) * share
     if moves:  # in the buffers' dtype
         tl.store(merged.running[0] + channel, own_mean, mask=channel_mask)
         tl.store(merged.running[1] + channel, own_var, mask=channel_mask)

@@ -21,10 +21,11 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .. import functional, reference
 from ..choice import plain
-from ..choice.geometry import KERNELS, contiguous, is_channels_last, sides_of
+from ..choice.geometry import KERNELS, Sides, contiguous, is_channels_last, sides_of
 from ..choice.spec import BlockSpec, Buffers
 from ..convolution import convolve
 from ..functional import Activated, Deferred, Input
+from .keras import KerasBatchNorm2d
 
 _stat_groups: list[int] = [1]
 
@@ -103,20 +104,23 @@ class ConvBlock(nn.Module):
 
 
 def run_block(
-    conv: Convolution, norm: Norm | None, activation: nn.Module | None, x: Input, defer: bool
-) -> Any:
-    """What the modules compute one after the other. By kernels it is channels_last, and with
+    conv: Convolution, norm: Norm | None, activation: nn.Module | None, x: Input, defer: bool,
+    around: Sides = (0, 0, 0, 0),
+) -> Any:  # fmt: skip
+    """What the modules compute one after the other, with `around` the convolution as much padding
+    more (of a transposed one, cut off). By kernels it is channels_last, and with
     `defer` it may be a `Deferred` or `Activated`, which leaves something to the one that takes it;
     where no kernel takes x, it is plain PyTorch's."""
     found = activation_of(activation)
     assert found is not None
-    spec = replace(spec_of(conv), activation=found[0], slope=found[1])
+    spec = replace(spec_of(conv, around), activation=found[0], slope=found[1])
     weight, bias = conv.weight, conv.bias  # once: a parametrised weight may move with each access
     groups = groups_now()
     if isinstance(norm, nn.InstanceNorm2d):  # each image is a group
         groups = x.shape[0]
     if norm is not None:
         spec = replace(spec, eps=norm.eps, groups=groups, sync=_process_group(norm))
+        spec = replace(spec, correction=0 if isinstance(norm, KerasBatchNorm2d) else 1)
     how = functional.runner_of(x, weight, spec, norm is not None)
     if how == "reference" or _is_refused(x, weight, spec, norm):
         x = functional.materialise(x)
@@ -195,16 +199,18 @@ def formatted(x: Any, form: torch.memory_format) -> Any:
     return x
 
 
-def spec_of(conv: Convolution) -> BlockSpec:
-    """Of the convolution alone."""
+def spec_of(conv: Convolution, around: Sides = (0, 0, 0, 0)) -> BlockSpec:
+    """Of the convolution alone, with so much padding more."""
+    transposed = isinstance(conv, nn.ConvTranspose2d)
     if isinstance(conv, nn.ConvTranspose2d):
         sides = sides_of(_numbers(conv.padding), conv.output_padding)
-        return BlockSpec(True, conv.stride[0], sides)
-    if conv.padding == "same":  # of an even kernel more below and on the right
+    elif conv.padding == "same":  # of an even kernel more below and on the right
         k = conv.kernel_size[0] - 1
-        return BlockSpec(False, 1, (k // 2, k // 2, k - k // 2, k - k // 2))
-    padding = 0 if conv.padding == "valid" else _numbers(conv.padding)
-    return BlockSpec(False, conv.stride[0], sides_of(padding))
+        sides = (k // 2, k // 2, k - k // 2, k - k // 2)
+    else:
+        sides = sides_of(0 if conv.padding == "valid" else _numbers(conv.padding))
+    top, left, bottom, right = (n + more for n, more in zip(sides, around, strict=True))
+    return BlockSpec(transposed, conv.stride[0], (top, left, bottom, right))
 
 
 def _numbers(padding: Any) -> tuple[int, int]:
@@ -294,7 +300,7 @@ def is_special(module: nn.Module) -> bool:
     if is_hooked(module):
         return True
     own = type(module)
-    for kind, fused in FUSED.items():
+    for kind, fused in {**FUSED, nn.ZeroPad2d: nn.ZeroPad2d}.items():
         if isinstance(module, kind):
             stock = [kind, fused]
             return any(
@@ -347,12 +353,13 @@ class FusedSequential(nn.Sequential):
             block = block_at(children, at) if _is_tensor(x) else []
             if block:
                 conv, norm, activation = _parts(block)
-                if isinstance(x, Deferred) and not _defers(x, conv, norm):
+                around = _around(block)
+                if isinstance(x, Deferred) and not _defers(x, conv, norm, around):
                     x = functional.materialise(x)
                 at += len(block)
                 another = at < len(children) and len(block_at(children, at)) > 0
                 form, kept = format_after(form, conv), is_kept(norm, activation)
-                x = run_block(conv, norm, activation, x, another)
+                x = run_block(conv, norm, activation, x, another, around)
                 continue
             child, rest = children[at], children[at + 1 :]
             if hands_on(child) and groups_now() == 1:
@@ -401,28 +408,52 @@ def _is_chain(module: nn.Module) -> bool:
 
 
 def block_at(modules: list[nn.Module], at: int) -> list[nn.Module]:
-    """The block that starts there, as long as it can be; [] for none."""
-    block = modules[at : at + 1]
-    if not is_convolution(block[0]) or not is_block(block[0], None, None):
+    """The block that starts there, as long as it can be; [] for none. With zeros around the input
+    of a convolution, or cut off from the output of a transposed one, if modules do that."""
+    block, rest = modules[at : at + 1], modules[at + 1 : at + 5]
+    if rest and isinstance(rest[0], nn.Conv2d) and _pads(block[0], 1):
+        block.append(rest.pop(0))
+    if not is_convolution(block[-1]) or not is_block(block[-1], None, None):
         return []
-    rest = modules[at + 1 : at + 3]
-    if rest and is_norm_of(rest[0], block[0]) and not is_special(rest[0]):
+    conv = block[-1]
+    if rest and isinstance(conv, nn.ConvTranspose2d) and _pads(rest[0], -1):
+        block.append(rest.pop(0))
+    if rest and is_norm_of(rest[0], conv) and not is_special(rest[0]):
         block.append(rest.pop(0))
     if rest and activation_of(rest[0]) and not is_special(rest[0]):
         block.append(rest[0])
     return block
 
 
+def _pads(module: nn.Module, sign: int) -> bool:
+    """Whether it adds zeros (1), or cuts off (-1), on some sides, and does nothing else."""
+    if not isinstance(module, nn.ZeroPad2d) or is_special(module):
+        return False
+    return all(sign * n >= 0 for n in tuple(module.padding))
+
+
+def _around(block: list[nn.Module]) -> Sides:
+    """How much padding its convolution has from other modules, as `run_block` takes it."""
+    found = [0, 0, 0, 0]
+    for module in block:
+        if isinstance(module, nn.ZeroPad2d):
+            left, right, top, bottom = module.padding
+            found = [abs(n) for n in (top, left, bottom, right)]
+    top, left, bottom, right = found
+    return top, left, bottom, right
+
+
 def _parts(block: list[nn.Module]) -> tuple[Any, Any, Any]:
     """(convolution, norm or None, activation or None)."""
+    block = [module for module in block if not isinstance(module, nn.ZeroPad2d)]
     normed = len(block) > 1 and is_norm_of(block[1], block[0])
     norm = block[1] if normed else None
     activation = block[-1] if len(block) > 1 + normed else None
     return block[0], norm, activation
 
 
-def _defers(x: Deferred, conv: Any, norm: nn.Module | None) -> bool:
-    spec = replace(spec_of(conv), groups=x.coef.shape[1])
+def _defers(x: Deferred, conv: Any, norm: nn.Module | None, around: Sides) -> bool:
+    spec = replace(spec_of(conv, around), groups=x.coef.shape[1])
     if is_parametrized(conv):  # its weight moves with each access
         sides = (conv.in_channels, conv.out_channels)
         sides = sides if spec.transposed else sides[::-1]
@@ -764,6 +795,10 @@ class AbsorbedBatchNorm2d(Absorbed, nn.BatchNorm2d):
     """Run by the fused convolution before it."""
 
 
+class AbsorbedKerasBatchNorm2d(Absorbed, KerasBatchNorm2d):
+    """Run by the fused convolution before it."""
+
+
 class AbsorbedSyncBatchNorm(Absorbed, nn.SyncBatchNorm):
     """Run by the fused convolution before it."""
 
@@ -804,6 +839,7 @@ class AbsorbedGELU(Absorbed, nn.GELU):
 FUSED: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: FusedConv2d,
     nn.ConvTranspose2d: FusedConvTranspose2d,
+    KerasBatchNorm2d: AbsorbedKerasBatchNorm2d,
     nn.BatchNorm2d: AbsorbedBatchNorm2d,
     nn.SyncBatchNorm: AbsorbedSyncBatchNorm,
     nn.InstanceNorm2d: AbsorbedInstanceNorm2d,
