@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastdcgan_kernels import ConvBlock, findings, fuse, unfuse
+from fastdcgan_kernels import ConvBlock, KerasBatchNorm2d, findings, fuse, unfuse
 from fastdcgan_kernels.modules.block import stat_groups
 
 
@@ -254,3 +254,17 @@ def test_stat_groups_are_a_call_for_each_batch(momentum, monkeypatch):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
     for mine, theirs in zip(grouped.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-9, atol=1e-9)
+
+
+def test_kerass_norm_is_kerass():
+    """moving += 0.01 (new - moving), with the variance that is sum (x - mean)^2 / n."""
+    norm, x = KerasBatchNorm2d(3, 1e-3, 0.01), torch.randn(4, 3, 5, 2) * 2 + 1
+    out = norm(x)
+    wide = x.double()
+    mean, var = wide.mean((0, 2, 3)), wide.var((0, 2, 3), correction=0)
+    expected = (wide - mean[:, None, None]) / (var[:, None, None] + 1e-3).sqrt()
+    torch.testing.assert_close(out.double(), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(norm.running_mean.double(), 0.01 * mean, atol=1e-7, rtol=1e-5)
+    torch.testing.assert_close(norm.running_var.double(), 0.99 + 0.01 * var, atol=1e-7, rtol=1e-6)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        norm(torch.randn(1, 3, 1, 1))

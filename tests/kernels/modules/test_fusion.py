@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
-from fastdcgan_kernels import findings, functional, fuse, unfuse
+from fastdcgan_kernels import KerasBatchNorm2d, findings, functional, fuse, unfuse
 from fastdcgan_kernels.modules import block
 from tests.kernels.modules.layers import down, up
 
@@ -188,6 +188,31 @@ SEQUENTIALS = {
     "output padding": (
         lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 5, 2, 2, output_padding=(1, 0)), nn.ReLU()),
         1,
+    ),
+    "zeros before": (
+        lambda: nn.Sequential(
+            nn.ZeroPad2d((1, 2, 0, 2)), nn.Conv2d(3, 4, 5, 2, bias=True), nn.LeakyReLU(0.2),
+            nn.Dropout(0.0), nn.ZeroPad2d(1), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(),
+            nn.ZeroPad2d((0, 1, 1, 0)), nn.Conv2d(4, 4, 2),
+        ), 3,
+    ),
+    "cut off": (
+        lambda: nn.Sequential(
+            nn.ConvTranspose2d(3, 4, 5, 2, 1), nn.ZeroPad2d((0, -1, -1, -2)), nn.BatchNorm2d(4),
+            nn.ReLU(), nn.ConvTranspose2d(4, 4, 3, 2), nn.ZeroPad2d((-1, 0, 0, -2)), nn.Tanh(),
+        ), 2,
+    ),
+    "zeros that are none of a block": (
+        lambda: nn.Sequential(
+            nn.ZeroPad2d((1, -1, 0, 0)), down(3, 4), nn.ZeroPad2d(1), nn.ReLU(),
+            nn.ConvTranspose2d(4, 4, 3), nn.ZeroPad2d((1, -1, 0, 0)), nn.ReLU(), nn.ZeroPad2d(2),
+        ), 2,
+    ),
+    "Keras's norm": (
+        lambda: nn.Sequential(down(3, 4), KerasBatchNorm2d(4, 1e-3, 0.01), nn.LeakyReLU(0.3)), 1,
+    ),
+    "Keras's norm, cumulative": (
+        lambda: nn.Sequential(down(3, 4), KerasBatchNorm2d(4, momentum=None), nn.ReLU()), 1,
     ),
     "no affine": (lambda: nn.Sequential(down(3, 4), nn.BatchNorm2d(4, affine=False)), 1),
     "no statistics": (
