@@ -210,8 +210,10 @@ def _convolution_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Of x and weight, all of them as they are multiplied: in the dtype of x."""
     dy, x, weight = (t.to(x.dtype).float() for t in (dy, x, weight))
-    found: Any = convolution.gradients(dy, x, weight, spec.stride, spec.padding, spec.transposed)
-    return found
+    gx, gw = convolution.gradients(dy, x, weight, spec.stride, spec.padding, spec.transposed)
+    assert gx is not None
+    assert gw is not None
+    return gx, gw
 
 
 def _activation_gradients(

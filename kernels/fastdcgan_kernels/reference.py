@@ -158,9 +158,7 @@ def check_activation(activation: str, slope: float) -> None:
     """Refuse a name that is none of `Activation`, and an "elu" without its alpha."""
     if activation not in ACTIVATIONS:
         *names, last = (f'"{name}"' for name in ACTIVATIONS)
-        raise ValueError(
-            f"activation={activation!r} was given; give {', '.join(names)} or {last}"
-        )
+        raise ValueError(f"activation={activation!r} was given; give {', '.join(names)} or {last}")
     if activation == "elu" and not slope > 0:
         raise ValueError(f'slope={slope} was given for "elu"; give its alpha, which is above 0')
 

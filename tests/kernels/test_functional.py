@@ -219,7 +219,8 @@ def test_new_activations_in_16_bits_are_as_exact_as_pytorchs(activation, norm, d
     shape = (False, 1, 1)
     tensors = leaves((4, 16, 8, 8), (16, 16, 3, 3), None, (16,), (16,))
     tensors[1].data *= 0.1
-    rivals, twins = [None if t is None else t.detach().clone().requires_grad_() for t in tensors], wide(tensors)
+    rivals = [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
+    twins = wide(tensors)
     if norm == "no norm":
         tensors[3:] = rivals[3:] = twins[3:] = [None, None]
     with torch.autocast("cpu", dtype=dtype):

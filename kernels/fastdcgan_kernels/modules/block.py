@@ -211,8 +211,8 @@ def spec_of(conv: Convolution) -> BlockSpec:
     return BlockSpec(False, conv.stride[0], sides_of(padding))
 
 
-def _numbers(padding: object) -> tuple[int, int]:
-    rows, columns = padding  # type: ignore[misc]
+def _numbers(padding: Any) -> tuple[int, int]:
+    rows, columns = padding
     return int(rows), int(columns)
 
 

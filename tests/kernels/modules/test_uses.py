@@ -115,16 +115,18 @@ class CycleGAN(nn.Module):
 
     def __init__(self, affine=False):
         super().__init__()
+
+        def norm():
+            return nn.InstanceNorm2d(16, affine=affine)
+
+        def padded(ci, side):
+            return nn.ReflectionPad2d(1), nn.Conv2d(ci, 16, side, bias=False)
+
         self.down = nn.Sequential(
-            nn.ReflectionPad2d(1), nn.Conv2d(3, 16, 4, bias=False), nn.InstanceNorm2d(16, affine=affine),
-            nn.ReLU(True), down(16, 16), nn.InstanceNorm2d(16, affine=affine), nn.ReLU(True),
-        )  # fmt: skip
-        self.residual = nn.Sequential(
-            nn.ReflectionPad2d(1), nn.Conv2d(16, 16, 3, bias=False), nn.InstanceNorm2d(16, affine=affine),
-            nn.ReLU(True),
-            nn.ReflectionPad2d(1), nn.Conv2d(16, 16, 3, bias=False), nn.InstanceNorm2d(16, affine=affine),
-        )  # fmt: skip
-        self.up, self.norm, self.act = up(16, 16), nn.InstanceNorm2d(16, affine=affine), nn.ReLU()
+            *padded(3, 4), norm(), nn.ReLU(True), down(16, 16), norm(), nn.ReLU(True)
+        )
+        self.residual = nn.Sequential(*padded(16, 3), norm(), nn.ReLU(True), *padded(16, 3), norm())
+        self.up, self.norm, self.act = up(16, 16), norm(), nn.ReLU()
         self.last = nn.Sequential(nn.ReflectionPad2d(1), nn.Conv2d(16, 3, 3), nn.Tanh())
 
     def forward(self, x):
@@ -437,8 +439,11 @@ def test_a_layer_that_writes_over_a_blocks_output(memory):
     for model in (
         nn.Sequential(down(3, 16), nn.LeakyReLU(0.2), nn.Dropout(0.5, inplace=True)),
         nn.Sequential(down(3, 16), nn.LeakyReLU(0.2), nn.ReLU6(inplace=True), nn.SiLU(True)),
-        *(nn.Sequential(down(3, 16), *norm, act(), nn.Dropout(0.5, inplace=True))
-          for act in (nn.ELU, nn.SiLU, nn.GELU) for norm in ([], [nn.InstanceNorm2d(16)])),
+        *(
+            nn.Sequential(down(3, 16), *norm, act(), nn.Dropout(0.5, inplace=True))
+            for act in (nn.ELU, nn.SiLU, nn.GELU)
+            for norm in ([], [nn.InstanceNorm2d(16)])
+        ),
         Net(),
         Residual(nn.Sequential(down(3, 16), nn.LeakyReLU(0.2))),
         Residual(Leaky()),
