@@ -103,6 +103,19 @@ def test_without_norm_biases_are_compared_too():
     assert any("gradient of the bias" in whose for _, whose in errors)
 
 
+@pytest.mark.parametrize("how", ["hybrid", "materialised", "prologue"])
+def test_norms_of_images_and_other_activations_are_compared_too(how):
+    net = fuse(nn.Sequential(
+        nn.Conv2d(3, 8, 4, 2, 1), nn.SiLU(),
+        nn.Conv2d(8, 8, 4, 2, 1, bias=False), nn.InstanceNorm2d(8), nn.GELU(),
+        nn.ConvTranspose2d(8, 8, 4, 2, 1, bias=False), nn.BatchNorm2d(8), nn.SiLU(),
+        nn.ConvTranspose2d(8, 8, 4, 2, 1), nn.ELU(), nn.Conv2d(8, 1, 4, 2, 1), nn.Sigmoid(),
+    ))  # fmt: skip
+    with choose.override(how), Compared() as compared:
+        net(torch.randn(2, 3, 16, 16)).square().sum().backward()
+    assert compared.errors()[0][0] < ALLOWED[torch.float32] / 4
+
+
 def break_products(monkeypatch, weight, picture, gradient):
     """Every sum over taps is of what these make of its weight and its picture; every gradient of a
     weight is what the last makes of it."""

@@ -219,10 +219,8 @@ def test_new_activations_in_16_bits_are_as_exact_as_pytorchs(activation, norm, d
     shape = (False, 1, 1)
     tensors = leaves((4, 16, 8, 8), (16, 16, 3, 3), None, (16,), (16,))
     tensors[1].data *= 0.1
-    rivals, twins = (
-        [None if t is None else t.detach().clone().requires_grad_() for t in tensors],
-        wide(tensors),
-    )
+    rivals = [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
+    twins = wide(tensors)
     if norm == "no norm":
         tensors[3:] = rivals[3:] = twins[3:] = [None, None]
     with torch.autocast("cpu", dtype=dtype):
@@ -734,6 +732,26 @@ def test_compile_takes_blocks_that_leave_their_activations_to_the_next(how):
     expected.square().sum().backward()
     for mine, theirs in zip(tensors, twins, strict=True):
         close(mine.grad, theirs.grad, 1e-5, 1e-4)
+
+
+def test_compiled_once_for_the_batches_of_a_bucket_where_each_image_is_a_group():
+    (x, weight), compiled = leaves((8, 3, 8, 8), (16, 3, 4, 4)), []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    def run(x):
+        return fused(x, weight, None, None, None, (False, 2, 1), "instance", "silu")
+
+    torch._dynamo.reset()
+    step = torch.compile(run, backend=backend, fullgraph=True)
+    for n in (5, 6, 7, 8):
+        part = x[:n].detach().clone()
+        torch._dynamo.mark_dynamic(part, 0)
+        expected = F.silu(F.instance_norm(F.conv2d(part, weight, None, 2, 1), eps=1e-4))
+        torch.testing.assert_close(step(part), expected, rtol=1e-5, atol=1e-5)
+    assert len(compiled) == 1
 
 
 def test_fakes_run_forward_and_backward_on_the_meta_device():

@@ -167,9 +167,13 @@ def format_of(x: object) -> torch.memory_format:
     return torch.channels_last if wide else torch.contiguous_format
 
 
-def format_after(form: torch.memory_format, conv: nn.Module) -> torch.memory_format:
-    """Of what a convolution makes of an input in this format: channels_last where either its input
-    or its weight is."""
+def format_after(
+    form: torch.memory_format, conv: nn.Module, norm: nn.Module | None
+) -> torch.memory_format:
+    """Of what a convolution and a norm make of an input in this format: channels_last where either
+    its input or its weight is; an InstanceNorm's is always contiguous."""
+    if isinstance(norm, nn.InstanceNorm2d):
+        return torch.contiguous_format
     if form == torch.channels_last:
         return form
     if not is_parametrized(conv):
@@ -358,7 +362,7 @@ class FusedSequential(nn.Sequential):
                     x = functional.materialise(x)
                 at += len(block)
                 another = at < len(children) and len(block_at(children, at)) > 0
-                form, kept = format_after(form, conv), is_kept(norm, activation)
+                form, kept = format_after(form, conv, norm), is_kept(norm, activation)
                 x = run_block(conv, norm, activation, x, another, around)
                 continue
             child, rest = children[at], children[at + 1 :]
@@ -631,7 +635,7 @@ def _begin(call: Call, run: Run, input: Tensor) -> Tensor | None:
     whole, norm, activation = _parts(run.modules)
     if not is_block(whole, norm, activation):
         return None
-    form = format_after(_taken(input), whole)
+    form = format_after(_taken(input), whole, norm)
     result = run_block(whole, norm, activation, input, False)
     result = _left(whole, result, form, run.leaves and is_kept(norm, activation))
     if len(run.modules) > 1:

@@ -27,6 +27,14 @@ def test_what_is_asked_is_recorded_once_and_bucketed():
     assert len(asked) == 2
 
 
+def test_where_each_image_is_a_group_the_batch_and_its_groups_are_bucketed():
+    with choose.recording() as asked:
+        for n, groups in ((100, 100), (65, 65), (100, 2)):
+            block = replace(BLOCK, geometry=replace(LAYER, N=n), groups=groups)
+            choose.choose(block, INTERPRETER)
+    assert [(block.geometry.N, block.groups) for block in asked] == [(128, 128), (128, 2)]
+
+
 def test_stored_choices_come_before_defaults_and_after_overrides(monkeypatch):
     asked, tile = [], Tile(16, 16, 16)
     answers = {Block: "vendor", Task: tile}

@@ -160,7 +160,7 @@ def names(layer):
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "tanh", "none"])
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
 @pytest.mark.parametrize("layer", [name for name in LAYERS if name != "image_up"])
 def test_blocks_with_norm_and_their_gradients(layer, activation, groups, called):
     prefix, c, stride = names(layer)
@@ -192,7 +192,7 @@ def test_blocks_with_norm_and_their_gradients(layer, activation, groups, called)
             assert error(mine.grad, theirs.grad) < 1e-5
 
 
-@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "tanh", "none"])
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_blocks_without_norm_and_their_gradients(layer, activation):
     prefix, c, stride = names(layer)
@@ -213,13 +213,40 @@ def block(**more):
     """A differentiable block of x, weight, gamma and beta."""
     options = {
         "stride": 2, "padding": 1, "training": True, "momentum": 0.1, "eps": 1e-5,
-        "activation": "leaky_relu", "slope": 0.2,
+        "activation": "leaky_relu", "slope": 0.2, **more,
     }  # fmt: skip
 
     def run(x, weight, gamma, beta):
-        return functional.conv_bn_act(x, weight, None, gamma, beta, None, None, **options, **more)
+        return functional.conv_bn_act(x, weight, None, gamma, beta, None, None, **options)
 
     return run
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("activation", ["relu", "silu", "gelu", "elu"])
+def test_an_instance_norm_is_a_group_for_each_image(activation, affine, called):
+    """Output and both orders of gradients."""
+    shapes = (16, 32, 8, 8), (32, 32, 4, 4), *[(32,) if affine else None] * 2
+    found = []
+    tensors = leaves(*shapes)
+    for x, weight, gamma, beta in (tensors, wide(tensors)):
+        if x.dtype == torch.float32:
+            run = block(activation=activation, slope=0.7, stat_groups=16)
+            out = run(x, weight, gamma, beta)
+        else:
+            y = F.instance_norm(F.conv2d(x, weight, None, 2, 1), weight=gamma, bias=beta, eps=1e-5)
+            out = F.elu(y, 0.7) if activation == "elu" else getattr(F, activation)(y)
+        wanted = [t for t in (x, weight, gamma, beta) if t is not None]
+        first = torch.autograd.grad(out.sin().sum(), wanted, create_graph=True)
+        second = torch.autograd.grad(first[0].square().sum(), wanted)
+        found.append((out, *first, *second))
+    assert "norm" in called
+    for mine, theirs in zip(*found, strict=True):
+        assert error(mine, theirs) < 1e-4
+    called.clear()
+    out = block(activation=activation, slope=0.7, stat_groups=16)(*tensors)
+    out.sum().backward()
+    assert "norm_gradient" in called
 
 
 def test_gradient_of_a_gradient_is_plain_pytorchs(called):

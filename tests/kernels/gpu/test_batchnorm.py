@@ -194,7 +194,7 @@ def test_activations_and_derivatives_at_the_extremes(activation):
     z = y.double().requires_grad_()
     right = exact.act(z, activation)
     (derivative,) = torch.autograd.grad(right.sum(), z)
-    least = 5e-8 if activation == "tanh" else 1e-12  # (1 - e) / (1 + e) has no more digits near 0
+    least = 5e-8 if activation == "tanh" else 1e-12  # (1 - e) / (1 + e) loses digits near 0
     torch.testing.assert_close(out.double(), right, rtol=1e-6, atol=least, equal_nan=True)
     known = ~y.isnan()
     torch.testing.assert_close(dz[known].double(), derivative[known], rtol=1e-6, atol=2e-7)

@@ -5,8 +5,11 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fastdcgan_kernels.gpu.launch import watching
-from fastdcgan_kernels.gpu.tile import Epilogue, reduce
+from fastdcgan_kernels.choice.geometry import Geometry, Tile
+from fastdcgan_kernels.choice import targets
+from fastdcgan_kernels.gpu import blocks
+from fastdcgan_kernels.gpu.launch import recording, watching
+from fastdcgan_kernels.gpu.tile import Epilogue, Operand, reduce
 from tests.kernels import exact
 from tests.kernels.exact import DTYPES, EPILOGUES, EVERY, OF_INPUT, Draw
 
@@ -70,6 +73,25 @@ def test_many_parts_of_a_small_weight_are_much_parallel_work():
     ((grid, given),) = seen
     assert grid == (48, 1)
     assert (given["C"], given["BLOCK_S"]) == (64, 64)
+
+
+def test_the_kernel_in_gluon_is_left_what_needs_the_outputs_derivative_alone():
+    """It makes a gradient from the activation's output."""
+    pixels, side = {"device": "meta", "dtype": torch.bfloat16}, torch.channels_last
+    small = torch.empty(16, 64, 8, 8, **pixels).to(memory_format=side)
+    large = torch.empty(16, 64, 16, 16, **pixels).to(memory_format=side)
+    weight = torch.empty(64, 64, 4, 4, **pixels).to(memory_format=side)
+    coef, ran = torch.empty(5, 1, 64, device="meta"), []
+    tile = Tile(128, 64, 64, 1, 4, 4, "gluon")
+    for activation in ("leaky_relu", "elu", "silu", "gelu"):
+        epilogue = Epilogue("gradient", None, large, coef, activation, 0.2)
+        with targets.assume(targets.TARGETS["sm_90"]), recording() as launches:
+            blocks.convolve(
+                Operand(small), weight, Geometry(16, 8, 8, 64, 16, 16, 64, 2, 1), transposed=True,
+                epilogue=epilogue, tile=tile,
+            )  # fmt: skip
+        ran.append(launches[0].kernel.fn.__name__)
+    assert ran == ["gather_gluon"] * 2 + ["gather_descriptors"] * 2
 
 
 def test_the_same_bits_twice():

@@ -102,6 +102,11 @@ class OwnNorm(nn.BatchNorm2d):
         return super().forward(x) + 1
 
 
+class OwnNormOfImages(nn.InstanceNorm2d):
+    def _apply_instance_norm(self, x):
+        return super()._apply_instance_norm(x) + 1
+
+
 class OwnReLU(nn.ReLU):
     def forward(self, x):
         return x.clamp(max=0.5)
@@ -171,6 +176,7 @@ SEQUENTIALS = {
     "own conv": (lambda: nn.Sequential(OwnConv(3, 4, 4, 2, 1), nn.BatchNorm2d(4)), 0),
     "own conv inside": (lambda: nn.Sequential(OwnConvInside(3, 4, 4, 2, 1), nn.ReLU()), 0),
     "own norm": (lambda: nn.Sequential(down(3, 4), OwnNorm(4), nn.ReLU()), 1),
+    "own norm of images": (lambda: nn.Sequential(down(3, 4), OwnNormOfImages(4), nn.ReLU()), 1),
     "own relu": (lambda: nn.Sequential(down(3, 4), nn.BatchNorm2d(4), OwnReLU()), 1),
     "own forward": (lambda: OwnForward(down(3, 4), nn.BatchNorm2d(4)), 1),
     "3x3": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU()), 1),

@@ -115,16 +115,18 @@ class CycleGAN(nn.Module):
 
     def __init__(self, affine=False):
         super().__init__()
+
+        def norm():
+            return nn.InstanceNorm2d(16, affine=affine)
+
+        def padded(ci, side):
+            return nn.ReflectionPad2d(1), nn.Conv2d(ci, 16, side, bias=False)
+
         self.down = nn.Sequential(
-            nn.ReflectionPad2d(1), nn.Conv2d(3, 16, 4), nn.InstanceNorm2d(16, affine=affine),
-            nn.ReLU(True), down(16, 16), nn.InstanceNorm2d(16, affine=affine), nn.ReLU(True),
-        )  # fmt: skip
-        self.residual = nn.Sequential(
-            nn.ReflectionPad2d(1), nn.Conv2d(16, 16, 3), nn.InstanceNorm2d(16, affine=affine),
-            nn.ReLU(True),
-            nn.ReflectionPad2d(1), nn.Conv2d(16, 16, 3), nn.InstanceNorm2d(16, affine=affine),
-        )  # fmt: skip
-        self.up, self.norm, self.act = up(16, 16), nn.InstanceNorm2d(16, affine=affine), nn.ReLU()
+            *padded(3, 4), norm(), nn.ReLU(True), down(16, 16), norm(), nn.ReLU(True)
+        )
+        self.residual = nn.Sequential(*padded(16, 3), norm(), nn.ReLU(True), *padded(16, 3), norm())
+        self.up, self.norm, self.act = up(16, 16), norm(), nn.ReLU()
         self.last = nn.Sequential(nn.ReflectionPad2d(1), nn.Conv2d(16, 3, 3), nn.Tanh())
 
     def forward(self, x):
@@ -138,7 +140,7 @@ MODELS = {
     "cyclegan affine": lambda: CycleGAN(True),
     "other activations": lambda: nn.Sequential(
         down(3, 16, True), nn.SiLU(), down(16, 16), nn.BatchNorm2d(16), nn.GELU(), up(16, 16),
-        nn.ELU(0.5), up(16, 16), nn.BatchNorm2d(16), nn.SiLU(True), down(16, 3), nn.Sigmoid(),
+        nn.BatchNorm2d(16), nn.ELU(0.5), up(16, 3), nn.Sigmoid(),
     ),
     "conv act": lambda: nn.Sequential(down(3, 16), nn.ReLU()),
     "conv": lambda: nn.Sequential(down(3, 16)),
