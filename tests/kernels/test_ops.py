@@ -43,27 +43,27 @@ CASES = {
     "conv_bn": {
         "alone": lambda: {
             **LAYER, "x": leaf(2, 3, 8, 4), "weight": leaf(5, 3, 4, 4), "groups": 1, "eps": 1e-5,
-            "sync": "", "momentum": 0.0,
+            "sync": "", "momentum": 0.0, "correction": 1,
         },
         "with all of the norm's": lambda: {
             **DEFERRED, "x": leaf(4, 5, 4, 4), "x_coef": leaf(5, 2, 5), "weight": leaf(6, 5, 4, 4),
             "working": normal(6, 5, 4, 4), "bias": leaf(6), "gamma": leaf(6), "beta": leaf(6),
             "groups": 2, "eps": 1e-5, "sync": "", "running_mean": normal(6),
-            "running_var": torch.rand(6), "batches": torch.tensor(3), "momentum": 0.3,
+            "running_var": torch.rand(6), "batches": torch.tensor(3), "momentum": 0.3, "correction": 1,
         },
         "with a momentum for each group": lambda: {
             **LAYER, "x": leaf(4, 3, 8, 4), "weight": leaf(5, 3, 4, 4), "groups": 2, "eps": 1e-5,
-            "sync": "", "running_mean": normal(5), "running_var": torch.rand(5), "momentum": 0.0,
+            "sync": "", "running_mean": normal(5), "running_var": torch.rand(5), "momentum": 0.0, "correction": 1,
             "momenta": torch.rand(2),
         },
         "on what is activated already": lambda: {
             **DEFERRED, "x": leaf(4, 5, 4, 4), "x_coef": leaf(5, 2, 5),
             "x_activated": normal(4, 5, 4, 4), "weight": leaf(6, 5, 4, 4), "groups": 2, "eps": 1e-5,
-            "sync": "", "momentum": 0.0,
+            "sync": "", "momentum": 0.0, "correction": 1,
         },
         "whose activation it undoes": lambda: {
             **DEFERRED, "x": leaf(4, 5, 4, 4), "weight": leaf(6, 5, 4, 4), "groups": 2, "eps": 1e-5,
-            "sync": "", "momentum": 0.0,
+            "sync": "", "momentum": 0.0, "correction": 1,
         },
     },
     "conv_bn_backward": {
@@ -164,13 +164,13 @@ CASES = {
     "cpu_conv_norm": {
         "alone": lambda: {
             **CPU_LAYER, "x": leaf(16, 32, 8, 8), "weight": leaf(32, 32, 4, 4),
-            "activation": "leaky_relu", "momentum": 0.1,
+            "activation": "leaky_relu", "momentum": 0.1, "correction": 1,
         },
         "with all": lambda: {
             **CPU_LAYER, "x": leaf(16, 32, 8, 8), "weight": leaf(32, 32, 4, 4), "bias": leaf(32),
             "gamma": leaf(32), "beta": leaf(32), "activation": "tanh", "running_mean": normal(32),
             "running_var": torch.rand(32), "batches": torch.tensor(3), "momenta": torch.rand(2),
-            "momentum": 0.0,
+            "momentum": 0.0, "correction": 1,
         },
     },
     "cpu_conv_norm_backward": {

@@ -5,8 +5,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fastdcgan_kernels.choice.geometry import Geometry, Tile
 from fastdcgan_kernels.choice import targets
+from fastdcgan_kernels.choice.geometry import Geometry, Tile
 from fastdcgan_kernels.gpu import blocks
 from fastdcgan_kernels.gpu.launch import recording, watching
 from fastdcgan_kernels.gpu.tile import Epilogue, Operand, reduce
