@@ -95,6 +95,36 @@ def test_other_kernels(name, how, dtype, monkeypatch):
     compare(*OTHERS[name], how, dtype, monkeypatch)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_other_kernels_norms_and_activations(dtype):
+    """Norms of one image, and activations whose derivative takes their input, in a fused net."""
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.ReflectionPad2d(3), nn.Conv2d(3, 32, 7), nn.InstanceNorm2d(32), nn.SiLU(),
+        nn.Conv2d(32, 64, 3, 2, 1), nn.InstanceNorm2d(64, affine=True), nn.GELU(),
+        nn.Conv2d(64, 64, 3, 1, 1), nn.SiLU(), nn.Conv2d(64, 64, 3, padding="same"), nn.ELU(),
+        nn.ConvTranspose2d(64, 32, 3, 2, 1, 1), nn.BatchNorm2d(32), nn.Sigmoid(),
+        nn.ConvTranspose2d(32, 3, 5, 1, 2), nn.Tanh(),
+    )  # fmt: skip
+    wide = copy.deepcopy(net).double()
+    plain = net.to(DEVICE, memory_format=torch.channels_last)
+    fused = fuse(copy.deepcopy(plain))
+    x = torch.randn(4, 3, 20, 28).to(memory_format=torch.channels_last)
+    found = []
+    for model, own in ((fused, x.to(DEVICE)), (plain, x.to(DEVICE)), (wide, x.double())):
+        own.requires_grad_()
+        low = model is not wide and dtype != torch.float32
+        with torch.autocast(DEVICE, dtype if low else torch.bfloat16, enabled=low):
+            out = model(own)
+        out.float().square().mean().backward()
+        tensors = [out, own.grad, *(p.grad for p in model.parameters())]
+        found.append([t.detach().double().cpu() for t in tensors])
+    for place, values in enumerate(zip(*found, strict=True)):
+        error, allowed = worse(*values)
+        assert error <= max(3 * allowed, 1e-5), (place, error, allowed)
+
+
 def compare(transposed, stride, x, weight, padding, how, dtype, monkeypatch):
     """No further from float64 than twice PyTorch's own blocks in the same dtype, or a few
     roundings. tanh has no kink: no rounding decides a derivative."""

@@ -49,11 +49,13 @@ CASES = {
             **DEFERRED, "x": leaf(4, 5, 4, 4), "x_coef": leaf(5, 2, 5), "weight": leaf(6, 5, 4, 4),
             "working": normal(6, 5, 4, 4), "bias": leaf(6), "gamma": leaf(6), "beta": leaf(6),
             "groups": 2, "eps": 1e-5, "sync": "", "running_mean": normal(6),
-            "running_var": torch.rand(6), "batches": torch.tensor(3), "momentum": 0.3, "correction": 1,
+            "running_var": torch.rand(6), "batches": torch.tensor(3), "momentum": 0.3,
+            "correction": 1,
         },
         "with a momentum for each group": lambda: {
             **LAYER, "x": leaf(4, 3, 8, 4), "weight": leaf(5, 3, 4, 4), "groups": 2, "eps": 1e-5,
-            "sync": "", "running_mean": normal(5), "running_var": torch.rand(5), "momentum": 0.0, "correction": 1,
+            "sync": "", "running_mean": normal(5), "running_var": torch.rand(5), "momentum": 0.0,
+            "correction": 1,
             "momenta": torch.rand(2),
         },
         "on what is activated already": lambda: {
