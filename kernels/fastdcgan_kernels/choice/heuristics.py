@@ -19,6 +19,7 @@ from .types import Target, Task
 STAGES = {  # by backend, and whether operands or a second tile go through registers
     ("cuda", False): (3, 4), ("cuda", True): (2, 3), ("hip", False): (2, 3), ("hip", True): (2,),
 }  # fmt: skip
+SUMMING = ("conv", "statistics")
 SPLITS = tuple(2**power for power in range(1, 9))
 RESERVED = 1024  # bytes of shared memory that are no operands: barriers
 TRIED, OF_A_SIZE = 12, 3  # tiles that the tuner tries; among them, most that have one size
@@ -125,7 +126,9 @@ def _sizes(task: Task, target: Target, engine: Engine) -> Iterator[tuple[int, in
     if _is_image(task):
         most_rows = 64 if sums_pixels else 128
         least_columns = most_columns = min(64, n)  # of two kernels it is what they have
-    elif _is_irregular(task) and (engine == "pointers" or target.name == "sm_100"):
+    elif _is_irregular(task) and (
+        engine == "pointers" or target.name == "sm_100" or (op, task.epilogue) == SUMMING
+    ):
         results = max(64 * 64, results // 2)
     deep = max(16, min(128 // size, bucket(work.along)))
     rows_of = _powers(work.m, least_rows, most_rows)

@@ -204,6 +204,7 @@ def image_down(
     """From the image. Grid: (programs * column tiles, groups). Rows are small pixels of a group;
     BLOCK_K divides WINDOW."""
     begin(PDL)
+    WINDOW: tl.constexpr = S.WINDOW
     at = place_of(S.CS, BLOCK_N)
     tiles = tl.cdiv(images * (S.P * S.Q), BLOCK_M)
     own = nothing(BLOCK_N)
@@ -211,7 +212,7 @@ def image_down(
         tile = at.program + turn * at.programs
         n, p, q, row_mask = pixels(tile, at.group, images, S, BLOCK_M)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for step in range(S.WINDOW // BLOCK_K):
+        for step in range(WINDOW // BLOCK_K):
             k = step * BLOCK_K + tl.arange(0, BLOCK_K)
             taps, used = window_taps(k, S)
             a = load_windows(
@@ -249,6 +250,7 @@ def image_up(
     has 4 of its 16 taps in the 2x2 square of the image around the corner.
     """
     begin(PDL)
+    WINDOW: tl.constexpr = S.WINDOW
     CHUNKS: tl.constexpr = (S.CS + BLOCK_K - 1) // BLOCK_K
     STRIPS: tl.constexpr = (S.Q + STRIP) // STRIP
     WIDTH: tl.constexpr = STRIP + (STRIPS > 1)
@@ -265,7 +267,7 @@ def image_up(
         # The products of each small pixel with all of its taps. Rows are (meeting, r, s, channel of
         # 4): the pixel is at the corner's bottom right, bottom left, top right or top left, and
         # (r, s) is the square's pixel.
-        k = tl.arange(0, S.WINDOW)
+        k = tl.arange(0, WINDOW)
         up, before, r, s = k // 32, k // 16 % 2, k // 8 % 2, k // 4 % 2
         used = k % 4 < S.CL
         taps = ((2 * up + r) * 4 + 2 * before + s) * S.CL + k % 4
@@ -274,7 +276,7 @@ def image_up(
         inside = (p >= 0) & (p < S.P) & (q >= 0) & (q < S.Q)
         # One image has fewer than 2^31 elements.
         pixel = n * (S.P * S.Q * S.CS) + (p * S.Q + q) * S.CS
-        acc = tl.zeros((S.WINDOW, BLOCK_M), dtype=tl.float32)
+        acc = tl.zeros((WINDOW, BLOCK_M), dtype=tl.float32)
         for step in range(CHUNKS):
             c = step * BLOCK_K + tl.arange(0, BLOCK_K)
             c_mask = c < S.CS
@@ -326,16 +328,17 @@ def image_weight_gradient(
     """Grid: (tiles of CS, SPLIT). The second axis cuts the blocks of pixels into SPLIT ranges; no
     block has pixels of two groups. All taps at once: the columns are those of the window."""
     begin(PDL)
+    WINDOW: tl.constexpr = S.WINDOW
     s_tile, split = tl.program_id(0), tl.program_id(1)
     cs = s_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     cs_mask = cs < S.CS
-    k = tl.arange(0, S.WINDOW)
+    k = tl.arange(0, WINDOW)
     taps, used = window_taps(k, S)
     blocks = tl.cdiv(images * (S.P * S.Q), BLOCK_K)
     share = tl.cdiv(groups * blocks, SPLIT)
     first = split * share
 
-    acc = tl.zeros((BLOCK_M, S.WINDOW), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_M, WINDOW), dtype=tl.float32)
     for group in range(groups):
         start = group * blocks
         for block in range(max(first, start) - start, min(first + share - start, blocks)):
