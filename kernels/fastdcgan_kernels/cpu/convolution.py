@@ -46,6 +46,18 @@ def has_winograd(geometry: Geometry) -> bool:
     return fits and 3 * tiled <= 4 * g.P * g.Q
 
 
+def tile(geometry: Geometry) -> int:
+    """Side of a tile of the small side: large where they fit and the weights, of which there are 25
+    matrices, are not too many."""
+    g = geometry
+    return 4 if g.P % 4 == g.Q % 4 == 0 and g.CS * g.CL <= 256 * 128 else 2
+
+
+def _shape(g: Geometry) -> tuple[int, ...]:
+    """As the C++ takes it."""
+    return g.N, g.P, g.Q, g.CS, g.H, g.W, g.CL, g.kernel, g.stride, g.pad, g.left
+
+
 def pays(geometry: Geometry) -> bool:
     """Whether both convolutions have, too, and the pixels are worth the weights' transformation."""
     g = geometry
@@ -65,9 +77,12 @@ def convolve(
     ReLU, 1 nothing."""
     g = geometry
     if pays(g) or (transposed and has_image_up(g)):
-        name = ("up" if pays(g) else "image_up") if transposed else "down"
         out = empty(g.N, g.CL, g.H, g.W, x) if transposed else empty(g.N, g.CS, g.P, g.Q, x)
-        call(name, x, weight, bias, out, g.N, g.P, g.Q, g.CS, g.CL, slope)
+        if pays(g):
+            name = "up" if transposed else "down"
+            call(name, x, weight, bias, out, tile(g), *_shape(g), slope)
+        else:
+            call("image_up", x, weight, bias, out, g.N, g.P, g.Q, g.CS, g.CL, slope)
         return out
     with torch.autocast("cpu", enabled=False):
         if is_end(g):
@@ -96,7 +111,7 @@ def weight_gradient(small: Tensor, large: Tensor, geometry: Geometry) -> Tensor:
     """Gradient [CS, CL, K, K] of the weight, channels_last: one side, the other's gradient."""
     g, out = geometry, empty(geometry.CS, geometry.CL, geometry.kernel, geometry.kernel, small)
     if has_winograd(g):
-        call("weight_gradient", small, large, out, g.N, g.P, g.Q, g.CS, g.CL)
+        call("weight_gradient", small, large, out, tile(g), *_shape(g))
         return out
     with torch.autocast("cpu", enabled=False):
         if is_end(g):
