@@ -532,27 +532,59 @@ static void up(const L& g, const float* y, const float* w, const float* bias, fl
   });
 }
 
+// The largest of 128, 64, ... that divides n.
+static inline long share(long n) {
+  long found = 128;
+  while (n % found) found /= 2;
+  return found;
+}
+
 template <class L>
 static void weight_gradient(const L& g, const float* y, const float* x, float* dw, int threads) {
   constexpr int POSITIONS = L::POSITIONS, TAPS = L::KERNEL * L::KERNEL;
   constexpr long TILES = 64, PITCH = TILES + 1;  // PITCH: as PAD
-  constexpr long CHANNELS = std::max(WIDTH, CHUNK), columns = L::PHASES * CHANNELS;
-  const long CL = g.CL, rows = g.CS % 128 == 0 ? 128 : CHUNK;  // of the small side's, a task
-  parallel(threads, CL / CHANNELS * (g.CS / rows), [&](long task) {
-    const long c0 = task % (CL / CHANNELS) * CHANNELS, s0 = task / (CL / CHANNELS) * rows;
-    const long sums = rows * columns;  // of a position
-    const long V_size = Block::size(TILES, columns, PITCH), S_size = Block::size(TILES, rows, PITCH);
-    float* dU = block_scratch.get(POSITIONS * (sums + V_size + S_size));
-    float* gathered = dU + POSITIONS * sums;
+  constexpr long NARROW = std::max(WIDTH, CHUNK);
+  // A task has so many channels of each side. Where that makes few tasks, they have a part of the tiles.
+  const long CL = g.CL, rows = share(g.CS), channels = L::PHASES == 1 ? share(CL) : NARROW;
+  const long pairs = CL / channels * (g.CS / rows);
+  const long parts = L::PHASES == 1 ? std::max(1L, std::min(16 / pairs, g.tiles() / (4 * TILES))) : 1;
+  const long most = cdiv(cdiv(g.tiles(), parts), TILES) * TILES;  // tiles of a part
+  const long columns = L::PHASES * channels, sums = rows * columns;
+  const long V_size = Block::size(TILES, columns, PITCH), S_size = Block::size(TILES, rows, PITCH);
+  float* all_sums = parts > 1 ? weights_scratch.get(parts * pairs * POSITIONS * sums) : nullptr;
+  // From the sums [POSITIONS][rows][PHASES][channels] of a pair.
+  auto finish = [&](long pair, const float* dU) {
+    const long c0 = pair % (CL / channels) * channels, s0 = pair / (CL / channels) * rows;
+    for (long s = 0; s < rows; s++)
+      each_phase<L>([&](auto phase) {
+        using F = decltype(phase);
+        for (long c = 0; c < channels; c += LANES) {
+          vec u[F::POSITIONS];
+          for (int e = 0; e < F::POSITIONS; e++)
+            u[e] = load(dU + F::position(e) * sums + s * columns + F::SLOT[e] * channels + c);
+          both<F::COLUMNS>(u, F::COLUMNS, F::TR, F::Column::gradient, F::Row::gradient);
+          for (int i = 0; i < F::TR; i++)
+            for (int j = 0; j < F::TS; j++)
+              store(dw + ((s0 + s) * TAPS + g.tap(F::R, F::S, i, j)) * CL + c0 + c,
+                    u[i * F::COLUMNS + j]);
+        }
+      });
+  };
+  parallel(threads, pairs * parts, [&](long task) {
+    const long pair = task % pairs, begin = task / pairs * most;
+    const long end = std::min(begin + most, g.tiles());
+    const long c0 = pair % (CL / channels) * channels, s0 = pair / (CL / channels) * rows;
+    float* gathered = block_scratch.get(POSITIONS * (sums + V_size + S_size));
     float* spreaded = gathered + POSITIONS * V_size;
-    std::memset(dU, 0, 4 * POSITIONS * sums);  // [POSITIONS][rows][PHASES][CHANNELS]
-    for (long first = 0; first < g.tiles(); first += TILES) {
-      const long count = std::min(TILES, g.tiles() - first);
+    float* dU = parts > 1 ? all_sums + task * POSITIONS * sums : spreaded + POSITIONS * S_size;
+    std::memset(dU, 0, 4 * POSITIONS * sums);
+    for (long first = begin; first < end; first += TILES) {
+      const long count = std::min(TILES, end - first);
       Block V{gathered, count, columns, PITCH}, S{spreaded, count, rows, PITCH};
-      gather(g, x, first, c0, CHANNELS, V);
+      gather(g, x, first, c0, channels, V);
       spread(g, y, first, s0, rows, S);
       for (int e = 0; e < POSITIONS; e++)
-        for (long column = 0; column < L::slot(e, L::PHASES) * CHANNELS; column += WIDTH)
+        for (long column = 0; column < L::slot(e, L::PHASES) * channels; column += WIDTH)
           for (long row = 0; row < rows; row += CHUNK) {
             const float* a = S.data + e * S.position() + row / CHUNK * S.chunk();
             const float* b = V.data + e * V.position();
@@ -567,20 +599,16 @@ static void weight_gradient(const L& g, const float* y, const float* x, float* d
             if constexpr (REST > 0) outer<REST>(a + r, b0, b1, count, c + r * columns, columns);
           }
     }
-    for (long s = 0; s < rows; s++)
-      each_phase<L>([&](auto phase) {
-        using F = decltype(phase);
-        for (long c = 0; c < CHANNELS; c += LANES) {
-          vec u[F::POSITIONS];
-          for (int e = 0; e < F::POSITIONS; e++)
-            u[e] = load(dU + F::position(e) * sums + s * columns + F::SLOT[e] * CHANNELS + c);
-          both<F::COLUMNS>(u, F::COLUMNS, F::TR, F::Column::gradient, F::Row::gradient);
-          for (int i = 0; i < F::TR; i++)
-            for (int j = 0; j < F::TS; j++)
-              store(dw + ((s0 + s) * TAPS + g.tap(F::R, F::S, i, j)) * CL + c0 + c,
-                    u[i * F::COLUMNS + j]);
-        }
-      });
+    if (parts == 1) finish(pair, dU);
+  });
+  if (parts == 1) return;
+  parallel(threads, pairs, [&](long pair) {
+    float* dU = all_sums + pair * POSITIONS * sums;
+    for (long part = 1; part < parts; part++) {
+      const float* more = all_sums + (part * pairs + pair) * POSITIONS * sums;
+      for (long i = 0; i < POSITIONS * sums; i += LANES) store(dU + i, load(dU + i) + load(more + i));
+    }
+    finish(pair, dU);
   });
 }
 
