@@ -42,7 +42,7 @@
 #include <cstring>
 #include <type_traits>
 
-static thread_local Scratch weights_scratch, block_scratch;
+static thread_local Scratch weights_scratch, block_scratch, zeros_scratch;
 
 // ---- F(M, T) in one dimension, in place on v[0], v[step], ...
 
@@ -218,6 +218,20 @@ static inline void outer(const float* a, const float* b0, const float* b1, long 
 
 // ---- a layer, its tiles and their transforms
 
+// Where LINES x COLUMNS pixels are, every `apart`-th from (h, w) on, of an image [H, W, C].
+template <int LINES, int COLUMNS, class F>
+static inline void window(F* image, long H, long W, long C, long h, long w, long apart, F* outside,
+                          F** to) {
+  for (int i = 0; i < LINES; i++, h += apart) {
+    const bool is_line = h >= 0 && h < H;
+    for (int j = 0; j < COLUMNS; j++) {
+      const long column = w + j * apart;
+      const bool inside = is_line && column >= 0 && column < W;
+      *to++ = inside ? image + (h * W + column) * C : outside;
+    }
+  }
+}
+
 // T0 and T1: taps of the pieces of either axis; T1 = 0: there is one piece.
 template <int M_, int T0, int T1> struct Layer {
   static constexpr int M = M_, T = T0, PIECES = T1 ? 2 : 1, PHASES = PIECES * PIECES;
@@ -253,15 +267,15 @@ template <int M_, int T0, int T1> struct Layer {
   long tap(int r, int s, int i, int j) const {
     return (first(r) + stride * i) * KERNEL + first(s) + stride * j;
   }
-  // The small side's pixel (i, j) of a tile; nullptr outside the picture.
-  template <class F> F* small(F* y, Tile t, int i, int j) const {
-    long p = M * t.a + i, q = M * t.b + j;
-    return p < P && q < Q ? y + ((t.n * P + p) * Q + q) * CS : nullptr;
+  // to[i * M + j]: the small side's pixel (i, j) of a tile; `outside` beyond the picture.
+  template <class F> void small(F* y, Tile t, F* outside, F** to) const {
+    window<M, M>(y + t.n * P * Q * CS, P, Q, CS, M * t.a, M * t.b, 1, outside, to);
   }
-  // The large side's pixel of phase (r, s) and index (i, j) of a tile; nullptr outside the picture.
-  template <class F> F* large(F* x, Tile t, int r, int s, int i, int j) const {
-    long h = stride * (M * t.a + i) + first(r) - pad, w = stride * (M * t.b + j) + first(s) - left;
-    return h >= 0 && h < H && w >= 0 && w < W ? x + ((t.n * H + h) * W + w) * CL : nullptr;
+  // to[i * COLUMNS + j]: the large side's pixel of the phase (R, S) and the index (i, j) of a tile.
+  template <int R, int S, class F> void large(F* x, Tile t, F* outside, F** to) const {
+    window<M + taps(R) - 1, M + taps(S) - 1>(
+        x + t.n * H * W * CL, H, W, CL, stride * M * t.a + first(R) - pad,
+        stride * M * t.b + first(S) - left, stride, outside, to);
   }
   // Whether tiles have every pixel of the large side.
   bool whole() const {
@@ -308,33 +322,33 @@ struct Block {
   float* at(long tile) const { return data + tile / group * group * K + tile % group * CHUNK; }
 };
 
-alignas(64) static const float zeros[CHUNK] = {};
+// The channels of a pixel outside the picture.
+static const float* no_pixel(long C) {
+  return static_cast<float*>(std::memset(zeros_scratch.get(C), 0, 4 * C));
+}
 
 // V of tiles first.. of the large side's channels c0 .. c0 + C; at each position, phases that have it.
 template <class L>
 static void gather(const L& g, const float* x, long first, long c0, long C, const Block& block) {
-  const long slot = C / CHUNK * block.chunk();
+  const long position = block.position(), chunk = block.chunk(), slot = C / CHUNK * chunk;
+  const float* zeros = no_pixel(C);
   for (long t = 0; t < block.count; t++) {
     const auto tile = g.tile(first + t);
-    each_phase<L>([&](auto phase) {
+    float* to = block.at(t);
+    each_phase<L>([=, &g](auto phase) {
       using F = decltype(phase);
       const float* from[F::POSITIONS];
-      long step[F::POSITIONS];
-      for (int e = 0; e < F::POSITIONS; e++) {
-        const float* p = g.large(x, tile, F::R, F::S, e / F::COLUMNS, e % F::COLUMNS);
-        from[e] = p ? p + c0 : zeros;
-        step[e] = p ? 1 : 0;
-      }
+      g.template large<F::R, F::S>(x + c0, tile, zeros, from);
       for (long c = 0; c < C; c += CHUNK)
         for (int lane = 0; lane < CHUNK; lane += LANES) {
           vec v[F::POSITIONS];
 #pragma GCC unroll 36
-          for (int e = 0; e < F::POSITIONS; e++) v[e] = load(from[e] + step[e] * c + lane);
+          for (int e = 0; e < F::POSITIONS; e++) v[e] = load(from[e] + c + lane);
           both<F::COLUMNS>(v, F::COLUMNS, F::LINES, F::Column::gather, F::Row::gather);
-          float* out = block.at(t) + c / CHUNK * block.chunk() + lane;
+          float* out = to + c / CHUNK * chunk + lane;
 #pragma GCC unroll 36
           for (int e = 0; e < F::POSITIONS; e++)
-            store(out + F::position(e) * block.position() + F::SLOT[e] * slot, v[e]);
+            store(out + F::position(e) * position + F::SLOT[e] * slot, v[e]);
         }
     });
   }
@@ -344,21 +358,17 @@ static void gather(const L& g, const float* x, long first, long c0, long C, cons
 template <class L>
 static void spread(const L& g, const float* y, long first, long c0, long C, const Block& block) {
   constexpr int M = L::M, SIDE = L::SIDE, POSITIONS = L::POSITIONS;
+  const float* zeros = no_pixel(C);
   for (long t = 0; t < block.count; t++) {
     const auto tile = g.tile(first + t);
     const float* from[M * M];
-    long step[M * M];
-    for (int e = 0; e < M * M; e++) {
-      const float* p = g.small(y, tile, e / M, e % M);
-      from[e] = p ? p + c0 : zeros;
-      step[e] = p ? 1 : 0;
-    }
+    g.small(y + c0, tile, zeros, from);
     for (long c = 0; c < C; c += CHUNK)
       for (int lane = 0; lane < CHUNK; lane += LANES) {
         vec v[POSITIONS];
 #pragma GCC unroll 16
         for (int e = 0; e < M * M; e++)
-          v[e / M * SIDE + e % M] = load(from[e] + step[e] * c + lane);
+          v[e / M * SIDE + e % M] = load(from[e] + c + lane);
         constexpr auto line = Pixels<M, L::T>::spread;
         both<SIDE>(v, M, SIDE, line, line);
         float* out = block.at(t) + c / CHUNK * block.chunk() + lane;
@@ -402,15 +412,19 @@ template <class L> static long tiles_a_block(const L& g, long floats, int thread
 }
 
 // ---- the three functions
+//
+// Tasks copy the layer: for all that the compiler knows, a store may change what they refer to.
 
 // With `mirrored` the weight is [CL, K, K, CS], its taps in reverse: down of the transposed layer.
 template <class L>
-static void down(const L& g, const float* x, const float* w, const float* bias, float* y,
+static void down(const L& layer, const float* x, const float* w, const float* bias, float* y,
                  float slope, bool mirrored, int threads) {
+  const L g = layer;
   constexpr int M = L::M, SIDE = L::SIDE, POSITIONS = L::POSITIONS, TAPS = L::KERNEL * L::KERNEL;
   const long CL = g.CL, K = L::PHASES * CL, panels = g.CS / WIDTH, stride = g.CS * K;
   float* U = weights_scratch.get(POSITIONS * stride);  // [POSITIONS][CS / WIDTH][K][WIDTH]
   parallel(threads, panels * (CL / CHUNK), [&](long task) {
+    const L g = layer;
     const long panel = task % panels, c0 = task / panels * CHUNK;
     alignas(64) float taps[TAPS][CHUNK][WIDTH];
     if (mirrored)
@@ -433,6 +447,7 @@ static void down(const L& g, const float* x, const float* w, const float* bias, 
   });
   const long each = tiles_a_block(g, L::products() * CL, threads);
   parallel(threads, cdiv(g.tiles(), each), [&](long task) {
+    const L g = layer;
     const long first = task * each, count = std::min(each, g.tiles() - first);
     const long pitch = cdiv(count, ROWS) * ROWS * WIDTH + PAD;
     const long size = Block::size(each, K, ROWS);
@@ -445,19 +460,18 @@ static void down(const L& g, const float* x, const float* w, const float* bias, 
         multiply(V, e, L::slot(e, L::PHASES) * CL, U + e * stride + panel * K * WIDTH,
                  products + e * pitch);
       for (long t = 0; t < count; t++) {
-        const auto tile = g.tile(first + t);
+        float* to[M * M];
+        g.small(y + panel * WIDTH, g.tile(first + t), (float*)nullptr, to);
         for (int lane = 0; lane < WIDTH; lane += LANES) {
           vec m[POSITIONS];
 #pragma GCC unroll 36
           for (int e = 0; e < POSITIONS; e++) m[e] = load(products + e * pitch + t * WIDTH + lane);
           constexpr auto line = Pixels<M, L::T>::collect;
           both<SIDE>(m, SIDE, M, line, line);
-          const long c = panel * WIDTH + lane;
-          const vec shift = bias ? load(bias + c) : vec{};
+          const vec shift = bias ? load(bias + panel * WIDTH + lane) : vec{};
 #pragma GCC unroll 16
           for (int e = 0; e < M * M; e++)
-            if (float* out = g.small(y, tile, e / M, e % M))
-              store(out + c, activate(m[e / M * SIDE + e % M] + shift, slope));
+            if (to[e]) store(to[e] + lane, activate(m[e / M * SIDE + e % M] + shift, slope));
         }
       }
     }
@@ -465,12 +479,14 @@ static void down(const L& g, const float* x, const float* w, const float* bias, 
 }
 
 template <class L>
-static void up(const L& g, const float* y, const float* w, const float* bias, float* x, float slope,
+static void up(const L& layer, const float* y, const float* w, const float* bias, float* x, float slope,
                int threads) {
+  const L g = layer;
   constexpr int POSITIONS = L::POSITIONS, TAPS = L::KERNEL * L::KERNEL;
   const long CL = g.CL, K = g.CS, stride = L::PHASES * CL * K;
   float* U = weights_scratch.get(POSITIONS * stride);  // [POSITIONS][PHASES][CL / WIDTH][K][WIDTH]
   parallel(threads, K / CHUNK, [&](long task) {
+    const L g = layer;
     for (long s = task * CHUNK; s < (task + 1) * CHUNK; s++)
       each_phase<L>([&](auto phase) {
         for (long c = 0; c < CL; c += LANES)
@@ -484,6 +500,7 @@ static void up(const L& g, const float* y, const float* w, const float* bias, fl
   const long images = std::max<long>(1, most / image);
   const long each = std::min(most, cdiv(images * image, ROWS) * ROWS);
   parallel(threads, cdiv(g.N, images), [&](long task) {
+    const L g = layer;
     const long last = std::min((task + 1) * images, g.N) * image, pixels = g.H * g.W;
     float *from = x + task * images * pixels * CL, *end = x + last / image * pixels * CL;
     if (!g.whole()) std::fill(from, end, 0.f);
@@ -504,8 +521,7 @@ static void up(const L& g, const float* y, const float* w, const float* bias, fl
           for (long t = 0; t < S.count; t++) {
             const auto tile = g.tile(first + t);
             float* to[F::POSITIONS];
-            for (int e = 0; e < F::POSITIONS; e++)
-              to[e] = g.large(x, tile, F::R, F::S, e / F::COLUMNS, e % F::COLUMNS);
+            g.template large<F::R, F::S>(x + panel, tile, (float*)nullptr, to);
             for (int lane = 0; lane < WIDTH; lane += LANES) {
               vec d[F::POSITIONS];
 #pragma GCC unroll 36
@@ -517,7 +533,7 @@ static void up(const L& g, const float* y, const float* w, const float* bias, fl
                 if (to[e]) {
                   bool more = (e / F::COLUMNS < F::TR - 1 && tile.a > 0) ||
                               (e % F::COLUMNS < F::TS - 1 && tile.b > 0);
-                  float* out = to[e] + panel + lane;
+                  float* out = to[e] + lane;
                   store(out, more ? load(out) + d[e] : d[e]);
                 }
             }
@@ -540,16 +556,18 @@ static inline long share(long n) {
 }
 
 template <class L>
-static void weight_gradient(const L& g, const float* y, const float* x, float* dw, int threads) {
+static void weight_gradient(const L& layer, const float* y, const float* x, float* dw, int threads) {
+  const L g = layer;
   constexpr int POSITIONS = L::POSITIONS, TAPS = L::KERNEL * L::KERNEL;
   constexpr long TILES = 64, PITCH = TILES + 1;  // PITCH: as PAD
   constexpr long NARROW = std::max(WIDTH, CHUNK);
   // A task has so many channels of each side. Where that makes few tasks, they have a part of the tiles.
-  const long CL = g.CL, rows = share(g.CS), channels = L::PHASES == 1 ? share(CL) : NARROW;
+  const long CL = g.CL, rows = share(g.CS), wide = share(CL);
+  const long channels = L::PHASES == 1 ? wide : NARROW, columns = L::PHASES * channels;
   const long pairs = CL / channels * (g.CS / rows);
   const long parts = L::PHASES == 1 ? std::max(1L, std::min(16 / pairs, g.tiles() / (4 * TILES))) : 1;
   const long most = cdiv(cdiv(g.tiles(), parts), TILES) * TILES;  // tiles of a part
-  const long columns = L::PHASES * channels, sums = rows * columns;
+  const long sums = rows * columns;
   const long V_size = Block::size(TILES, columns, PITCH), S_size = Block::size(TILES, rows, PITCH);
   float* all_sums = parts > 1 ? weights_scratch.get(parts * pairs * POSITIONS * sums) : nullptr;
   // From the sums [POSITIONS][rows][PHASES][channels] of a pair.
@@ -571,12 +589,16 @@ static void weight_gradient(const L& g, const float* y, const float* x, float* d
       });
   };
   parallel(threads, pairs * parts, [&](long task) {
+    const L g = layer;
+    // A constant with four phases, and to the compiler as well.
+    const long channels = L::PHASES == 1 ? wide : NARROW, columns = L::PHASES * channels;
     const long pair = task % pairs, begin = task / pairs * most;
     const long end = std::min(begin + most, g.tiles());
     const long c0 = pair % (CL / channels) * channels, s0 = pair / (CL / channels) * rows;
-    float* gathered = block_scratch.get(POSITIONS * (sums + V_size + S_size));
+    float* scratch = block_scratch.get(POSITIONS * (sums + V_size + S_size));
+    float* dU = parts > 1 ? all_sums + task * POSITIONS * sums : scratch;
+    float* gathered = scratch + POSITIONS * sums;
     float* spreaded = gathered + POSITIONS * V_size;
-    float* dU = parts > 1 ? all_sums + task * POSITIONS * sums : spreaded + POSITIONS * S_size;
     std::memset(dU, 0, 4 * POSITIONS * sums);
     for (long first = begin; first < end; first += TILES) {
       const long count = std::min(TILES, end - first);
