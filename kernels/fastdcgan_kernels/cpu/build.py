@@ -24,7 +24,7 @@ from ..choice import measured
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared")
 SOURCES = tuple(sorted(Path(__file__).parent.glob("*.cpp")))
 HEADER = Path(__file__).with_name("common.h")
-PATIENCE = 300  # seconds for a compilation that takes two
+PATIENCE = 300  # seconds for a compilation that takes twelve
 
 pointer, integer, number = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 SHAPE = [integer] * 11  # sides, kernel and padding: convolution.py, _shape
