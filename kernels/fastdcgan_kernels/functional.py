@@ -21,7 +21,7 @@ from torch import Tensor
 from . import autograd as _  # noqa: F401  (gives the operators their gradients)
 from . import reference
 from .choice import choose, plain
-from .choice.geometry import KERNELS, Padding, sides_of
+from .choice.geometry import KERNEL, Padding, sides_of
 from .choice.spec import BlockSpec, Buffers, Inputs
 from .choice.targets import mode, target_of
 from .choice.types import Block, How
@@ -218,7 +218,7 @@ def _how(x: Input, weight: Tensor, spec: BlockSpec, norm: bool) -> How:
 def unsupported(x: Input, weight: Tensor, spec: BlockSpec) -> str:
     """Why there is no kernel for this convolution; "" if there is one (on some device)."""
     y, transposed = _tensor(x), spec.transposed
-    if weight.dim() != 4 or weight.shape[2] != weight.shape[3] or weight.shape[2] not in KERNELS:
+    if weight.dim() != 4 or weight.shape[2] != weight.shape[3] or not 1 <= weight.shape[2] <= KERNEL:
         return f"kernels are square, 1x1 to 7x7; the weight is {tuple(weight.shape)}"
     if spec.stride not in (1, 2):
         return f"stride {spec.stride}; kernels have 1 and 2"

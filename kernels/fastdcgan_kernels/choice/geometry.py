@@ -18,7 +18,7 @@ from torch import Tensor
 Engine: TypeAlias = Literal["pointers", "descriptors", "gluon"]
 Sides: TypeAlias = tuple[int, int, int, int]
 Padding: TypeAlias = int | Sequence[int]
-KERNELS = range(1, 8)  # sides of the kernels that layers may have
+KERNEL = 7  # the largest side of a kernel that layers have
 
 
 @dataclass(frozen=True)

@@ -24,14 +24,15 @@ from ..choice import measured
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared")
 SOURCES = tuple(sorted(Path(__file__).parent.glob("*.cpp")))
 HEADER = Path(__file__).with_name("common.h")
-PATIENCE = 300  # seconds for a compilation that takes two
+PATIENCE = 300  # seconds for a compilation that takes twelve
 
 pointer, integer, number = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+SHAPE = [integer] * 11  # sides, kernel and padding: convolution.py, _shape
 ARGUMENTS = {
-    "fastdcgan_down": [pointer] * 4 + [integer] * 5 + [number, ctypes.c_int],
-    "fastdcgan_up": [pointer] * 4 + [integer] * 5 + [number, ctypes.c_int],
-    "fastdcgan_image_up": [pointer] * 4 + [integer] * 5 + [number, ctypes.c_int],
-    "fastdcgan_weight_gradient": [pointer] * 3 + [integer] * 5 + [ctypes.c_int],
+    "fastdcgan_down": [pointer] * 4 + [ctypes.c_int, *SHAPE, number, ctypes.c_int],
+    "fastdcgan_up": [pointer] * 4 + [ctypes.c_int, *SHAPE, number, ctypes.c_int],
+    "fastdcgan_image_up": [pointer] * 4 + [*SHAPE, number, ctypes.c_int],
+    "fastdcgan_weight_gradient": [pointer] * 3 + [ctypes.c_int, *SHAPE, ctypes.c_int],
     "fastdcgan_norm": [pointer] * 6 + [integer] * 3 + [number, number, ctypes.c_int],
     "fastdcgan_norm_gradient": [pointer] * 9 + [integer] * 3 + [number, number, ctypes.c_int],
 }

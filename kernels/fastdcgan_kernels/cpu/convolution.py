@@ -21,8 +21,10 @@ LAST = torch.channels_last
 
 # Channels come in panels of two vectors, of at most 16 floats; images take theirs 16 at a time.
 PANEL, CHUNK = 32, 16
-# Fewer small pixels in a batch, and PyTorch is as fast (docs/cpu.md).
+# Fewer small pixels in a batch of a doubling layer, and PyTorch is as fast (docs/cpu.md).
 PIXELS = 256
+# Tiles whose products take about as long as transforming the weights, and reading them.
+WEIGHTS = 25
 
 
 def is_end(geometry: Geometry) -> bool:
@@ -32,23 +34,74 @@ def is_end(geometry: Geometry) -> bool:
 
 
 def has_winograd(geometry: Geometry) -> bool:
-    """Whether the weight gradient has a kernel for this layer. Tiles are 2x2 small pixels or more:
-    a side of 1 or 3 would waste what they save."""
+    """Whether the weight gradient has a kernel for this layer, and multiplies less than a direct
+    one, which skips what is outside: tiles may be larger than the sides are."""
     g = geometry
-    tiled = 4 * cdiv(g.P, 2) * cdiv(g.Q, 2)
-    fits = g.is_standard and g.CS % PANEL == 0 and g.CL % PANEL == 0
-    return fits and 3 * tiled <= 4 * g.P * g.Q
+    known = g.kernel in (4, 5) or (g.kernel, g.stride) == (3, 1)
+    if not known or g.CS % PANEL or g.CL % PANEL:
+        return False
+    if g.is_standard:
+        return 3 * _tiles(g, 2) * 2 * 2 <= 4 * g.P * g.Q
+    return min(products(g, side) * _tiles(g, side) for side in (2, 4)) <= _met(g)
 
 
 def pays(geometry: Geometry) -> bool:
     """Whether both convolutions have, too, and the pixels are worth the weights' transformation."""
     g = geometry
-    return has_winograd(g) and g.N * g.P * g.Q >= PIXELS
+    if not has_winograd(g):
+        return False
+    if g.is_standard:
+        return g.N * g.P * g.Q >= PIXELS
+    return _cost(g, tile(g)) < g.N * _met(g)
+
+
+def tile(geometry: Geometry) -> int:
+    """Side of a tile of the small side: 4x4 tiles multiply less, but fit less well and have more
+    matrices of weights."""
+    g = geometry
+    if g.is_standard:
+        return 4 if g.P % 4 == g.Q % 4 == 0 and g.CS * g.CL <= 256 * 128 else 2
+    return min((4, 2), key=lambda side: _cost(g, side))
+
+
+def products(geometry: Geometry, side: int) -> int:
+    """Multiplications of a tile with so many pixels a side, for a channel of each side of the
+    layer. Taps make two pieces, a small kernel's of stride 1 one (winograd.cpp)."""
+    g = geometry
+    pieces = 1 if g.kernel == 3 else 2
+    return (pieces * (side - 1) + g.kernel) ** 2
+
+
+def _tiles(g: Geometry, side: int) -> int:
+    """Of an image."""
+    return cdiv(g.P, side) * cdiv(g.Q, side)
+
+
+def _cost(g: Geometry, side: int) -> int:
+    """Multiplications of a batch with tiles of that side, weights counted as tiles."""
+    return products(g, side) * (g.N * _tiles(g, side) + WEIGHTS)
+
+
+def _met(g: Geometry) -> int:
+    """Pairs of a pixel of the small side and a tap that meets one of the large side; an image's."""
+
+    def along(small: int, large: int, pad: int) -> int:
+        ends = ((cdiv(pad - k, g.stride), (large - 1 + pad - k) // g.stride)
+                for k in range(g.kernel))  # fmt: skip
+        return sum(max(0, min(small - 1, last) - max(0, first) + 1) for first, last in ends)
+
+    return along(g.P, g.H, g.pad) * along(g.Q, g.W, g.left)
+
+
+def _shape(g: Geometry) -> tuple[int, ...]:
+    """As the C++ takes it."""
+    return g.N, g.P, g.Q, g.CS, g.H, g.W, g.CL, g.kernel, g.stride, g.pad, g.left
 
 
 def has_image_up(geometry: Geometry) -> bool:
     """Whether `image_up` has a kernel for this layer."""
-    return geometry.is_image(transposed=True) and geometry.CS % CHUNK == 0
+    g = geometry
+    return g.CL <= 4 and g.kernel in (3, 4, 5) and g.CS % CHUNK == 0 and not is_end(g)
 
 
 def convolve(
@@ -59,9 +112,12 @@ def convolve(
     ReLU, 1 nothing."""
     g = geometry
     if pays(g) or (transposed and has_image_up(g)):
-        name = ("up" if pays(g) else "image_up") if transposed else "down"
         out = empty(g.N, g.CL, g.H, g.W, x) if transposed else empty(g.N, g.CS, g.P, g.Q, x)
-        call(name, x, weight, bias, out, g.N, g.P, g.Q, g.CS, g.CL, slope)
+        if pays(g):
+            name = "up" if transposed else "down"
+            call(name, x, weight, bias, out, tile(g), *_shape(g), slope)
+        else:
+            call("image_up", x, weight, bias, out, *_shape(g), slope)
         return out
     with torch.autocast("cpu", enabled=False):
         if is_end(g):
@@ -90,7 +146,7 @@ def weight_gradient(small: Tensor, large: Tensor, geometry: Geometry) -> Tensor:
     """Gradient [CS, CL, K, K] of the weight, channels_last: one side, the other's gradient."""
     g, out = geometry, empty(geometry.CS, geometry.CL, geometry.kernel, geometry.kernel, small)
     if has_winograd(g):
-        call("weight_gradient", small, large, out, g.N, g.P, g.Q, g.CS, g.CL)
+        call("weight_gradient", small, large, out, tile(g), *_shape(g))
         return out
     with torch.autocast("cpu", enabled=False):
         if is_end(g):

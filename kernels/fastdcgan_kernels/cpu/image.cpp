@@ -1,9 +1,10 @@
-// Up to an image of CL = 1 to 4 channels (k4, s2, p1, float32, NHWC), where Winograd's transforms would
-// cost more than they save: a generator's last layer, a discriminator's gradient of its input.
-// Not here: the other direction, which PyTorch's convolution does well.
+// Up to an image of CL = 1 to 4 channels (kernels 3x3, 4x4 and 5x5, any stride and padding, float32,
+// NHWC), where Winograd's transforms would cost more than they save: a generator's last layer, a
+// discriminator's gradient of its input. Not here: the other direction, which PyTorch's convolution
+// does well.
 //
-// Every small pixel gives 16 taps x CL products, one row of the matrix product
-// [pixels, CS] x [CS, 16 CL]; the row's 4 x (4 CL) numbers are added to 4 rows of the image, where
+// Every small pixel gives K x K taps x CL products, one row of the matrix product
+// [pixels, CS] x [CS, K K CL]; the row's K x (K CL) numbers are added to K rows of the image, where
 // each is consecutive. An image belongs to one task, and sums in the order of its pixels.
 #include "common.h"
 
@@ -11,40 +12,49 @@
 
 static thread_local Scratch weights_scratch, row_scratch;
 
-template <int CL>
-static void up(const float* y, const float* w, const float* bias, float* x, long N, long P, long Q,
-               long CS, float slope, int threads) {
-  constexpr long COLUMNS = 16 * CL, PANELS = (COLUMNS + WIDTH - 1) / WIDTH, PITCH = PANELS * WIDTH;
-  const long W = 2 * Q, image = 4 * P * Q * CL;
+namespace {
+struct Sides {
+  long N, P, Q, CS, H, W, stride, pad, left;
+};
+}  // namespace
+
+template <int K, int CL>
+static void up(const Sides& g, const float* y, const float* w, const float* bias, float* x,
+               float slope, int threads) {
+  constexpr long COLUMNS = K * K * CL, PANELS = (COLUMNS + WIDTH - 1) / WIDTH;
+  constexpr long PITCH = PANELS * WIDTH, PIXELS = 16 * ROWS;  // so many at a time
+  const long CS = g.CS, pixels = g.P * g.Q, image = g.H * g.W * CL;
   float* U = weights_scratch.get(CS * PITCH);  // [PANELS][CS][WIDTH], zeros beyond the last column
   for (long s = 0; s < CS; s++)
     for (long k = 0; k < PITCH; k++)
       U[(k / WIDTH * CS + s) * WIDTH + k % WIDTH] = k < COLUMNS ? w[s * COLUMNS + k] : 0;
-  parallel(threads, N, [&](long n) {
-    float* products = row_scratch.get(Q * PITCH);
+  parallel(threads, g.N, [&](long n) {
+    float* products = row_scratch.get(PIXELS * PITCH);
     float* out = x + n * image;
     std::memset(out, 0, 4 * image);
-    for (long p = 0; p < P; p++) {
-      const float* in = y + (n * P + p) * Q * CS;
+    for (long first = 0; first < pixels; first += PIXELS) {
+      const long count = std::min(PIXELS, pixels - first);
+      const float* in = y + (n * pixels + first) * CS;
       for (long panel = 0; panel < PANELS; panel++) {
         const float* b = U + panel * CS * WIDTH;
         float* c = products + panel * WIDTH;
-        long q = 0;
-        for (; q + ROWS <= Q; q += ROWS)
-          product<ROWS>(in + q * CS, CS, CHUNK, b, CS, c + q * PITCH, PITCH);
-        for (; q < Q; q++) product<1>(in + q * CS, CS, CHUNK, b, CS, c + q * PITCH, PITCH);
+        long i = 0;
+        for (; i + ROWS <= count; i += ROWS)
+          product<ROWS>(in + i * CS, CS, CHUNK, b, CS, c + i * PITCH, PITCH);
+        for (; i < count; i++) product<1>(in + i * CS, CS, CHUNK, b, CS, c + i * PITCH, PITCH);
       }
-      for (long q = 0; q < Q; q++) {
-        const int first = q == 0 ? CL : 0, last = q == Q - 1 ? 3 * CL : 4 * CL;
-        for (int kh = 0; kh < 4; kh++) {
-          const long h = 2 * p - 1 + kh;
-          if (h < 0 || h >= 2 * P) continue;
-          float* to = out + (h * W + 2 * q - 1) * CL;
-          const float* from = products + q * PITCH + kh * 4 * CL;
-          if (first == 0 && last == 4 * CL)
-            for (int i = 0; i < 4 * CL; i++) to[i] += from[i];
+      for (long i = 0; i < count; i++) {
+        const long h0 = (first + i) / g.Q * g.stride - g.pad;
+        const long w0 = (first + i) % g.Q * g.stride - g.left;
+        const long begin = std::max(0L, -w0) * CL, end = std::min<long>(K, g.W - w0) * CL;
+        for (int kh = 0; kh < K; kh++) {
+          if (h0 + kh < 0 || h0 + kh >= g.H) continue;
+          float* to = out + ((h0 + kh) * g.W + w0) * CL;
+          const float* from = products + i * PITCH + kh * K * CL;
+          if (begin == 0 && end == K * CL)
+            for (int e = 0; e < K * CL; e++) to[e] += from[e];
           else
-            for (int i = first; i < last; i++) to[i] += from[i];
+            for (long e = begin; e < end; e++) to[e] += from[e];
         }
       }
     }
@@ -56,10 +66,15 @@ static void up(const float* y, const float* w, const float* bias, float* x, long
   });
 }
 
+template <int K> static auto up_to(long CL) {
+  return CL == 1 ? up<K, 1> : CL == 2 ? up<K, 2> : CL == 3 ? up<K, 3> : up<K, 4>;
+}
+
 // x = activate(up(y) + bias); bias may be null. CS is a multiple of CHUNK.
 extern "C" void fastdcgan_image_up(const float* y, const float* w, const float* bias, float* x,
-                                   long N, long P, long Q, long CS, long CL, float slope,
+                                   long N, long P, long Q, long CS, long H, long W, long CL,
+                                   long kernel, long stride, long pad, long left, float slope,
                                    int threads) {
-  auto run = CL == 1 ? up<1> : CL == 2 ? up<2> : CL == 3 ? up<3> : up<4>;
-  run(y, w, bias, x, N, P, Q, CS, slope, threads);
+  auto run = kernel == 3 ? up_to<3>(CL) : kernel == 4 ? up_to<4>(CL) : up_to<5>(CL);
+  run({N, P, Q, CS, H, W, stride, pad, left}, y, w, bias, x, slope, threads);
 }

@@ -1,52 +1,115 @@
-// Convolutions 4x4 of stride 2 and padding 1 in float32 on a CPU, with fewer multiplications:
-// down, up and weight gradient. Not here: other layers, and the choice among implementations.
+// Convolutions in float32 on a CPU with fewer multiplications, of kernels 4x4 and 5x5, stride 1 or 2,
+// and 3x3, stride 1, any padding: down, up and weight gradient. Not here: other layers, and the choice
+// among implementations and tiles.
 //
-// A layer joins a small side [N, P, Q, CS] and a large side [N, 2P, 2Q, CL], both NHWC in memory, by
-// a weight [CS, 4, 4, CL]. In one dimension, with the large side's pixel h = 2i + r - 1 called x_r[i]
-// (phase r, index i) and the tap k = 2t + r called w_r[t],
+// A layer joins a small side [N, P, Q, CS] and a large side [N, H, W, CL], both NHWC in memory, by a
+// weight [CS, K, K, CL]; the small side's pixel p meets the large side's p * stride - pad + k at tap k.
+// In one dimension the taps are one piece or two, of two or three taps each: of stride 2 every second
+// tap, of stride 1 the first ones and the others. With `first` the first tap of piece r, the tap
+// first + stride * t called w_r[t], and the pixel stride * i + first - pad called x_r[i],
 //
-//     down:  y[p]   = sum over r, t of x_r[p + t] w_r[t]        two taps, stride 1, for each phase
+//     down:  y[p]   = sum over r, t of x_r[p + t] w_r[t]        T taps, stride 1, for each piece
 //     up:    x_r[i] = sum over t    of y[i - t]   w_r[t]        its adjoint
 //
-// A tile is M pixels of the small side (p = Ma, Ma + 1, ...) and M + 1 indices of each phase of the
-// large side. Winograd's F(M, 2) multiplies M + 1 times for it, not 2M (Lavin & Gray 2016,
-// arXiv:1509.09308, section 4.1). With M = 2:
+// Up of stride 1 is down as well, with the taps in reverse, and runs as that.
+//
+// A tile is M pixels of the small side (p = Ma, Ma + 1, ...) and M + T - 1 indices of each piece of the
+// large side. Winograd's F(M, T) multiplies M + T - 1 times for it, not M T times (Lavin & Gray 2016,
+// arXiv:1509.09308, section 4.1). With M = 2 and T = 2:
 //
 //     gather  V = (x0 - x1, x1, x2 - x1)    weights  U = (w0, w0 + w1, w1)    D = V U, summed over r
 //     down    y = collect(D) = (D0 + D1, D1 + D2)
 //     spread  S = (y0, y0 + y1, y1)         up       x += scatter(S U) = (D0, D1 - D0 - D2, D2)
 //     weight gradient    dU = sum over tiles of S V,   dw = (dU0 + dU1, dU1 + dU2)
 //
-// scatter is gather transposed, spread is collect, and the last is weights. M = 4 does the same at the
-// points 0, 1, -1, 2 and infinity: 25 multiplications for 64, and some four times float32's rounding.
+// scatter is gather transposed, spread is collect, and gradient is weights. The products belong to
+// points at which polynomials are multiplied: M = 2 has 0, 1 and infinity, M = 4 has 0, 1, -1, 2 and
+// infinity, and a third tap adds -1 or -1/2. So collect and spread know M alone, and pieces of two taps
+// and of three add up in one D, where the last point has products of some pieces only.
 //
-// In two dimensions a tile is MxM pixels of the small side, and has (M + 1)^2 products, here called
-// positions; each position is a matrix product over all tiles:
+// In two dimensions a tile is MxM pixels of the small side, pieces of rows and of columns make phases,
+// and the products are here called positions; each is a matrix product over all tiles, with a phase
+// for each that has the position:
 //
-//     down [tiles, 4 CL] x [4 CL, CS]    up [tiles, CS] x [CS, 4 CL]    dU [CS, tiles] x [tiles, 4 CL]
+//     down [tiles, phases CL] x [phases CL, CS]    up [tiles, CS] x [CS, phases CL]
+//     dU [CS, tiles] x [tiles, phases CL]
 //
 // Transformed tiles are made a block at a time, in cache, and never exist whole. Every sum has an
 // order that depends on shapes alone: results are the same bits for any number of threads.
 #include "common.h"
 
+#include <array>
 #include <cstring>
+#include <type_traits>
 
-static thread_local Scratch weights_scratch, block_scratch;
+static thread_local Scratch weights_scratch, block_scratch, zeros_scratch;
 
-// ---- F(M, 2) in one dimension, in place on v[0], v[step], ...; M + 1 points make SIDE values
+// ---- F(M, T) in one dimension, in place on v[0], v[step], ...
 
-template <int M> struct Winograd;
+template <int M, int T> struct Winograd;  // between the large side, weights, and the points
+template <int M, int T> struct Pixels;    // between the small side and the points
 
-template <> struct Winograd<2> {  // points 0, 1, infinity
-  static void gather(vec* v, int s) { v[0] -= v[s], v[2 * s] -= v[s]; }
-  static void scatter(vec* v, int s) { v[s] -= v[0] + v[2 * s]; }
+template <> struct Pixels<2, 2> {  // points 0, 1, infinity
   static void spread(vec* v, int s) { v[2 * s] = v[s], v[s] += v[0]; }
   static void collect(vec* v, int s) { v[0] += v[s], v[s] += v[2 * s]; }
-  static void weights(vec* v, int s) { spread(v, s); }
-  static void gradient(vec* v, int s) { collect(v, s); }
 };
 
-template <> struct Winograd<4> {  // points 0, 1, -1, 2, infinity
+template <> struct Winograd<2, 2> {
+  static void gather(vec* v, int s) { v[0] -= v[s], v[2 * s] -= v[s]; }
+  static void scatter(vec* v, int s) { v[s] -= v[0] + v[2 * s]; }
+  static void weights(vec* v, int s) { Pixels<2, 2>::spread(v, s); }
+  static void gradient(vec* v, int s) { Pixels<2, 2>::collect(v, s); }
+};
+
+template <> struct Pixels<2, 3> {  // and -1
+  static void spread(vec* v, int s) {
+    v[3 * s] = v[0] - v[s];
+    Pixels<2, 2>::spread(v, s);
+  }
+  static void collect(vec* v, int s) {
+    Pixels<2, 2>::collect(v, s);
+    v[0] += v[3 * s], v[s] -= v[3 * s];
+  }
+};
+
+template <> struct Winograd<2, 3> {
+  static void gather(vec* v, int s) {
+    vec a = v[s], b = v[2 * s];
+    v[0] -= b, v[s] = a + b, v[2 * s] = v[3 * s] - a, v[3 * s] = b - a;
+  }
+  static void scatter(vec* v, int s) {
+    vec b = v[s], c = v[2 * s], d = v[3 * s];
+    v[s] = b - c - d, v[2 * s] = b - v[0] + d, v[3 * s] = c;
+  }
+  static void weights(vec* v, int s) {
+    vec even = (v[0] + v[2 * s]) * 0.5f, odd = v[s] * 0.5f;
+    v[s] = even + odd, v[3 * s] = even - odd;
+  }
+  static void gradient(vec* v, int s) {
+    vec even = (v[s] + v[3 * s]) * 0.5f;
+    v[s] = (v[s] - v[3 * s]) * 0.5f;
+    v[0] += even, v[2 * s] += even;
+  }
+};
+
+template <> struct Pixels<4, 2> {  // points 0, 1, -1, 2, infinity
+  static void spread(vec* v, int s) {
+    vec a = v[0], b = v[s], c = v[2 * s], d = v[3 * s];
+    v[s] = (a + c) + (b + d);
+    v[2 * s] = (a + c) - (b + d);
+    v[3 * s] = (a + 4 * c) + 2 * (b + 4 * d);
+    v[4 * s] = d;
+  }
+  static void collect(vec* v, int s) {
+    vec sum = v[s] + v[2 * s], apart = v[s] - v[2 * s], d = v[3 * s];
+    v[0] += sum + d;
+    v[s] = apart + 2 * d;
+    v[2 * s] = sum + 4 * d;
+    v[3 * s] = apart + 8 * d + v[4 * s];
+  }
+};
+
+template <> struct Winograd<4, 2> {
   static void gather(vec* v, int s) {
     vec a = v[s], b = v[2 * s], c = v[3 * s];
     v[0] = 2 * (v[0] - b) + (c - a);
@@ -62,20 +125,6 @@ template <> struct Winograd<4> {  // points 0, 1, -1, 2, infinity
     v[2 * s] = -2 * a - b - 3 * c - e;
     v[3 * s] = (a + b) + (c + d) - 2 * e;
   }
-  static void spread(vec* v, int s) {
-    vec a = v[0], b = v[s], c = v[2 * s], d = v[3 * s];
-    v[s] = (a + c) + (b + d);
-    v[2 * s] = (a + c) - (b + d);
-    v[3 * s] = (a + 4 * c) + 2 * (b + 4 * d);
-    v[4 * s] = d;
-  }
-  static void collect(vec* v, int s) {
-    vec sum = v[s] + v[2 * s], apart = v[s] - v[2 * s], d = v[3 * s];
-    v[0] += sum + d;
-    v[s] = apart + 2 * d;
-    v[2 * s] = sum + 4 * d;
-    v[3 * s] = apart + 8 * d + v[4 * s];
-  }
   static void weights(vec* v, int s) {
     vec a = v[0], b = v[s];
     v[0] = a * 0.5f, v[s] = (a + b) * -0.5f, v[2 * s] = (b - a) * (1 / 6.f);
@@ -88,14 +137,62 @@ template <> struct Winograd<4> {  // points 0, 1, -1, 2, infinity
   }
 };
 
-// A line transform of both dimensions of v[SIDE][SIDE]: columns first, of which there are `from`
-// before it and `to` after it.
-template <int SIDE, class Line>
-static inline __attribute__((always_inline)) void both(vec* v, int from, int to, Line line) {
-#pragma GCC unroll 5
-  for (int j = 0; j < from; j++) line(v + j, SIDE);
-#pragma GCC unroll 5
-  for (int i = 0; i < to; i++) line(v + i * SIDE, 1);
+template <> struct Pixels<4, 3> {  // and -1/2
+  static void spread(vec* v, int s) {
+    v[5 * s] = (v[0] + 0.25f * v[2 * s]) - 0.5f * (v[s] + 0.25f * v[3 * s]);
+    Pixels<4, 2>::spread(v, s);
+  }
+  static void collect(vec* v, int s) {
+    vec f = v[5 * s];
+    Pixels<4, 2>::collect(v, s);
+    v[0] += f, v[s] -= 0.5f * f, v[2 * s] += 0.25f * f, v[3 * s] -= 0.125f * f;
+  }
+};
+
+template <> struct Winograd<4, 3> {
+  static void gather(vec* v, int s) {
+    vec a = v[s], b = v[2 * s], c = v[3 * s], d = v[4 * s], odd = a - c, even = b - d;
+    v[0] = 2 * ((v[0] - b) - even) + 3 * odd;
+    v[s] = 2 * (a - d) + (5 * b + c);
+    v[2 * s] = 2 * (a + d) + (b - 5 * c);
+    v[3 * s] = -2 * even - odd;
+    v[4 * s] = 2 * ((v[5 * s] - c) + odd) + 3 * even;
+    v[5 * s] = even - 2 * odd;
+  }
+  static void scatter(vec* v, int s) {
+    vec a = v[0], b = v[s], c = v[2 * s], d = v[3 * s], e = v[4 * s], f = v[5 * s];
+    v[0] = 2 * a;
+    v[s] = 3 * a + 2 * ((b + c) + (e - f)) - d;
+    v[2 * s] = (5 * b + c) - 4 * a + (3 * e + f) - 2 * d;
+    v[3 * s] = (b - 5 * c) - 3 * a + (d + 2 * f) - 4 * e;
+    v[4 * s] = 2 * ((a - b) + (c + d)) - 3 * e - f;
+    v[5 * s] = 2 * e;
+  }
+  static void weights(vec* v, int s) {
+    vec a = v[0], b = v[s], c = v[2 * s], even = (a + c) * (1 / 6.f), odd = b * (1 / 6.f);
+    v[0] = a * 0.5f, v[s] = even + odd, v[2 * s] = even - odd;
+    v[3 * s] = (a + 2 * b + 4 * c) * (1 / 30.f);
+    v[4 * s] = c * 0.5f;
+    v[5 * s] = (4 * a - 2 * b + c) * (4 / 15.f);
+  }
+  static void gradient(vec* v, int s) {
+    vec b = v[s] * (1 / 6.f), c = v[2 * s] * (1 / 6.f), d = v[3 * s] * (1 / 30.f);
+    vec f = v[5 * s] * (4 / 15.f);
+    v[0] = v[0] * 0.5f + (b + c) + (d + 4 * f);
+    v[s] = (b - c) + 2 * (d - f);
+    v[2 * s] = v[4 * s] * 0.5f + (b + c) + (4 * d + f);
+  }
+};
+
+// A line transform of both dimensions of v[..][PITCH]: columns first, of which there are `from`
+// before it, then the rows, of which there are `to` after it.
+template <int PITCH, class Column, class Row>
+static inline __attribute__((always_inline)) void both(vec* v, int from, int to, Column column,
+                                                       Row row) {
+#pragma GCC unroll 6
+  for (int j = 0; j < from; j++) column(v + j, PITCH);
+#pragma GCC unroll 6
+  for (int i = 0; i < to; i++) row(v + i * PITCH, 1);
 }
 
 // c[R][WIDTH] += a^T x b over T tiles. a: [T][CHUNK] of which R columns, b0 and b1: [T][CHUNK] each.
@@ -121,9 +218,41 @@ static inline void outer(const float* a, const float* b0, const float* b1, long 
 
 // ---- a layer, its tiles and their transforms
 
-template <int M> struct Layer {
-  static constexpr int SIDE = M + 1, POSITIONS = SIDE * SIDE;
-  long N, P, Q, CS, CL;
+// Where LINES x COLUMNS pixels are, every `apart`-th from (h, w) on, of an image [H, W, C].
+template <int LINES, int COLUMNS, class F>
+static inline void window(F* image, long H, long W, long C, long h, long w, long apart, F* outside,
+                          F** to) {
+  for (int i = 0; i < LINES; i++, h += apart) {
+    const bool is_line = h >= 0 && h < H;
+    for (int j = 0; j < COLUMNS; j++) {
+      const long column = w + j * apart;
+      const bool inside = is_line && column >= 0 && column < W;
+      *to++ = inside ? image + (h * W + column) * C : outside;
+    }
+  }
+}
+
+// T0 and T1: taps of the pieces of either axis; T1 = 0: there is one piece.
+template <int M_, int T0, int T1> struct Layer {
+  static constexpr int M = M_, T = T0, PIECES = T1 ? 2 : 1, PHASES = PIECES * PIECES;
+  static constexpr int SIDE = M + T0 - 1, POSITIONS = SIDE * SIDE, KERNEL = T0 + T1;
+  static_assert(T0 >= T1);  // positions of any phase are among those of the first one
+  static constexpr int taps(int piece) { return piece ? T1 : T0; }
+  // Of the phases that have a position, those before the given one; of PHASES, all.
+  static constexpr int slot(int position, int phase) {
+    int found = 0;
+    for (int f = 0; f < phase; f++)
+      found += position / SIDE < M + taps(f / PIECES) - 1 &&
+               position % SIDE < M + taps(f % PIECES) - 1;
+    return found;
+  }
+  static constexpr int products() {
+    int sum = 0;
+    for (int e = 0; e < POSITIONS; e++) sum += slot(e, PHASES);
+    return sum;
+  }
+
+  long N, P, Q, CS, H, W, CL, stride, pad, left;
   long rows() const { return cdiv(P, M); }  // of tiles
   long columns() const { return cdiv(Q, M); }
   long tiles() const { return N * rows() * columns(); }
@@ -132,18 +261,52 @@ template <int M> struct Layer {
     long each = rows() * columns();
     return {t / each, t % each / columns(), t % columns()};
   }
-  // The small side's pixel (i, j) of a tile; nullptr outside the picture.
-  template <class F> F* small(F* y, Tile t, int i, int j) const {
-    long p = M * t.a + i, q = M * t.b + j;
-    return p < P && q < Q ? y + ((t.n * P + p) * Q + q) * CS : nullptr;
+  // The first tap of a piece.
+  long first(int piece) const { return piece * (stride == 1 ? T0 : 1); }
+  // The tap (i, j) of the phase (r, s).
+  long tap(int r, int s, int i, int j) const {
+    return (first(r) + stride * i) * KERNEL + first(s) + stride * j;
   }
-  // The large side's pixel of phase (r, s) and index (i, j) of a tile; nullptr outside the picture.
-  template <class F> F* large(F* x, Tile t, int r, int s, int i, int j) const {
-    long h = 2 * (M * t.a + i) + r - 1, w = 2 * (M * t.b + j) + s - 1;
-    bool inside = h >= 0 && h < 2 * P && w >= 0 && w < 2 * Q;
-    return inside ? x + ((t.n * 2 * P + h) * 2 * Q + w) * CL : nullptr;
+  // to[i * M + j]: the small side's pixel (i, j) of a tile; `outside` beyond the picture.
+  template <class F> void small(F* y, Tile t, F* outside, F** to) const {
+    window<M, M>(y + t.n * P * Q * CS, P, Q, CS, M * t.a, M * t.b, 1, outside, to);
+  }
+  // to[i * COLUMNS + j]: the large side's pixel of the phase (R, S) and the index (i, j) of a tile.
+  template <int R, int S, class F> void large(F* x, Tile t, F* outside, F** to) const {
+    window<M + taps(R) - 1, M + taps(S) - 1>(
+        x + t.n * H * W * CL, H, W, CL, stride * M * t.a + first(R) - pad,
+        stride * M * t.b + first(S) - left, stride, outside, to);
+  }
+  // Whether tiles have every pixel of the large side.
+  bool whole() const {
+    long last = stride * (M + taps(PIECES - 1) - 2) + first(PIECES - 1);
+    return pad >= 0 && left >= 0 && H <= stride * M * (rows() - 1) + last - pad + 1 &&
+           W <= stride * M * (columns() - 1) + last - left + 1;
   }
 };
+
+// A phase (R, S) of a layer L: its points along each axis, where the positions of all phases have its
+// own, and its line transforms.
+template <class L, int PHASE> struct Phase {
+  static constexpr int R = PHASE / L::PIECES, S = PHASE % L::PIECES;
+  static constexpr int TR = L::taps(R), TS = L::taps(S);
+  static constexpr int LINES = L::M + TR - 1, COLUMNS = L::M + TS - 1, POSITIONS = LINES * COLUMNS;
+  using Column = Winograd<L::M, TR>;
+  using Row = Winograd<L::M, TS>;
+  static constexpr int position(int e) { return e / COLUMNS * L::SIDE + e % COLUMNS; }
+  static constexpr std::array<int, POSITIONS> slots() {
+    std::array<int, POSITIONS> found{};
+    for (int e = 0; e < POSITIONS; e++) found[e] = L::slot(position(e), PHASE);
+    return found;
+  }
+  static constexpr std::array<int, POSITIONS> SLOT = slots();
+};
+
+// f(Phase) for each of a layer's phases.
+template <class L, class F> static inline void each_phase(const F& f) {
+  f(Phase<L, 0>{});
+  if constexpr (L::PHASES == 4) f(Phase<L, 1>{}), f(Phase<L, 2>{}), f(Phase<L, 3>{});
+}
 
 // Tiles' positions and channels would all lie a multiple of 4 KB apart, and fall on the same few lines
 // of the first cache: PAD floats keep them apart.
@@ -159,126 +322,132 @@ struct Block {
   float* at(long tile) const { return data + tile / group * group * K + tile % group * CHUNK; }
 };
 
-alignas(64) static const float zeros[CHUNK] = {};
+// The channels of a pixel outside the picture.
+static const float* no_pixel(long C) {
+  return static_cast<float*>(std::memset(zeros_scratch.get(C), 0, 4 * C));
+}
 
-// V of tiles first.. of the large side's channels c0 .. c0 + C.
-template <int M>
-static void gather(const Layer<M>& g, const float* x, long first, long c0, long C,
-                   const Block& block) {
-  constexpr int SIDE = M + 1, POSITIONS = SIDE * SIDE;
+// V of tiles first.. of the large side's channels c0 .. c0 + C; at each position, phases that have it.
+template <class L>
+static void gather(const L& g, const float* x, long first, long c0, long C, const Block& block) {
+  const long position = block.position(), chunk = block.chunk(), slot = C / CHUNK * chunk;
+  const float* zeros = no_pixel(C);
   for (long t = 0; t < block.count; t++) {
     const auto tile = g.tile(first + t);
     float* to = block.at(t);
-    for (int phase = 0; phase < 4; phase++, to += C / CHUNK * block.chunk()) {
-      const float* from[POSITIONS];
-      long step[POSITIONS];
-      for (int e = 0; e < POSITIONS; e++) {
-        const float* p = g.large(x, tile, phase / 2, phase % 2, e / SIDE, e % SIDE);
-        from[e] = p ? p + c0 : zeros;
-        step[e] = p ? 1 : 0;
-      }
+    each_phase<L>([=, &g](auto phase) {
+      using F = decltype(phase);
+      const float* from[F::POSITIONS];
+      g.template large<F::R, F::S>(x + c0, tile, zeros, from);
       for (long c = 0; c < C; c += CHUNK)
         for (int lane = 0; lane < CHUNK; lane += LANES) {
-          vec v[POSITIONS];
-#pragma GCC unroll 25
-          for (int e = 0; e < POSITIONS; e++) v[e] = load(from[e] + step[e] * c + lane);
-          both<SIDE>(v, SIDE, SIDE, Winograd<M>::gather);
-          float* out = to + c / CHUNK * block.chunk() + lane;
-#pragma GCC unroll 25
-          for (int e = 0; e < POSITIONS; e++) store(out + e * block.position(), v[e]);
+          vec v[F::POSITIONS];
+#pragma GCC unroll 36
+          for (int e = 0; e < F::POSITIONS; e++) v[e] = load(from[e] + c + lane);
+          both<F::COLUMNS>(v, F::COLUMNS, F::LINES, F::Column::gather, F::Row::gather);
+          float* out = to + c / CHUNK * chunk + lane;
+#pragma GCC unroll 36
+          for (int e = 0; e < F::POSITIONS; e++)
+            store(out + F::position(e) * position + F::SLOT[e] * slot, v[e]);
         }
-    }
+    });
   }
 }
 
 // S of tiles first.. of the small side's channels c0 .. c0 + C.
-template <int M>
-static void spread(const Layer<M>& g, const float* y, long first, long c0, long C,
-                   const Block& block) {
-  constexpr int SIDE = M + 1, POSITIONS = SIDE * SIDE;
+template <class L>
+static void spread(const L& g, const float* y, long first, long c0, long C, const Block& block) {
+  constexpr int M = L::M, SIDE = L::SIDE, POSITIONS = L::POSITIONS;
+  const float* zeros = no_pixel(C);
   for (long t = 0; t < block.count; t++) {
     const auto tile = g.tile(first + t);
     const float* from[M * M];
-    long step[M * M];
-    for (int e = 0; e < M * M; e++) {
-      const float* p = g.small(y, tile, e / M, e % M);
-      from[e] = p ? p + c0 : zeros;
-      step[e] = p ? 1 : 0;
-    }
+    g.small(y + c0, tile, zeros, from);
     for (long c = 0; c < C; c += CHUNK)
       for (int lane = 0; lane < CHUNK; lane += LANES) {
         vec v[POSITIONS];
 #pragma GCC unroll 16
         for (int e = 0; e < M * M; e++)
-          v[e / M * SIDE + e % M] = load(from[e] + step[e] * c + lane);
-        both<SIDE>(v, M, SIDE, Winograd<M>::spread);
+          v[e / M * SIDE + e % M] = load(from[e] + c + lane);
+        constexpr auto line = Pixels<M, L::T>::spread;
+        both<SIDE>(v, M, SIDE, line, line);
         float* out = block.at(t) + c / CHUNK * block.chunk() + lane;
-#pragma GCC unroll 25
+#pragma GCC unroll 36
         for (int e = 0; e < POSITIONS; e++) store(out + e * block.position(), v[e]);
       }
   }
 }
 
-// U of one phase from its four taps: out[position * stride].
-template <int M>
-static inline void transform_taps(const vec w[4], float* out, long stride) {
-  constexpr int SIDE = M + 1;
-  vec u[SIDE * SIDE];
-  u[0] = w[0], u[1] = w[1], u[SIDE] = w[2], u[SIDE + 1] = w[3];
-  both<SIDE>(u, 2, SIDE, Winograd<M>::weights);
-#pragma GCC unroll 25
-  for (int e = 0; e < SIDE * SIDE; e++) store(out + e * stride, u[e]);
+// U of the phase F: out[position * stride + slot * each], from its taps, of which load(k) is the k-th
+// of the kernel.
+template <class F, class L, class Load>
+static inline void transform_taps(const L& g, const Load& tap, float* out, long stride, long each) {
+  vec u[F::POSITIONS];
+#pragma GCC unroll 9
+  for (int t = 0; t < F::TR * F::TS; t++) {
+    const int i = t / F::TS, j = t % F::TS;
+    u[i * F::COLUMNS + j] = tap(g.tap(F::R, F::S, i, j));
+  }
+  both<F::COLUMNS>(u, F::TS, F::LINES, F::Column::weights, F::Row::weights);
+#pragma GCC unroll 36
+  for (int e = 0; e < F::POSITIONS; e++)
+    store(out + F::position(e) * stride + F::SLOT[e] * each, u[e]);
 }
 
-static inline long tap(int phase, int t) {  // of the taps t = 2 * th + tw of a phase
-  return (2 * (t / 2) + phase / 2) * 4 + 2 * (t % 2) + phase % 2;
-}
-
-// M or D [positions][tiles][WIDTH] of one panel of columns; tiles are taken ROWS at a time.
-static void multiply(int positions, const Block& block, const float* panel, long stride,
-                     float* out) {
-  long rows = cdiv(block.count, ROWS) * ROWS;
-  for (int e = 0; e < positions; e++)
-    for (long t = 0; t < rows; t += ROWS)
-      product<ROWS>(block.at(t) + e * block.position(), CHUNK, ROWS * CHUNK, panel + e * stride,
-                    block.K, out + e * (rows * WIDTH + PAD) + t * WIDTH, WIDTH);
+// One panel of columns, WIDTH, of a position's matrix product: [tiles, K] x [K, WIDTH].
+static inline void multiply(const Block& block, int position, long K, const float* panel,
+                            float* out) {
+  for (long t = 0; t < block.count; t += ROWS)
+    product<ROWS>(block.at(t) + position * block.position(), CHUNK, ROWS * CHUNK, panel, K,
+                  out + t * WIDTH, WIDTH);
 }
 
 constexpr long CACHE = 600 << 10;  // bytes of a block of transformed tiles: most of a usual L2
 constexpr long LEAST = 64;         // tiles in a block, each of which reads all the weights
 
-// Tiles in a block, a multiple of ROWS.
-template <int M> static long tiles_a_block(const Layer<M>& g, long K, int threads) {
-  long most = std::max(LEAST, CACHE / (4 * g.POSITIONS * K)) / ROWS * ROWS;
+// Tiles in a block, a multiple of ROWS, of so many floats each.
+template <class L> static long tiles_a_block(const L& g, long floats, int threads) {
+  long most = std::max(LEAST, CACHE / (4 * floats)) / ROWS * ROWS;
   return std::min(most, cdiv(cdiv(g.tiles(), threads), ROWS) * ROWS);
 }
 
 // ---- the three functions
+//
+// Tasks copy the layer: for all that the compiler knows, a store may change what they refer to.
 
-template <int M>
-static void down(const Layer<M>& g, const float* x, const float* w, const float* bias, float* y,
-                 float slope, int threads) {
-  constexpr int SIDE = M + 1, POSITIONS = SIDE * SIDE;
-  const long CL = g.CL, K = 4 * CL, panels = g.CS / WIDTH, stride = g.CS * K;
+// With `mirrored` the weight is [CL, K, K, CS], its taps in reverse: down of the transposed layer.
+template <class L>
+static void down(const L& layer, const float* x, const float* w, const float* bias, float* y,
+                 float slope, bool mirrored, int threads) {
+  const L g = layer;
+  constexpr int M = L::M, SIDE = L::SIDE, POSITIONS = L::POSITIONS, TAPS = L::KERNEL * L::KERNEL;
+  const long CL = g.CL, K = L::PHASES * CL, panels = g.CS / WIDTH, stride = g.CS * K;
   float* U = weights_scratch.get(POSITIONS * stride);  // [POSITIONS][CS / WIDTH][K][WIDTH]
   parallel(threads, panels * (CL / CHUNK), [&](long task) {
+    const L g = layer;
     const long panel = task % panels, c0 = task / panels * CHUNK;
-    alignas(64) float taps[16][CHUNK][WIDTH];
-    for (int s = 0; s < WIDTH; s++)
-      for (int k = 0; k < 16; k++)
-        for (int c = 0; c < CHUNK; c++)
-          taps[k][c][s] = w[((panel * WIDTH + s) * 16 + k) * CL + c0 + c];
-    for (int phase = 0; phase < 4; phase++)
+    alignas(64) float taps[TAPS][CHUNK][WIDTH];
+    if (mirrored)
       for (int c = 0; c < CHUNK; c++)
-        for (int lane = 0; lane < WIDTH; lane += LANES) {
-          vec four[4];
-          for (int t = 0; t < 4; t++) four[t] = load(taps[tap(phase, t)][c] + lane);
-          float* out = U + (panel * K + phase * CL + c0 + c) * WIDTH + lane;
-          transform_taps<M>(four, out, stride);
-        }
+        for (int k = 0; k < TAPS; k++)
+          std::memcpy(taps[TAPS - 1 - k][c], w + ((c0 + c) * TAPS + k) * g.CS + panel * WIDTH,
+                      4 * WIDTH);
+    else
+      for (int s = 0; s < WIDTH; s++)
+        for (int k = 0; k < TAPS; k++)
+          for (int c = 0; c < CHUNK; c++)
+            taps[k][c][s] = w[((panel * WIDTH + s) * TAPS + k) * CL + c0 + c];
+    each_phase<L>([&](auto phase) {
+      for (int c = 0; c < CHUNK; c++)
+        for (int lane = 0; lane < WIDTH; lane += LANES)
+          transform_taps<decltype(phase)>(
+              g, [&](long k) { return load(taps[k][c] + lane); },
+              U + (panel * K + c0 + c) * WIDTH + lane, stride, CL * WIDTH);
+    });
   });
-  const long each = tiles_a_block(g, K, threads);
+  const long each = tiles_a_block(g, L::products() * CL, threads);
   parallel(threads, cdiv(g.tiles(), each), [&](long task) {
+    const L g = layer;
     const long first = task * each, count = std::min(each, g.tiles() - first);
     const long pitch = cdiv(count, ROWS) * ROWS * WIDTH + PAD;
     const long size = Block::size(each, K, ROWS);
@@ -287,48 +456,54 @@ static void down(const Layer<M>& g, const float* x, const float* w, const float*
     Block V{scratch, count, K, ROWS};
     gather(g, x, first, 0, CL, V);
     for (long panel = 0; panel < panels; panel++) {
-      multiply(POSITIONS, V, U + panel * K * WIDTH, stride, products);
+      for (int e = 0; e < POSITIONS; e++)
+        multiply(V, e, L::slot(e, L::PHASES) * CL, U + e * stride + panel * K * WIDTH,
+                 products + e * pitch);
       for (long t = 0; t < count; t++) {
-        const auto tile = g.tile(first + t);
+        float* to[M * M];
+        g.small(y + panel * WIDTH, g.tile(first + t), (float*)nullptr, to);
         for (int lane = 0; lane < WIDTH; lane += LANES) {
           vec m[POSITIONS];
-#pragma GCC unroll 25
+#pragma GCC unroll 36
           for (int e = 0; e < POSITIONS; e++) m[e] = load(products + e * pitch + t * WIDTH + lane);
-          both<SIDE>(m, SIDE, M, Winograd<M>::collect);
-          const long c = panel * WIDTH + lane;
-          const vec shift = bias ? load(bias + c) : vec{};
+          constexpr auto line = Pixels<M, L::T>::collect;
+          both<SIDE>(m, SIDE, M, line, line);
+          const vec shift = bias ? load(bias + panel * WIDTH + lane) : vec{};
 #pragma GCC unroll 16
           for (int e = 0; e < M * M; e++)
-            if (float* out = g.small(y, tile, e / M, e % M))
-              store(out + c, activate(m[e / M * SIDE + e % M] + shift, slope));
+            if (to[e]) store(to[e] + lane, activate(m[e / M * SIDE + e % M] + shift, slope));
         }
       }
     }
   });
 }
 
-template <int M>
-static void up(const Layer<M>& g, const float* y, const float* w, const float* bias, float* x,
-               float slope, int threads) {
-  constexpr int SIDE = M + 1, POSITIONS = SIDE * SIDE;
-  const long CL = g.CL, K = g.CS, panels = 4 * CL / WIDTH, stride = 4 * CL * K;
-  float* U = weights_scratch.get(POSITIONS * stride);  // [POSITIONS][4][CL / WIDTH][K][WIDTH]
+template <class L>
+static void up(const L& layer, const float* y, const float* w, const float* bias, float* x, float slope,
+               int threads) {
+  const L g = layer;
+  constexpr int POSITIONS = L::POSITIONS, TAPS = L::KERNEL * L::KERNEL;
+  const long CL = g.CL, K = g.CS, stride = L::PHASES * CL * K;
+  float* U = weights_scratch.get(POSITIONS * stride);  // [POSITIONS][PHASES][CL / WIDTH][K][WIDTH]
   parallel(threads, K / CHUNK, [&](long task) {
+    const L g = layer;
     for (long s = task * CHUNK; s < (task + 1) * CHUNK; s++)
-      for (int phase = 0; phase < 4; phase++)
-        for (long c = 0; c < CL; c += LANES) {
-          vec four[4];
-          for (int t = 0; t < 4; t++) four[t] = load(w + (s * 16 + tap(phase, t)) * CL + c);
-          const long panel = (phase * CL + c) / WIDTH;
-          transform_taps<M>(four, U + (panel * K + s) * WIDTH + c % WIDTH, stride);
-        }
+      each_phase<L>([&](auto phase) {
+        for (long c = 0; c < CL; c += LANES)
+          transform_taps<decltype(phase)>(
+              g, [&](long k) { return load(w + (s * TAPS + k) * CL + c); },
+              U + (c / WIDTH * K + s) * WIDTH + c % WIDTH, stride, CL * K);
+      });
   });
   // Neighbouring tiles add to the same pixels: an image belongs to one task.
-  const long image = g.rows() * g.columns(), most = tiles_a_block(g, K, threads);
+  const long image = g.rows() * g.columns(), most = tiles_a_block(g, POSITIONS * K, threads);
   const long images = std::max<long>(1, most / image);
   const long each = std::min(most, cdiv(images * image, ROWS) * ROWS);
   parallel(threads, cdiv(g.N, images), [&](long task) {
-    const long last = std::min((task + 1) * images, g.N) * image;
+    const L g = layer;
+    const long last = std::min((task + 1) * images, g.N) * image, pixels = g.H * g.W;
+    float *from = x + task * images * pixels * CL, *end = x + last / image * pixels * CL;
+    if (!g.whole()) std::fill(from, end, 0.f);
     const long size = Block::size(each, K, ROWS);
     float* scratch = block_scratch.get(POSITIONS * (size + each * WIDTH + PAD));
     float* products = scratch + POSITIONS * size;
@@ -336,63 +511,102 @@ static void up(const Layer<M>& g, const float* y, const float* w, const float* b
       Block S{scratch, std::min(each, last - first), K, ROWS};
       const long pitch = cdiv(S.count, ROWS) * ROWS * WIDTH + PAD;
       spread(g, y, first, 0, K, S);
-      for (long panel = 0; panel < panels; panel++) {
-        multiply(POSITIONS, S, U + panel * K * WIDTH, stride, products);
-        const int phase = panel * WIDTH / CL;
-        const long c = panel * WIDTH % CL;
-        for (long t = 0; t < S.count; t++) {
-          const auto tile = g.tile(first + t);
-          float* to[POSITIONS];
-          for (int e = 0; e < POSITIONS; e++)
-            to[e] = g.large(x, tile, phase / 2, phase % 2, e / SIDE, e % SIDE);
-          for (int lane = 0; lane < WIDTH; lane += LANES) {
-            vec d[POSITIONS];
-#pragma GCC unroll 25
-            for (int e = 0; e < POSITIONS; e++)
-              d[e] = load(products + e * pitch + t * WIDTH + lane);
-            both<SIDE>(d, SIDE, SIDE, Winograd<M>::scatter);
-#pragma GCC unroll 25
-            for (int e = 0; e < POSITIONS; e++)
-              if (to[e]) {
-                bool more = (e / SIDE == 0 && tile.a > 0) || (e % SIDE == 0 && tile.b > 0);
-                float* out = to[e] + c + lane;
-                store(out, more ? load(out) + d[e] : d[e]);
-              }
+      each_phase<L>([&](auto phase) {
+        using F = decltype(phase);
+        for (long panel = 0; panel < CL; panel += WIDTH) {
+          for (int e = 0; e < F::POSITIONS; e++)
+            multiply(S, F::position(e), K,
+                     U + F::position(e) * stride + (F::SLOT[e] * CL + panel) * K,
+                     products + e * pitch);
+          for (long t = 0; t < S.count; t++) {
+            const auto tile = g.tile(first + t);
+            float* to[F::POSITIONS];
+            g.template large<F::R, F::S>(x + panel, tile, (float*)nullptr, to);
+            for (int lane = 0; lane < WIDTH; lane += LANES) {
+              vec d[F::POSITIONS];
+#pragma GCC unroll 36
+              for (int e = 0; e < F::POSITIONS; e++)
+                d[e] = load(products + e * pitch + t * WIDTH + lane);
+              both<F::COLUMNS>(d, F::COLUMNS, F::LINES, F::Column::scatter, F::Row::scatter);
+#pragma GCC unroll 36
+              for (int e = 0; e < F::POSITIONS; e++)
+                if (to[e]) {
+                  bool more = (e / F::COLUMNS < F::TR - 1 && tile.a > 0) ||
+                              (e % F::COLUMNS < F::TS - 1 && tile.b > 0);
+                  float* out = to[e] + lane;
+                  store(out, more ? load(out) + d[e] : d[e]);
+                }
+            }
           }
         }
-      }
+      });
     }
-    if (bias || slope != 1) {
-      const long size = 4 * g.P * g.Q * CL;  // of an image
-      for (float* p = x + task * images * size; p < x + last / image * size; p += CL)
+    if (bias || slope != 1)
+      for (; from < end; from += CL)
         for (long c = 0; c < CL; c += LANES)
-          store(p + c, activate(load(p + c) + (bias ? load(bias + c) : vec{}), slope));
-    }
+          store(from + c, activate(load(from + c) + (bias ? load(bias + c) : vec{}), slope));
   });
 }
 
-template <int M>
-static void weight_gradient(const Layer<M>& g, const float* y, const float* x, float* dw,
-                            int threads) {
-  constexpr int SIDE = M + 1, POSITIONS = SIDE * SIDE;
+// The largest of 128, 64, ... that divides n.
+static inline long share(long n) {
+  long found = 128;
+  while (n % found) found /= 2;
+  return found;
+}
+
+template <class L>
+static void weight_gradient(const L& layer, const float* y, const float* x, float* dw, int threads) {
+  const L g = layer;
+  constexpr int POSITIONS = L::POSITIONS, TAPS = L::KERNEL * L::KERNEL;
   constexpr long TILES = 64, PITCH = TILES + 1;  // PITCH: as PAD
-  constexpr long CHANNELS = std::max(WIDTH, CHUNK), columns = 4 * CHANNELS;
-  const long CL = g.CL, rows = g.CS % 128 == 0 ? 128 : CHUNK;  // of the small side's, a task
-  parallel(threads, CL / CHANNELS * (g.CS / rows), [&](long task) {
-    const long c0 = task % (CL / CHANNELS) * CHANNELS, s0 = task / (CL / CHANNELS) * rows;
-    const long sums = rows * columns;  // of a position
-    const long V_size = Block::size(TILES, columns, PITCH), S_size = Block::size(TILES, rows, PITCH);
-    float* dU = block_scratch.get(POSITIONS * (sums + V_size + S_size));
-    float* gathered = dU + POSITIONS * sums;
+  constexpr long NARROW = std::max(WIDTH, CHUNK);
+  // A task has so many channels of each side. Where that makes few tasks, they have a part of the tiles.
+  const long CL = g.CL, rows = share(g.CS), wide = share(CL);
+  const long channels = L::PHASES == 1 ? wide : NARROW, columns = L::PHASES * channels;
+  const long pairs = CL / channels * (g.CS / rows);
+  const long parts = L::PHASES == 1 ? std::max(1L, std::min(16 / pairs, g.tiles() / (4 * TILES))) : 1;
+  const long most = cdiv(cdiv(g.tiles(), parts), TILES) * TILES;  // tiles of a part
+  const long sums = rows * columns;
+  const long V_size = Block::size(TILES, columns, PITCH), S_size = Block::size(TILES, rows, PITCH);
+  float* all_sums = parts > 1 ? weights_scratch.get(parts * pairs * POSITIONS * sums) : nullptr;
+  // From the sums [POSITIONS][rows][PHASES][channels] of a pair.
+  auto finish = [&](long pair, const float* dU) {
+    const long c0 = pair % (CL / channels) * channels, s0 = pair / (CL / channels) * rows;
+    for (long s = 0; s < rows; s++)
+      each_phase<L>([&](auto phase) {
+        using F = decltype(phase);
+        for (long c = 0; c < channels; c += LANES) {
+          vec u[F::POSITIONS];
+          for (int e = 0; e < F::POSITIONS; e++)
+            u[e] = load(dU + F::position(e) * sums + s * columns + F::SLOT[e] * channels + c);
+          both<F::COLUMNS>(u, F::COLUMNS, F::TR, F::Column::gradient, F::Row::gradient);
+          for (int i = 0; i < F::TR; i++)
+            for (int j = 0; j < F::TS; j++)
+              store(dw + ((s0 + s) * TAPS + g.tap(F::R, F::S, i, j)) * CL + c0 + c,
+                    u[i * F::COLUMNS + j]);
+        }
+      });
+  };
+  parallel(threads, pairs * parts, [&](long task) {
+    const L g = layer;
+    // A constant with four phases, and to the compiler as well.
+    const long channels = L::PHASES == 1 ? wide : NARROW, columns = L::PHASES * channels;
+    const long pair = task % pairs, begin = task / pairs * most;
+    const long end = std::min(begin + most, g.tiles());
+    const long c0 = pair % (CL / channels) * channels, s0 = pair / (CL / channels) * rows;
+    float* scratch = block_scratch.get(POSITIONS * (sums + V_size + S_size));
+    float* dU = parts > 1 ? all_sums + task * POSITIONS * sums : scratch;
+    float* gathered = scratch + POSITIONS * sums;
     float* spreaded = gathered + POSITIONS * V_size;
-    std::memset(dU, 0, 4 * POSITIONS * sums);  // [POSITIONS][rows][4][CHANNELS]
-    for (long first = 0; first < g.tiles(); first += TILES) {
-      const long count = std::min(TILES, g.tiles() - first);
+    std::memset(dU, 0, 4 * POSITIONS * sums);
+    for (long first = begin; first < end; first += TILES) {
+      const long count = std::min(TILES, end - first);
       Block V{gathered, count, columns, PITCH}, S{spreaded, count, rows, PITCH};
-      gather(g, x, first, c0, CHANNELS, V);
+      gather(g, x, first, c0, channels, V);
       spread(g, y, first, s0, rows, S);
       for (int e = 0; e < POSITIONS; e++)
-        for (long column = 0; column < columns; column += WIDTH)
+        for (long column = 0; column < L::slot(e, L::PHASES) * channels; column += WIDTH)
           for (long row = 0; row < rows; row += CHUNK) {
             const float* a = S.data + e * S.position() + row / CHUNK * S.chunk();
             const float* b = V.data + e * V.position();
@@ -407,48 +621,64 @@ static void weight_gradient(const Layer<M>& g, const float* y, const float* x, f
             if constexpr (REST > 0) outer<REST>(a + r, b0, b1, count, c + r * columns, columns);
           }
     }
-    for (long s = 0; s < rows; s++)
-      for (int phase = 0; phase < 4; phase++)
-        for (long c = 0; c < CHANNELS; c += LANES) {
-          vec u[POSITIONS];
-          for (int e = 0; e < POSITIONS; e++)
-            u[e] = load(dU + e * sums + s * columns + phase * CHANNELS + c);
-          both<SIDE>(u, SIDE, 2, Winograd<M>::gradient);
-          for (int t = 0; t < 4; t++)
-            store(dw + ((s0 + s) * 16 + tap(phase, t)) * CL + c0 + c, u[t / 2 * SIDE + t % 2]);
-        }
+    if (parts == 1) finish(pair, dU);
+  });
+  if (parts == 1) return;
+  parallel(threads, pairs, [&](long pair) {
+    float* dU = all_sums + pair * POSITIONS * sums;
+    for (long part = 1; part < parts; part++) {
+      const float* more = all_sums + (part * pairs + pair) * POSITIONS * sums;
+      for (long i = 0; i < POSITIONS * sums; i += LANES) store(dU + i, load(dU + i) + load(more + i));
+    }
+    finish(pair, dU);
   });
 }
 
-constexpr long MOST_WEIGHTS = 256 * 128;
+// ---- as called from Python
 
-// Large tiles where they fit and the weights, 25 matrices of them, are not too many.
-static bool large_tiles(long P, long Q, long CS, long CL) {
-  return P % 4 == 0 && Q % 4 == 0 && CS * CL <= MOST_WEIGHTS;
+// f(Layer) of a kernel 3x3, 4x4 or 5x5 in tiles 2x2 or 4x4.
+template <class F>
+static void with_layer(int tile, long N, long P, long Q, long CS, long H, long W, long CL,
+                       long kernel, long stride, long pad, long left, const F& f) {
+  auto run = [&](auto two, auto four) {
+    if (tile == 2)
+      f(decltype(two){N, P, Q, CS, H, W, CL, stride, pad, left});
+    else
+      f(decltype(four){N, P, Q, CS, H, W, CL, stride, pad, left});
+  };
+  if (kernel == 3)
+    run(Layer<2, 3, 0>{}, Layer<4, 3, 0>{});
+  else if (kernel == 4)
+    run(Layer<2, 2, 2>{}, Layer<4, 2, 2>{});
+  else
+    run(Layer<2, 3, 2>{}, Layer<4, 3, 2>{});
 }
 
 // y = activate(down(x) + bias); bias may be null.
-extern "C" void fastdcgan_down(const float* x, const float* w, const float* bias, float* y, long N,
-                               long P, long Q, long CS, long CL, float slope, int threads) {
-  if (large_tiles(P, Q, CS, CL))
-    down(Layer<4>{N, P, Q, CS, CL}, x, w, bias, y, slope, threads);
-  else
-    down(Layer<2>{N, P, Q, CS, CL}, x, w, bias, y, slope, threads);
+extern "C" void fastdcgan_down(const float* x, const float* w, const float* bias, float* y, int tile,
+                               long N, long P, long Q, long CS, long H, long W, long CL, long kernel,
+                               long stride, long pad, long left, float slope, int threads) {
+  with_layer(tile, N, P, Q, CS, H, W, CL, kernel, stride, pad, left,
+             [&](const auto& g) { down(g, x, w, bias, y, slope, false, threads); });
 }
 
 // x = activate(up(y) + bias); bias may be null.
-extern "C" void fastdcgan_up(const float* y, const float* w, const float* bias, float* x, long N,
-                             long P, long Q, long CS, long CL, float slope, int threads) {
-  if (large_tiles(P, Q, CS, CL))
-    up(Layer<4>{N, P, Q, CS, CL}, y, w, bias, x, slope, threads);
+extern "C" void fastdcgan_up(const float* y, const float* w, const float* bias, float* x, int tile,
+                             long N, long P, long Q, long CS, long H, long W, long CL, long kernel,
+                             long stride, long pad, long left, float slope, int threads) {
+  if (stride == 1)
+    with_layer(tile, N, H, W, CL, P, Q, CS, kernel, 1, kernel - 1 - pad, kernel - 1 - left,
+               [&](const auto& g) { down(g, y, w, bias, x, slope, true, threads); });
   else
-    up(Layer<2>{N, P, Q, CS, CL}, y, w, bias, x, slope, threads);
+    with_layer(tile, N, P, Q, CS, H, W, CL, kernel, stride, pad, left, [&](const auto& g) {
+      if constexpr (std::decay_t<decltype(g)>::PIECES == 2) up(g, y, w, bias, x, slope, threads);
+    });
 }
 
-extern "C" void fastdcgan_weight_gradient(const float* y, const float* x, float* dw, long N, long P,
-                                          long Q, long CS, long CL, int threads) {
-  if (large_tiles(P, Q, CS, CL))
-    weight_gradient(Layer<4>{N, P, Q, CS, CL}, y, x, dw, threads);
-  else
-    weight_gradient(Layer<2>{N, P, Q, CS, CL}, y, x, dw, threads);
+extern "C" void fastdcgan_weight_gradient(const float* y, const float* x, float* dw, int tile, long N,
+                                          long P, long Q, long CS, long H, long W, long CL,
+                                          long kernel, long stride, long pad, long left,
+                                          int threads) {
+  with_layer(tile, N, P, Q, CS, H, W, CL, kernel, stride, pad, left,
+             [&](const auto& g) { weight_gradient(g, y, x, dw, threads); });
 }

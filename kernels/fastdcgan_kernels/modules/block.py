@@ -21,7 +21,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .. import functional, reference
 from ..choice import plain
-from ..choice.geometry import KERNELS, Sides, contiguous, is_channels_last, sides_of
+from ..choice.geometry import KERNEL, Sides, contiguous, is_channels_last, sides_of
 from ..choice.spec import BlockSpec, Buffers
 from ..convolution import convolve
 from ..functional import Activated, Deferred, Input
@@ -273,7 +273,7 @@ def activation_of(module: nn.Module | None) -> tuple[Any, float] | None:
 def why_not_conv(conv: Convolution) -> str:
     """Why no fused block has this convolution; "" if one has."""
     rows, columns = conv.kernel_size
-    if rows != columns or rows not in KERNELS:
+    if rows != columns or rows > KERNEL:
         return f"its kernel is {rows}x{columns}; blocks have square ones, 1x1 to 7x7"
     if tuple(conv.stride) not in ((1, 1), (2, 2)):
         return f"its stride is {conv.stride}; blocks have 1 and 2 along both axes"

@@ -100,6 +100,134 @@ def test_convolutions_of_any_sides_are_as_exact_as_float32(n, p, q, cs, cl, seed
         assert error(got, expected) < 1e-7 + 8 * error(plain, expected)
 
 
+# (kernel, stride) that have kernels.
+KERNELS = (3, 1), (4, 1), (4, 2), (5, 1), (5, 2)
+
+
+@st.composite
+def geometries(draw, channels):
+    """Of any sides, padded by up to two pixels on each, with rows that no tap meets."""
+    kernel, stride = draw(st.sampled_from(KERNELS))
+    small = draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
+    before = draw(st.tuples(st.integers(0, 2), st.integers(0, 2)))
+    large = [
+        max(1, (side - 1) * stride + kernel - pad - draw(st.integers(1 - stride, 2)))
+        for side, pad in zip(small, before, strict=True)
+    ]
+    n, cs, cl = draw(st.tuples(st.integers(1, 4), *map(st.sampled_from, channels)))
+    return Geometry(n, *small, cs, *large, cl, stride, before[0], kernel, before[1] - before[0])
+
+
+def random(g):
+    """(small, large, weight) of a layer, channels_last."""
+    shapes = (g.N, g.CS, g.P, g.Q), (g.N, g.CL, g.H, g.W), (g.CS, g.CL, g.kernel, g.kernel)
+    return [torch.randn(shape).to(memory_format=CL) for shape in shapes]
+
+
+def plain_three(g, small, large, weight):
+    """Down, up and weight gradient of any layer by PyTorch, in the dtype given."""
+    large, weight = large.detach().requires_grad_(), weight.detach().requires_grad_()
+    below = (g.P - 1) * g.stride + g.kernel - g.pad - g.H
+    right = (g.Q - 1) * g.stride + g.kernel - g.left - g.W
+    y = F.conv2d(F.pad(large, (g.left, right, g.pad, below)), weight, None, g.stride)
+    return y.detach(), *torch.autograd.grad(y, (large, weight), small)
+
+
+def winograd_three(g, small, large, weight, tile=None, biases=(None, None), slope=1.0):
+    """The same by Winograd's kernels, whatever the rules say, into memory of NaN."""
+
+    def empty(n, c, h, w, like):
+        return torch.full((n, c, h, w), torch.nan).to(memory_format=CL)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convolution, "empty", empty)
+        patch.setattr(convolution, "has_winograd", lambda geometry: True)
+        patch.setattr(convolution, "pays", lambda geometry: True)
+        if tile:
+            patch.setattr(convolution, "tile", lambda geometry: tile)
+        return (
+            convolution.convolve(large, weight, g, False, biases[0], slope),
+            convolution.convolve(small, weight, g, True, biases[1], slope),
+            convolution.weight_gradient(small, large, g),
+        )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    g=geometries(([32, 64, 160], [32, 96])), tile=st.sampled_from([2, 4]), biased=st.booleans(),
+    slope=st.sampled_from([0.0, 0.2, 1.0]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_layers_of_any_geometry(g, tile, biased, slope, seed):
+    torch.manual_seed(seed)
+    tensors = random(g)
+    biases = [torch.randn(c) if biased else None for c in (g.CS, g.CL)]
+    got = winograd_three(g, *tensors, tile, biases, slope)
+    exact = list(plain_three(g, *(t.double() for t in tensors)))
+    for i, bias in enumerate(biases):
+        shift = 0 if bias is None else bias.double()[:, None, None]
+        exact[i] = F.leaky_relu(exact[i] + shift, slope)
+    for ours, expected in zip(got, exact, strict=True):
+        assert ours.is_contiguous(memory_format=CL)
+        assert error(ours, expected) < (5e-6 if tile == 4 else 2e-6)
+
+
+@pytest.mark.parametrize("batch", [8, 37])
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_weight_gradients_of_many_tiles(kernel, batch):
+    """Of one phase, in parts of the tiles: 128 and 592, tasks of several shapes."""
+    for cs, cl in ((32, 64), (96, 128)):
+        g = Geometry(batch, 15, 14, cs, 15, 14, cl, 1, kernel // 2, kernel)
+        tensors = random(g)
+        exact = plain_three(g, *(t.double() for t in tensors))[2]
+        assert error(winograd_three(g, *tensors, tile=4)[2], exact) < 3e-6
+
+
+def test_what_earlier_layers_left_in_memory_does_not_matter():
+    for kernel, stride in KERNELS:
+        g = Geometry(3, 7, 5, 32, 6 * stride + 2, 4 * stride + 3, 64, stride, 1, kernel)
+        tensors = random(g)
+        wide = Geometry(8, 9, 9, 64, 9 * stride, 9 * stride, 64, stride, 1, kernel)
+        for tile in (2, 4):
+            first = winograd_three(g, *tensors, tile)
+            winograd_three(wide, *(t.fill_(torch.nan) for t in random(wide)), tile)
+            for a, b in zip(first, winograd_three(g, *tensors, tile), strict=True):
+                assert torch.equal(a, b)
+
+
+# (N, P, Q, CS, H, W, CL, stride, pad, kernel), whether both ways run here and whether the weight
+# gradient does, and the tile.
+RULES = {
+    "tutorial_down": ((64, 7, 7, 128, 14, 14, 64, 2, 1, 5), True, True, 4),
+    "tutorial_one_image": ((1, 7, 7, 128, 14, 14, 64, 2, 1, 5), False, True, 2),
+    "tutorial_stride_1": ((64, 7, 7, 256, 7, 7, 128, 1, 2, 5), True, True, 4),
+    "critic_32": ((1, 32, 32, 64, 32, 32, 64, 1, 1, 3), True, True, 4),
+    "critic_4": ((16, 4, 4, 512, 4, 4, 512, 1, 1, 3), True, True, 2),
+    "critic_4_batch_64": ((64, 4, 4, 512, 4, 4, 512, 1, 1, 3), True, True, 4),
+    "five_pixels": ((64, 5, 5, 128, 5, 5, 128, 1, 2, 5), False, False, 2),
+    "one_pixel": ((64, 1, 1, 64, 1, 1, 64, 1, 1, 3), False, False, 2),
+    "odd_channels": ((64, 8, 8, 48, 8, 8, 64, 1, 1, 3), False, False, 4),
+    "3x3_stride_2": ((64, 8, 8, 64, 16, 16, 64, 2, 1, 3), False, False, 4),
+    "6x6": ((64, 8, 8, 64, 16, 16, 64, 2, 2, 6), False, False, 4),
+    "dcgan": ((64, 8, 8, 256, 16, 16, 128, 2, 1, 4), True, True, 4),
+    "dcgan_large_weights": ((64, 4, 4, 512, 8, 8, 256, 2, 1, 4), True, True, 2),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_rule_of_shapes(name, called):
+    sides, both, gradient, tile = RULES[name]
+    g = Geometry(*sides)
+    assert (convolution.pays(g), convolution.has_winograd(g)) == (both, gradient)
+    if gradient:
+        assert convolution.tile(g) == tile
+    g = Geometry(1, *sides[1:])
+    small, large, weight = random(g)
+    convolution.weight_gradient(small, large, g)
+    convolution.convolve(large, weight, g, False)
+    expected = ["weight_gradient"] * gradient + ["down"] * convolution.pays(g)
+    assert called == expected
+
+
 def test_small_batches_are_left_to_pytorch(called):
     _, large, weight = sides(3, 8, 8, 32, 32)
     for n, kernels in ((3, []), (4, ["down"])):
@@ -119,19 +247,19 @@ def test_the_nets_layers_are_as_exact_as_float32(layer):
         assert error(got, expected) < 6 * error(plain, expected)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
-    n=st.integers(1, 3), p=st.integers(1, 9), q=st.integers(1, 19), cs=st.sampled_from([16, 48]),
-    cl=st.integers(1, 4), slope=st.sampled_from([0.0, 0.2, 1.0]), biased=st.booleans(),
+    g=geometries(([16, 48], [1, 2, 3, 4])), slope=st.sampled_from([0.0, 0.2, 1.0]),
+    biased=st.booleans(),
 )  # fmt: skip
-def test_up_to_an_image(n, p, q, cs, cl, slope, biased):
-    small, _, weight = sides(n, p, q, cs, cl)
-    bias = torch.randn(cl) if biased else None
-    g = Geometry(n, p, q, cs, 2 * p, 2 * q, cl, 2, 1)
-    assert convolution.has_image_up(g)
+def test_up_to_an_image(g, slope, biased):
+    small, large, weight = random(g)
+    bias = torch.randn(g.CL) if biased else None
+    assert convolution.has_image_up(g) or convolution.is_end(g)
     got = convolution.convolve(small, weight, g, True, bias, slope)
-    y = F.conv_transpose2d(small.double(), weight.double(), bias.double() if biased else None, 2, 1)
-    assert error(got, F.leaky_relu(y, slope)) < 1e-6
+    x = plain_three(g, small.double(), large.double(), weight.double())[1]
+    x = x if bias is None else x + bias.double()[:, None, None]
+    assert error(got, F.leaky_relu(x, slope)) < 1e-6
 
 
 # (transposed, stride, x, weight): with kernels, and at the ends.
@@ -205,6 +333,36 @@ def test_blocks_without_norm_and_their_gradients(layer, activation):
     upstream = torch.randn(out.shape[::-1]).permute(3, 2, 1, 0)  # of any strides
     out.backward(upstream)
     expected.backward(upstream.double())
+    for mine, theirs in zip(tensors, twins, strict=True):
+        assert error(mine.grad, theirs.grad) < 1e-5
+
+
+# (transposed, stride, padding, x, weight)
+MORE_LAYERS = {
+    "tutorial_up": (True, 2, (1, 1, 2, 2), (48, 64, 7, 7), (64, 32, 5, 5)),
+    "tutorial_down": (False, 2, (1, 1, 2, 2), (48, 32, 14, 14), (64, 32, 5, 5)),
+    "tutorial_same": (True, 1, 2, (32, 64, 7, 7), (64, 32, 5, 5)),
+    "tutorial_image": (True, 2, (1, 1, 2, 2), (2, 32, 14, 14), (32, 1, 5, 5)),
+    "critic": (False, 1, 1, (4, 32, 16, 16), (64, 32, 3, 3)),
+    "critic_image": (False, 1, 1, (4, 3, 16, 16), (64, 3, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("layer", MORE_LAYERS)
+def test_blocks_of_other_kernels_and_their_gradients(layer, called):
+    transposed, stride, padding, *shapes = MORE_LAYERS[layer]
+    op = "conv_transpose_act" if transposed else "conv_act"
+    tensors = leaves(*shapes, (shapes[1][1 if transposed else 0],))
+    twins = wide(tensors)
+    options = {"stride": stride, "padding": padding, "activation": "leaky_relu", "slope": 0.2}
+    out = getattr(functional, op)(*tensors, **options)
+    expected = getattr(reference, op)(*twins, **options)
+    assert error(out, expected) < 4e-6
+    upstream = torch.randn(out.shape)
+    out.backward(upstream)
+    expected.backward(upstream.double())
+    kernels = {"image_up"} if "image" in layer else {"up", "down", "weight_gradient"}
+    assert set(called) == kernels
     for mine, theirs in zip(tensors, twins, strict=True):
         assert error(mine.grad, theirs.grad) < 1e-5
 
@@ -389,9 +547,13 @@ def test_steps_of_fused_nets_are_plain_pytorchs(called):
 
 
 def kernels_own():
-    """Results of every kernel: both Winograd tiles, up to an image, norms there and back."""
+    """Results of every kernel: all Winograd layers and tiles, up to an image, norms there and
+    back."""
     torch.manual_seed(0)
     results = [*ours(*sides(5, 7, 6, 160, 96)), *ours(*sides(4, 8, 8, 64, 128))]
+    for kernel, stride in KERNELS:
+        g = Geometry(37, 12, 11, 64, 12 * stride, 11 * stride, 32, stride, 1, kernel)
+        results += [t for tile in (2, 4) for t in winograd_three(g, *random(g), tile)]
     x = torch.randn(6, 32, 16, 16).to(memory_format=CL).requires_grad_()
     weight, image = (torch.randn(32, c, 4, 4).to(memory_format=CL) for c in (64, 3))
     gamma = torch.ones(64, requires_grad=True)
