@@ -249,6 +249,15 @@ def test_without_a_norm_silu_and_gelu_keep_their_input_alone(activation, launche
     close(out, getattr(F, activation)(F.conv2d(x.double(), weight.double(), None, 2, 1)))
 
 
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_without_a_norm_small_values_keep_their_digits(activation):
+    """The coefficients that stand for no norm are exact."""
+    x, weight = leaves((2, 6, 8, 8), (7, 6, 4, 4))
+    x.data *= 1e-6
+    out = fk.conv_act(x, weight, stride=2, padding=1, activation=activation)
+    close(out, getattr(F, activation)(F.conv2d(x.double(), weight.double(), None, 2, 1)))
+
+
 def chain(op, x, weights, norms, **options):
     """Three blocks up; the first two may leave their activation to the next."""
     defer = options.pop("defer", False)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from fastdcgan_kernels.choice import targets
@@ -54,7 +54,8 @@ shapes = st.tuples(*[st.integers(1, 4)] * 4).map(
     st.sampled_from(EVERY), st.sampled_from([1, 2]), st.booleans(), st.integers(0, 100),
 )  # fmt: skip
 def test_any_sum_of_parts(splits, shape, dtype, kind, activation, groups, bias, seed):
-    assume(kind != "actgrad" or activation not in OF_INPUT)
+    if kind == "actgrad" and activation in OF_INPUT:
+        reject()
     check(splits, shape, dtype, kind, activation, groups, bias, seed)
 
 
