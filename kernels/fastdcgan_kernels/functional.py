@@ -218,7 +218,8 @@ def _how(x: Input, weight: Tensor, spec: BlockSpec, norm: bool) -> How:
 def unsupported(x: Input, weight: Tensor, spec: BlockSpec) -> str:
     """Why there is no kernel for this convolution; "" if there is one (on some device)."""
     y, transposed = _tensor(x), spec.transposed
-    if weight.dim() != 4 or weight.shape[2] != weight.shape[3] or not 1 <= weight.shape[2] <= KERNEL:
+    square = weight.dim() == 4 and weight.shape[2] == weight.shape[3]
+    if not square or not 1 <= weight.shape[2] <= KERNEL:
         return f"kernels are square, 1x1 to 7x7; the weight is {tuple(weight.shape)}"
     if spec.stride not in (1, 2):
         return f"stride {spec.stride}; kernels have 1 and 2"
