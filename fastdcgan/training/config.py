@@ -112,7 +112,7 @@ class TrainConfig:
     not, and replayed; where that fails, a line says so. on: where it fails, the run ends. off."""
     overlap: bool = _option(False, free=True)
     """With fused blocks on CUDA, weight gradients and the updates by them run in a second stream,
-    beside the rest of the way back. Which way is faster no GPU has measured yet."""
+    beside the rest of the way back. Which way is faster has not been measured."""
     device: str = _option("auto", free=True)
     """auto, cpu, cuda, cuda:N or mps."""
     sync_bn: bool = _option(False)

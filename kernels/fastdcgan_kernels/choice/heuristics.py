@@ -1,5 +1,5 @@
 """The tiles that a kernel's task may have; among them, by the model, the default and those that the
-tuner tries. Predictions: no GPU has timed them. Not here: the model (model.py); what was measured
+tuner tries. The defaults were timed on an H200 (benchmarks/results/gpu). Not here: the model (model.py); what was measured
 (measured.py)."""
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Tiles of the persistent kernel in Gluon (gpu/conv_gluon.py): which of them fit a layer, and what
-the kernel is told of one. Shapes alone: imports no Triton. No GPU has run that kernel, so none of
-these tiles is a default; the tuner tries them."""
+the kernel is told of one. Shapes alone: imports no Triton. On an H200 the best of them took
+0.84 to 1.06 of the default's time on a DCGAN's layers at batch 128, and twice it at 18 images
+(benchmarks/results/gpu), so none is a default; the tuner tries them."""
 
 from __future__ import annotations
 
