@@ -1,6 +1,6 @@
 """The tiles that a kernel's task may have; among them, by the model, the default and those that the
-tuner tries. The defaults were timed on an H200 (benchmarks/results/gpu). Not here: the model (model.py); what was measured
-(measured.py)."""
+tuner tries. The defaults were timed on an H200 (benchmarks/results/gpu). Not here: the model
+(model.py); what was measured (measured.py)."""
 
 from __future__ import annotations
 
