@@ -28,6 +28,8 @@ class Plan(NamedTuple):
     CS: int
     CL: int
     STRIDE: int
+    PAD: int
+    LEFT: int
     TRANSPOSED: bool
     CI: int  # channels of what is read
     CO: int  # and of what is written
@@ -89,9 +91,10 @@ def plan_of(
             continue
         if ring + out * buffers // pieces + BARRIERS <= target.shared_bytes:
             return Plan(
-                g.P, g.Q, g.CS, g.CL, g.stride, transposed, shape.CI, shape.CO, shape.PHASE,
-                shape.SIDE, *box, tile.rows, tile.columns, DEPTH, tile.stages, tile.warps,
-                consumers, pieces, buffers, images % box[0] != 0, has_bias, epilogue, activation,
+                g.P, g.Q, g.CS, g.CL, g.stride, g.pad, g.left, transposed, shape.CI, shape.CO,
+                shape.PHASE, shape.SIDE, *box, tile.rows, tile.columns, DEPTH, tile.stages,
+                tile.warps, consumers, pieces, buffers, images % box[0] != 0, has_bias, epilogue,
+                activation,
             )  # fmt: skip
     return None
 
