@@ -64,6 +64,7 @@ def test_measuring_on_a_gpu(monkeypatch):
     """With torch.cuda and NVML on a tape: peak memory above what was held before, clocks of the
     rounds, power of each workload alone, and the throttling of either."""
     allocated = iter([1000 * MIB, 1200 * MIB])
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: next(allocated))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1500 * MIB)

@@ -16,7 +16,7 @@ def main():
         torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
     )
     print(
-        "# Five foreign nets, trained plain and fused\n\n"
+        "# Seven foreign nets, trained plain and fused\n\n"
         "`python -m tests.convergence`: each net 200 steps, plain from three seeds and fused from "
         "the first; losses are means of the last 20 steps, `eval_` those on other images in "
         'evaluation. "Leaves" is how far the fused run gets out of the range of the plain ones '

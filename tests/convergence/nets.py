@@ -1,4 +1,4 @@
-"""Five nets as other people write them, each with its training script: a function of a `Run`, which
+"""Seven nets as other people write them, each with its training script: a function of a `Run`, that
 calls `run.fuse` on its models and logs its losses. Not here: the loop's surroundings (training.py).
 
 A script returns {name: (model, inputs)} for the comparison of outputs in evaluation.
@@ -447,9 +447,147 @@ def classifier(run):
     return {"model": (model, (images,))}
 
 
+# --- CycleGAN: norms of one image, 7x7 and 3x3 kernels --------------------------------------------
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.block = nn.Sequential(
+            nn.ReflectionPad2d(1),
+            nn.Conv2d(channels, channels, 3),
+            nn.InstanceNorm2d(channels),
+            nn.ReLU(inplace=True),
+            nn.ReflectionPad2d(1),
+            nn.Conv2d(channels, channels, 3),
+            nn.InstanceNorm2d(channels),
+        )
+
+    def forward(self, x):
+        return x + self.block(x)
+
+
+def resnet(width=16):
+    return nn.Sequential(
+        nn.ReflectionPad2d(3),
+        nn.Conv2d(3, width, 7),
+        nn.InstanceNorm2d(width),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
+        nn.InstanceNorm2d(2 * width),
+        nn.ReLU(inplace=True),
+        ResidualBlock(2 * width),
+        ResidualBlock(2 * width),
+        nn.ConvTranspose2d(2 * width, width, 3, stride=2, padding=1, output_padding=1),
+        nn.InstanceNorm2d(width),
+        nn.ReLU(inplace=True),
+        nn.ReflectionPad2d(3),
+        nn.Conv2d(width, 3, 7),
+        nn.Tanh(),
+    )
+
+
+def image_critic(width=16):
+    return nn.Sequential(
+        nn.Conv2d(3, width, 4, stride=2, padding=1),
+        nn.LeakyReLU(0.2, inplace=True),
+        nn.Conv2d(width, 2 * width, 4, stride=2, padding=1),
+        nn.InstanceNorm2d(2 * width),
+        nn.LeakyReLU(0.2, inplace=True),
+        nn.ZeroPad2d((1, 0, 1, 0)),
+        nn.Conv2d(2 * width, 1, 4, padding=1),
+    )
+
+
+def cyclegan(run):
+    G_AB, G_BA, D_A, D_B = (net().to(run.device) for net in (resnet,) * 2 + (image_critic,) * 2)
+    for net in (G_AB, G_BA, D_A, D_B):
+        run.fuse(net)
+    optimizer_G = torch.optim.Adam(
+        [*G_AB.parameters(), *G_BA.parameters()], lr=2e-4, betas=(0.5, 0.999)
+    )
+    optimizer_D = torch.optim.Adam(
+        [*D_A.parameters(), *D_B.parameters()], lr=2e-4, betas=(0.5, 0.999)
+    )
+
+    def gan(prediction, real):
+        return F.mse_loss(prediction.float(), torch.full_like(prediction, float(real)).float())
+
+    for images, _ in run.batches():
+        real_A, real_B = images[:4], -images[4:8]  # other images, in other colours
+        with run.autocast():
+            fake_B, fake_A = G_AB(real_A), G_BA(real_B)
+            cycle = F.l1_loss(G_BA(fake_B), real_A) + F.l1_loss(G_AB(fake_A), real_B)
+            loss_G = gan(D_B(fake_B), True) + gan(D_A(fake_A), True)
+        optimizer_G.zero_grad()
+        run.backward(loss_G + 10 * cycle)
+        run.step(optimizer_G)
+
+        with run.autocast():
+            pairs = (D_A, real_A, fake_A), (D_B, real_B, fake_B)
+            losses = [gan(D(real), True) + gan(D(fake.detach()), False) for D, real, fake in pairs]
+        optimizer_D.zero_grad()
+        run.backward(0.5 * sum(losses))
+        run.step(optimizer_D)
+        run.log(D=sum(losses), G=loss_G, cycle=cycle)
+
+    real_A, _ = run.held_out()
+    with evaluated(G_AB, G_BA, D_A, D_B):
+        run.log(eval_cycle=F.l1_loss(G_BA(G_AB(real_A)), real_A), eval_D=gan(D_A(real_A), True))
+    return {"G": (G_AB, (real_A,)), "D": (D_A, (real_A,))}
+
+
+# --- SNGAN: a critic of 3x3 and 4x4 kernels under spectral normalisation --------------------------
+
+
+def sn_critic(width=32):
+    layers = []
+    for i, (inputs, outputs, kernel, stride) in enumerate(
+        [(3, 1, 3, 1), (1, 1, 4, 2), (1, 2, 3, 1), (2, 2, 4, 2), (2, 4, 3, 1)]
+    ):
+        channels = width * inputs if i else inputs
+        conv = nn.Conv2d(channels, width * outputs, kernel, stride, padding=1)
+        layers += [spectral_norm(conv), nn.LeakyReLU(0.1)]
+    return nn.Sequential(*layers, nn.Flatten(), spectral_norm(nn.Linear(4 * width * 8 * 8, 1)))
+
+
+def sngan(run):
+    netG, netD = Generator().to(run.device), sn_critic().to(run.device)
+    netG.apply(weights_init)
+    run.fuse(netG)
+    run.fuse(netD)
+    optimizerD = torch.optim.Adam(netD.parameters(), lr=2e-4, betas=(0.5, 0.999))
+    optimizerG = torch.optim.Adam(netG.parameters(), lr=2e-4, betas=(0.5, 0.999))
+    fixed_noise = torch.randn(64, nz, 1, 1, device=run.device)
+
+    for real, _ in run.batches():
+        noise = torch.randn(BATCH, nz, 1, 1, device=run.device)
+        with run.autocast():
+            fake = netG(noise)
+            score_real, score_fake = netD(real), netD(fake.detach())
+        loss_d = F.relu(1 - score_real.float()).mean() + F.relu(1 + score_fake.float()).mean()
+        optimizerD.zero_grad()
+        run.backward(loss_d)
+        run.step(optimizerD)
+
+        with run.autocast():
+            score = netD(fake)
+        loss_g = -score.float().mean()
+        optimizerG.zero_grad()
+        run.backward(loss_g)
+        run.step(optimizerG)
+        run.log(D=loss_d, G=loss_g)
+
+    real, _ = run.held_out()
+    with evaluated(netG, netD):
+        images = netG(fixed_noise)
+        run.log(eval_images=moments_error(images, real), eval_D=netD(real).mean())
+    return {"netG": (netG, (fixed_noise,)), "netD": (netD, (real,))}
+
+
 def noisy(images):
     """So that 200 steps do not end at a loss of 0."""
     return images + 3 * torch.randn_like(images)
 
 
-NETS = {net.__name__: net for net in (dcgan, pix2pix, vae, projection, classifier)}
+NETS = {net.__name__: net for net in (dcgan, pix2pix, vae, projection, classifier, cyclegan, sngan)}

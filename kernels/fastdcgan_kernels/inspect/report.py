@@ -145,6 +145,6 @@ def complaints(rows: list[dict[str, Any]]) -> list[str]:
                 ways.append("registers")
             loop = row["main_loop"]
             alone = "unordered" not in row  # in Gluon another warp asks for the copies
-            if loop and alone and loop["copies"] not in ways and not row["narrow"]:
+            if loop and alone and loop["copies"] not in ways and not row.get("narrow"):
                 found.append(f"{what}: no asynchronous copies in the main loop")
     return found

@@ -28,6 +28,7 @@ from ..functional import Activated, Deferred, Input
 from .keras import KerasBatchNorm2d
 
 _stat_groups: list[int] = [1]
+NOTHING: Sides = (0, 0, 0, 0)
 
 Convolution = nn.Conv2d | nn.ConvTranspose2d
 Norm = nn.BatchNorm2d | nn.SyncBatchNorm | nn.InstanceNorm2d
@@ -95,7 +96,7 @@ class ConvBlock(nn.Module):
         """The block's output, (N, C, P, Q) channels_last."""
         parts = self.conv, self.norm, self.activation
         if isinstance(x, Tensor) and is_block(*parts) and not plain.is_asked_for():
-            result: Tensor = run_block(*parts, x, False)
+            result: Tensor = run_block(*parts, x, False, NOTHING, format_of(x))
             wide = result.dim() == 4
             return result.contiguous(memory_format=torch.channels_last) if wide else result
         for part in parts:
@@ -105,12 +106,12 @@ class ConvBlock(nn.Module):
 
 def run_block(
     conv: Convolution, norm: Norm | None, activation: nn.Module | None, x: Input, defer: bool,
-    around: Sides = (0, 0, 0, 0),
+    around: Sides = NOTHING, form: torch.memory_format = torch.channels_last,
 ) -> Any:  # fmt: skip
     """What the modules compute one after the other, with `around` the convolution as much padding
-    more (of a transposed one, cut off). By kernels it is channels_last, and with
-    `defer` it may be a `Deferred` or `Activated`, which leaves something to the one that takes it;
-    where no kernel takes x, it is plain PyTorch's."""
+    more (of a transposed one, cut off). By kernels it is channels_last, and with `defer` it may be
+    a `Deferred` or `Activated`, which leaves something to the one that takes it; where no kernel
+    takes x, it is plain PyTorch's, in which x would have the format `form`."""
     found = activation_of(activation)
     assert found is not None
     spec = replace(spec_of(conv, around), activation=found[0], slope=found[1])
@@ -124,6 +125,8 @@ def run_block(
     how = functional.runner_of(x, weight, spec, norm is not None)
     if how == "reference" or _is_refused(x, weight, spec, norm):
         x = functional.materialise(x)
+        if form == torch.contiguous_format and format_of(x) != form:
+            weight = _Contiguous.apply(weight)
         if x.dtype != weight.dtype and functional.runs_kernels(x.device):  # which take both
             weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         y = convolve(x, weight, bias, spec.stride, spec.padding, spec.transposed)
@@ -145,6 +148,18 @@ def run_block(
     training = norm.training or (norm.running_mean is None and norm.running_var is None)
     buffers = Buffers(mean, var, batches)
     return functional.with_norm(x, inputs, buffers, spec, training, momentum, defer, how)
+
+
+class _Contiguous(torch.autograd.Function):
+    """A weight itself, whose gradient is contiguous whatever the format of the other operands."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return contiguous(gradient)
 
 
 def _is_refused(x: Input, weight: Tensor, spec: BlockSpec, norm: Norm | None) -> bool:
@@ -203,7 +218,7 @@ def formatted(x: Any, form: torch.memory_format) -> Any:
     return x
 
 
-def spec_of(conv: Convolution, around: Sides = (0, 0, 0, 0)) -> BlockSpec:
+def spec_of(conv: Convolution, around: Sides = NOTHING) -> BlockSpec:
     """Of the convolution alone, with so much padding more."""
     transposed = isinstance(conv, nn.ConvTranspose2d)
     if isinstance(conv, nn.ConvTranspose2d):
@@ -362,8 +377,8 @@ class FusedSequential(nn.Sequential):
                     x = functional.materialise(x)
                 at += len(block)
                 another = at < len(children) and len(block_at(children, at)) > 0
+                x = run_block(conv, norm, activation, x, another, around, form)
                 form, kept = format_after(form, conv, norm), is_kept(norm, activation)
-                x = run_block(conv, norm, activation, x, another, around)
                 continue
             child, rest = children[at], children[at + 1 :]
             if hands_on(child) and groups_now() == 1:
@@ -635,8 +650,9 @@ def _begin(call: Call, run: Run, input: Tensor) -> Tensor | None:
     whole, norm, activation = _parts(run.modules)
     if not is_block(whole, norm, activation):
         return None
-    form = format_after(_taken(input), whole, norm)
-    result = run_block(whole, norm, activation, input, False)
+    form = _taken(input)
+    result = run_block(whole, norm, activation, input, False, NOTHING, form)
+    form = format_after(form, whole, norm)
     result = _left(whole, result, form, run.leaves and is_kept(norm, activation))
     if len(run.modules) > 1:
         call.begun.append(Begun(run, result, run.modules[1:]))
