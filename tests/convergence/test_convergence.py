@@ -29,9 +29,9 @@ SHARE = 1.5
 # and of outputs in evaluation (2e-6 in float32). Those of a GPU are not measured.
 START = {"float32": 1e-4, "TF32": 3e-2, "bfloat16": 3e-2, "float16": 1e-2}
 EVALUATION = {"float32": 2e-5, "TF32": 3e-3, "bfloat16": 3e-2, "float16": 3e-3}
-# Where it is more: plain runs whose weights were changed by 1e-6 left theirs by 9e-4 (power
-# iterations, and an Adam whose first step is the gradient's sign).
-ROUGHER = {"projection": 3e-3}
+# Where it is more: plain runs whose weights were changed by 1e-6 left theirs by 9e-4 and 1.2e-3
+# (power iterations, and an Adam whose first step is the gradient's sign).
+ROUGHER = {"projection": 3e-3, "sngan": 3e-3}
 
 
 @pytest.mark.convergence
