@@ -26,8 +26,8 @@ LIMIT = {  # bytes of shared memory a block may have
     "sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376,
     "gfx942": 65_536, "gfx950": 163_840,
 }  # fmt: skip
-# Before 3.9 Triton gives some kernels 8 bytes of stack (16 where channels are odd), and two of gfx942's loops no loads of their
-# own; 3.6 does not use gfx950's copies into LDS either.
+# Before 3.9 Triton gives some kernels 8 bytes of stack (16 where channels are odd), and two of
+# gfx942's loops no loads of their own; 3.6 does not use gfx950's copies into LDS either.
 OLD = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
 STACK = 8 if OLD else 0
 WITH_TMA = WITH_PDL = ("sm_90", "sm_100", "sm_120")
