@@ -112,11 +112,12 @@ def gather_descriptors(
         row_mask = image < images
         down, across, from_p, from_q, first_tap = S.SIDE, S.SIDE, 0, 0, 0
         if S.TRANSPOSED:
-            taps, from_p, last_kh = taps_of(r, S, S.PAD)
-            side, from_q, last_kw = taps_of(s, S, S.LEFT)
-            first_tap = (last_kh * S.K + last_kw) * S.CL + col0
+            taps, from_p, least_h = taps_of(r, S, S.PAD)
+            side, from_q, least_w = taps_of(s, S, S.LEFT)
             if S.UNEVEN:
                 down, across = taps, side
+            last_h, last_w = S.STRIDE * (down - 1) + least_h, S.STRIDE * (across - 1) + least_w
+            first_tap = (last_h * S.K + last_w) * S.CL + col0
         steps = down * across * CHUNKS
         share = (steps + SPLIT - 1) // SPLIT
 

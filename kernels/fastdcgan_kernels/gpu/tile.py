@@ -440,11 +440,12 @@ def is_there(p, q, r, s, S: tl.constexpr):
 def taps_of(r, S: tl.constexpr, PAD: tl.constexpr):
     """Along one axis, of the pixels of phase r of a transposed convolution, PAD of which are cut
     off: how many taps they have, where the first that they read lies from their place, and the
-    kernel's row there; from one tap to the next that is one on, and STRIDE back."""
+    kernel's least row. The tap t of them reads t places further, by STRIDE * (taps - 1 - t) rows
+    more than the least. (In this order of terms Triton 3.6 keeps registers.)"""
     if S.PHASE != S.STRIDE:  # from one pixel
-        taps, top, kh = 1, 0, r
+        taps, top, least = 1, 0, r
     elif S.STRIDE == 1:
-        taps, top, kh = S.K, PAD - S.K + 1, S.K - 1
+        taps, top, least = S.K, PAD - S.K + 1, 0
     else:
         # h = 2 * place + r meets the rows kh = h + PAD - 2 * p, of which the least is 0 or 1.
         least, at = r, PAD // 2
@@ -453,8 +454,8 @@ def taps_of(r, S: tl.constexpr, PAD: tl.constexpr):
         taps = S.SIDE
         if S.UNEVEN:
             taps = S.SIDE - least
-        top, kh = at - taps + 1, least + 2 * (taps - 1)
-    return taps, top, kh
+        top = at - taps + 1
+    return taps, top, least
 
 
 @triton.jit
@@ -474,8 +475,8 @@ def gather_sum(
 
     down, across = S.SIDE, S.SIDE
     if S.TRANSPOSED:
-        taps, from_p, last_kh = taps_of(r, S, S.PAD)
-        side, from_q, last_kw = taps_of(s, S, S.LEFT)
+        taps, from_p, least_h = taps_of(r, S, S.PAD)
+        side, from_q, least_w = taps_of(s, S, S.LEFT)
         top, left = p + from_p, q + from_q
         if S.UNEVEN:
             down, across = taps, side
@@ -492,7 +493,8 @@ def gather_sum(
         c_mask = c < S.CI
         th, tw = tap // across, tap % across
         if S.TRANSPOSED:
-            kh, kw = last_kh - S.STRIDE * th, last_kw - S.STRIDE * tw
+            kh = S.STRIDE * (down - 1 - th) + least_h
+            kw = S.STRIDE * (across - 1 - tw) + least_w
         else:
             kh, kw = th, tw
         h, v = top + th, left + tw
