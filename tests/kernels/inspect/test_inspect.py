@@ -26,11 +26,10 @@ LIMIT = {  # bytes of shared memory a block may have
     "sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376,
     "gfx942": 65_536, "gfx950": 163_840,
 }  # fmt: skip
-# Before 3.9 Triton gives some kernels 8 bytes of stack, and two of gfx942's loops no loads of their
-# own; 3.6 gives some by pointers 24, and does not use gfx950's copies into LDS.
-VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
-OLD = VERSION < (3, 9)
-STACK = 24 if VERSION < (3, 8) else 8 if OLD else 0
+# Before 3.9 Triton gives some kernels 8 bytes of stack, of layers with odd channels 16, and two of
+# gfx942's loops no loads of their own; 3.6 does not use gfx950's copies into LDS either.
+OLD = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
+STACK = 8 if OLD else 0
 WITH_TMA = WITH_PDL = ("sm_90", "sm_100", "sm_120")
 
 
@@ -86,7 +85,7 @@ def every_layer_is_there(rows, archs):
 
 def nothing_spills_and_everything_fits(rows):
     for row in rows:
-        assert row["spill_bytes"] <= STACK, row
+        assert row["spill_bytes"] <= (2 * STACK if row["narrow"] else STACK), row
         assert OLD or row["local_accesses"] == 0, row
         assert row["shared_bytes"] <= row["shared_limit"] == LIMIT[row["arch"]], row
         assert 0 < row["registers"] <= (512 if row["arch"].startswith("gfx") else 255), row
@@ -206,7 +205,7 @@ def test_matrix_instructions_read_both_operands_from_shared_memory(environment):
     for row in rows:
         assert row["kernel"].endswith("descriptors")
         loop = row["main_loop"]
-        assert row["spill_bytes"] <= STACK, row
+        assert row["spill_bytes"] <= (2 * STACK if row["narrow"] else STACK), row
         assert OLD or row["local_accesses"] == 0, row
         assert loop["through_registers"] == 0, row
         assert loop["copies"] == "TMA", row
