@@ -98,8 +98,8 @@ class Adam(torch.optim.Adam):
     _early: dict[Tensor, None]
     """Updated already, in this step."""
     _known: tuple[int, int] | None = None
-    """Steps until now, and the version of the tensor that counts them: where nobody has changed it
-    since, its device need not be asked."""
+    """Steps until now, and the version of the tensor that counts them: while that is the same, its
+    device need not be asked."""
 
     def __init__(self, *given: Any, eps_inside: bool = False, **options: Any) -> None:
         super().__init__(*given, **options)
