@@ -21,7 +21,7 @@ from .partials import finish, join, nothing, place_of, turns_of
 from .tile import Epilogue, Loaded, Operand, Result, apply, gather_launch, is_there, store_pixels
 
 # isort: split
-from .tile import taps_of
+from .tile import row_of, taps_of
 
 
 def takes(
@@ -112,12 +112,12 @@ def gather_descriptors(
         row_mask = image < images
         down, across, from_p, from_q, first_tap = S.SIDE, S.SIDE, 0, 0, 0
         if S.TRANSPOSED:
-            taps, from_p, least_h = taps_of(r, S, S.PAD)
-            side, from_q, least_w = taps_of(s, S, S.LEFT)
+            taps, from_p = taps_of(r, S, S.PAD)
+            side, from_q = taps_of(s, S, S.LEFT)
             if S.UNEVEN:
                 down, across = taps, side
-            last_h, last_w = S.STRIDE * (down - 1) + least_h, S.STRIDE * (across - 1) + least_w
-            first_tap = (last_h * S.K + last_w) * S.CL + col0
+            first_h, first_w = row_of(0, down, r, S, S.PAD), row_of(0, across, s, S, S.LEFT)
+            first_tap = (first_h * S.K + first_w) * S.CL + col0
         steps = down * across * CHUNKS
         share = (steps + SPLIT - 1) // SPLIT
 

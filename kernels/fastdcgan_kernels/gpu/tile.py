@@ -439,23 +439,34 @@ def is_there(p, q, r, s, S: tl.constexpr):
 @triton.jit
 def taps_of(r, S: tl.constexpr, PAD: tl.constexpr):
     """Along one axis, of the pixels of phase r of a transposed convolution, PAD of which are cut
-    off: how many taps they have, where the first that they read lies from their place, and the
-    kernel's least row. The tap t of them reads t places further, by STRIDE * (taps - 1 - t) rows
-    more than the least. (In this order of terms Triton 3.6 keeps registers.)"""
-    if S.PHASE != S.STRIDE:  # from one pixel
-        taps, top, least = 1, 0, r
-    elif S.STRIDE == 1:
-        taps, top, least = S.K, PAD - S.K + 1, 0
-    else:
+    off: how many taps they have, and where the first that they read lies from their place. The
+    next lies one place further, and so on; `row_of` gives the kernel's rows."""
+    taps, top = S.SIDE, 0
+    if S.PHASE == S.STRIDE and S.STRIDE == 1:
+        top = PAD - S.K + 1
+    elif S.PHASE == S.STRIDE:
         # h = 2 * place + r meets the rows kh = h + PAD - 2 * p, of which the least is 0 or 1.
         least, at = r, PAD // 2
         if PAD % 2 == 1:
             least, at = 1 - r, PAD // 2 + r
-        taps = S.SIDE
         if S.UNEVEN:
             taps = S.SIDE - least
         top = at - taps + 1
-    return taps, top, least
+    return taps, top
+
+
+@triton.jit
+def row_of(tap, taps, r, S: tl.constexpr, PAD: tl.constexpr):
+    """The kernel's row of a tap of so many (`taps_of`). In this order of terms, constants first,
+    both Tritons keep the DCGAN's kernels in registers."""
+    row = S.STRIDE * (taps - 1) - S.STRIDE * tap
+    if S.PHASE != S.STRIDE:  # from one pixel
+        row = r
+    elif S.STRIDE == 2 and PAD % 2 == 1:
+        row = S.STRIDE * (taps - 1) + 1 - S.STRIDE * tap - r
+    elif S.STRIDE == 2:
+        row += r
+    return row
 
 
 @triton.jit
@@ -475,8 +486,8 @@ def gather_sum(
 
     down, across = S.SIDE, S.SIDE
     if S.TRANSPOSED:
-        taps, from_p, least_h = taps_of(r, S, S.PAD)
-        side, from_q, least_w = taps_of(s, S, S.LEFT)
+        taps, from_p = taps_of(r, S, S.PAD)
+        side, from_q = taps_of(s, S, S.LEFT)
         top, left = p + from_p, q + from_q
         if S.UNEVEN:
             down, across = taps, side
@@ -493,8 +504,7 @@ def gather_sum(
         c_mask = c < S.CI
         th, tw = tap // across, tap % across
         if S.TRANSPOSED:
-            kh = S.STRIDE * (down - 1 - th) + least_h
-            kw = S.STRIDE * (across - 1 - tw) + least_w
+            kh, kw = row_of(th, down, r, S, S.PAD), row_of(tw, across, s, S, S.LEFT)
         else:
             kh, kw = th, tw
         h, v = top + th, left + tw

@@ -205,7 +205,7 @@ def test_matrix_instructions_read_both_operands_from_shared_memory(environment):
     for row in rows:
         assert row["kernel"].endswith("descriptors")
         loop = row["main_loop"]
-        assert row["spill_bytes"] <= (2 * STACK if row["narrow"] else STACK), row
+        assert row["spill_bytes"] <= STACK, row
         assert OLD or row["local_accesses"] == 0, row
         assert loop["through_registers"] == 0, row
         assert loop["copies"] == "TMA", row
