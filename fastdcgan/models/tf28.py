@@ -23,7 +23,7 @@ from fastdcgan.models.conditional import (
     projected,
 )
 from fastdcgan.models.regularised import spectrally_normalise
-from fastdcgan_kernels import KerasBatchNorm2d
+from fastdcgan_kernels import Dropout, KerasBatchNorm2d
 
 SIZE = 28
 
@@ -157,11 +157,11 @@ class TF28Discriminator(nn.Module):
             nn.ZeroPad2d((1, 2, 1, 2)),
             nn.Conv2d(channels, 64, 5, stride=2),
             nn.LeakyReLU(LEAKY_SLOPE, inplace=True),
-            nn.Dropout(0.3),
+            Dropout(0.3),
             nn.ZeroPad2d((1, 2, 1, 2)),
             nn.Conv2d(64, 128, 5, stride=2),
             nn.LeakyReLU(LEAKY_SLOPE, inplace=True),
-            nn.Dropout(0.3),
+            Dropout(0.3),
             Permute(0, 2, 3, 1),
             nn.Flatten(),
             nn.Linear(7 * 7 * 128, outputs),

@@ -35,6 +35,15 @@ READINGS = ("loss_d", "loss_g", "d_real", "d_fake", "d_fake_g")
 after D's update: probabilities with bce, else D's output. Of several updates of D the last."""
 
 
+NEARLY = 2.0**-64
+"""A logit's gradient that stands for 0 where it is to be divided by."""
+
+
+def judges_alone(netD: nn.Module) -> bool:
+    """Whether D's logit of an image depends on no other image of the batch."""
+    return not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in netD.modules())
+
+
 def generate(netG: nn.Module, z: Tensor, *labels: Tensor) -> Tensor:
     """G(z)."""
     out: Tensor = netG(z, *labels)
@@ -120,9 +129,11 @@ class Step:
         self.loss = Loss(state.config, self.compiler)
         self.penalty = Penalty(state.config)
         self.shown = Augmentation(state.config, state.clock)
-        if compile and simultaneous:
-            # Both losses go back through one pass over the fakes, so its saved tensors are needed
-            # twice and must not be given away to the first.
+        # Float16's gradients are scaled, and have no room for a factor.
+        self._judges_alone = judges_alone(state.netD) and autocast != torch.float16
+        if compile and simultaneous and not self._judges_alone:
+            # Both losses go back through one pass over the fakes, each on its own, so its saved
+            # tensors are needed twice and must not be given away to the first.
             torch._functorch.config.donated_buffer = False
         # Made at the first step that needs them, which is in no CUDA graph.
         self._copies: list[WorkingCopies] = []
@@ -224,7 +235,8 @@ class Step:
         state.optG.zero_grad(set_to_none=True)
         self._iterate_norms()
         fake = self._run(generate, state.netG, z, *labels)
-        real, faked = self.shown(images), self.shown(fake)
+        given = fake.detach().requires_grad_() if self._judges_alone else fake
+        real, faked = self.shown(images), self.shown(given)
         of_real = self._run(discriminate, state.netD, real, *labels)
         of_fake = self._run(discriminate_through, state.netD, faked, *labels)
         if self.loss.paired:
@@ -236,11 +248,25 @@ class Step:
             row_too, fake_gradient = self._loss(0, of_fake, ("fake",), share)
             loss_d, d_real, d_fake = row[:1] + row_too[:1], row[1:], row_too[1:]
         wanted, gradient = self._loss(1, of_fake, ("wanted",), share, of_real)
-        torch.autograd.backward(
-            [of_real, of_fake], [real_gradient, fake_gradient],
-            inputs=list(state.netD.parameters()), retain_graph=True,
-        )  # fmt: skip
-        of_fake.backward(gradient, inputs=list(state.netG.parameters()))
+        logits, parameters = [of_real, of_fake], list(state.netD.parameters())
+        of_g = list(state.netG.parameters())
+        if self._judges_alone:
+            # Of one image the gradients of both losses are the same but for a factor, that of its
+            # logit: one pass back through D has both. No logit's may be 0 for that; as close to it
+            # no other digit of D's sums changes.
+            nearly = fake_gradient.new_tensor(NEARLY)
+            fake_gradient = fake_gradient.where(fake_gradient.abs() > NEARLY, nearly)
+            torch.autograd.backward(
+                logits, [real_gradient, fake_gradient], inputs=[*parameters, given]
+            )
+            factor = gradient.double() / fake_gradient
+            assert given.grad is not None
+            fake.backward((given.grad * factor[:, None, None, None]).to(fake.dtype), inputs=of_g)
+        else:
+            torch.autograd.backward(
+                logits, [real_gradient, fake_gradient], inputs=parameters, retain_graph=True
+            )
+            of_fake.backward(gradient, inputs=of_g)
         self._penalise(real, faked, share, *labels)
         self._update(0, state.optD, state.netD)
         self._update(1, state.optG, state.netG)

@@ -17,19 +17,21 @@ if TYPE_CHECKING:
         materialise,
     )
     from .modules.block import ConvBlock
+    from .modules.dropout import Dropout
     from .modules.fusion import Finding, findings, fuse, unfuse, unfused
     from .modules.keras import KerasBatchNorm2d
     from .modules.share import share
     from .tuner import tune
 
 __all__ = [
-    "Activated", "ConvBlock", "Deferred", "Finding", "KerasBatchNorm2d", "conv_act", "conv_bn_act",
-    "conv_transpose_act", "conv_transpose_bn_act", "findings", "fuse", "materialise", "share",
-    "tune", "unfuse", "unfused",
+    "Activated", "ConvBlock", "Deferred", "Dropout", "Finding", "KerasBatchNorm2d", "conv_act",
+    "conv_bn_act", "conv_transpose_act", "conv_transpose_bn_act", "findings", "fuse", "materialise",
+    "share", "tune", "unfuse", "unfused",
 ]  # fmt: skip
 
 _ROOMS = {
     "ConvBlock": "modules.block",
+    "Dropout": "modules.dropout",
     "KerasBatchNorm2d": "modules.keras",
     "tune": "tuner",
     "share": "modules.share",

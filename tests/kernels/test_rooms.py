@@ -33,6 +33,7 @@ PUBLIC = [
     "Activated",
     "ConvBlock",
     "Deferred",
+    "Dropout",
     "Finding",
     "KerasBatchNorm2d",
     "conv_act",

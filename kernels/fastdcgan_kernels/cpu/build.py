@@ -33,6 +33,7 @@ ARGUMENTS = {
     "fastdcgan_up": [pointer] * 4 + [ctypes.c_int, *SHAPE, number, ctypes.c_int],
     "fastdcgan_image_up": [pointer] * 4 + [*SHAPE, number, ctypes.c_int],
     "fastdcgan_weight_gradient": [pointer] * 3 + [ctypes.c_int, *SHAPE, ctypes.c_int],
+    "fastdcgan_dropout": [pointer] * 3 + [integer] * 2 + [number, ctypes.c_int, ctypes.c_int],
     "fastdcgan_norm": [pointer] * 6 + [integer] * 3 + [number, number, ctypes.c_int],
     "fastdcgan_norm_gradient": [pointer] * 9 + [integer] * 3 + [number, number, ctypes.c_int],
 }
