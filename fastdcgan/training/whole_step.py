@@ -15,6 +15,7 @@ from fastdcgan.data.feeds import Feed, cut
 from fastdcgan.errors import RunError
 from fastdcgan.training import distributed
 from fastdcgan.training.distributed import Ranks
+from fastdcgan.training.memory import keep_freed_memory
 from fastdcgan.training.plan import Engine
 from fastdcgan.training.proof import (
     finite,
@@ -88,6 +89,8 @@ class WholeStep:
         "blocks": the largest error of an operator's result; "gradients": of the nets'; "update":
         what is not by Adam's formulas; "graph": of a replay. Filled as they are made, also where
         the verdict is wrong."""
+        if state.device.type == "cpu":
+            keep_freed_memory()
         self.state, self.feed, self.readings = state, feed, readings
         self.ranks = ranks or Ranks()
         self._say, self._wanted = say, engine.cuda_graph
