@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastdcgan.models.regularised import power_iteration
+from fastdcgan.models.regularised import MinibatchStd, power_iteration
 from fastdcgan.training import distributed
 from fastdcgan.training.augmentation import Augmentation
 from fastdcgan.training.compiling import Compiler
@@ -41,7 +41,8 @@ NEARLY = 2.0**-64
 
 def judges_alone(netD: nn.Module) -> bool:
     """Whether D's logit of an image depends on no other image of the batch."""
-    return not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in netD.modules())
+    coupling = (nn.modules.batchnorm._BatchNorm, MinibatchStd)
+    return not any(isinstance(module, coupling) for module in netD.modules())
 
 
 def generate(netG: nn.Module, z: Tensor, *labels: Tensor) -> Tensor:

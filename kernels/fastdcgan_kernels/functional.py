@@ -285,13 +285,16 @@ def runs_cpu_kernels(device: torch.device) -> bool:
 
 
 def _takes_cpu_kernels(x: Input, weight: Tensor, spec: BlockSpec, norm: bool) -> bool:
-    """Whether x is a tensor that the kernels of the CPU take: cpu/blocks.py."""
+    """Whether x, cast, is a tensor that the kernels of the CPU take: cpu/blocks.py. In bfloat16
+    they take what autocast makes of a block in float32, never a block in bfloat16."""
+    narrow = isinstance(x, Tensor) and x.dtype == torch.bfloat16
     return (
         isinstance(x, Tensor)
         and x.device == weight.device
-        and x.dtype == weight.dtype == torch.float32
+        and weight.dtype == torch.float32
+        and (x.dtype == torch.float32 or (narrow and torch.is_autocast_enabled(x.device.type)))
         and not unsupported(x, weight, spec)
-        and cpu.takes(spec.geometry(x, weight), spec.transposed, norm)
+        and cpu.takes(spec.geometry(x, weight), spec.transposed, norm, narrow)
         and runs_cpu_kernels(x.device)
     )
 

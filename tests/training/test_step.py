@@ -294,6 +294,48 @@ def test_an_overflowing_gradient_is_skipped_and_the_scale_lowered():
     assert state.scalers[0].get_scale() < scale
 
 
+SIMULTANEOUS = {  # whether D judges each image alone
+    "tf28": (True, {"net": "tf28", "image_size": 28, "channels": 1}),
+    "hinge": (True, {"norm_d": "none", "loss": "hinge"}),
+    "paired": (True, {"norm_d": "none", "loss": "relativistic"}),
+    "instance norm, augmented": (True, {"norm_d": "instance", "diffaugment": "color,translation"}),
+    "batch norm": (False, {}),
+    "minibatch deviation": (False, {"norm_d": "none", "minibatch_std": True}),
+}
+
+
+@pytest.mark.parametrize("name", SIMULTANEOUS)
+def test_one_pass_back_through_d_has_both_gradients(name):
+    """In float64 the update by one pass is the update by two, also of images of which D is so sure
+    that its loss has no gradient there (hinge)."""
+    alone, options = SIMULTANEOUS[name]
+    options = {"net": "dcgan", "image_size": 32, "channels": 3, "ngf": 4, "ndf": 4} | options
+    if options["net"] == "tf28":
+        del options["ngf"], options["ndf"]
+    config = TrainConfig(batch_size=6, updates="simultaneous", **options)
+    data = list(batches(config, 2, dtype=torch.float64))
+    found = []
+    for passes in (1, 2):
+        torch.manual_seed(0)
+        state = TrainState(config, CPU, dtype=torch.float64)
+        with torch.no_grad():  # opinions on either side of the hinge
+            list(state.netD.parameters())[-1 if name == "tf28" else -2].mul_(30)
+        step = Step(state, batch_size=6)
+        assert step._judges_alone == alone
+        step._judges_alone &= passes == 1
+        for images, z in data:
+            torch.manual_seed(1)
+            readings = step(images, z)
+        found.append((state, readings))
+    (one, readings), (two, readings_too) = found
+    torch.testing.assert_close(readings, readings_too, rtol=1e-6, atol=0)
+    for net in ("netG", "netD"):
+        for a, b in zip(
+            getattr(one, net).parameters(), getattr(two, net).parameters(), strict=True
+        ):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=1e-12)
+
+
 def test_simultaneous_updates_equal_two_gradient_tapes():
     """The TensorFlow tutorial's step in float64: gradients of both losses at the same weights, and
     Adam as Keras writes it, with epsilon beside the uncorrected second moment."""

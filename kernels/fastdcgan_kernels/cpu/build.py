@@ -26,16 +26,17 @@ SOURCES = tuple(sorted(Path(__file__).parent.glob("*.cpp")))
 HEADER = Path(__file__).with_name("common.h")
 PATIENCE = 300  # seconds for a compilation that takes twelve
 
-pointer, integer, number = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+pointer, integer, small, number = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+OPERAND = [pointer, small]  # and whether it is bfloat16
 SHAPE = [integer] * 11  # sides, kernel and padding: convolution.py, _shape
 ARGUMENTS = {
-    "fastdcgan_down": [pointer] * 4 + [ctypes.c_int, *SHAPE, number, ctypes.c_int],
-    "fastdcgan_up": [pointer] * 4 + [ctypes.c_int, *SHAPE, number, ctypes.c_int],
-    "fastdcgan_image_up": [pointer] * 4 + [*SHAPE, number, ctypes.c_int],
-    "fastdcgan_weight_gradient": [pointer] * 3 + [ctypes.c_int, *SHAPE, ctypes.c_int],
-    "fastdcgan_dropout": [pointer] * 3 + [integer] * 2 + [number, ctypes.c_int, ctypes.c_int],
-    "fastdcgan_norm": [pointer] * 6 + [integer] * 3 + [number, number, ctypes.c_int],
-    "fastdcgan_norm_gradient": [pointer] * 9 + [integer] * 3 + [number, number, ctypes.c_int],
+    "fastdcgan_down": [*OPERAND, *[pointer] * 3, small, *SHAPE, number, small],
+    "fastdcgan_up": [*OPERAND, *[pointer] * 3, small, *SHAPE, number, small],
+    "fastdcgan_image_up": [*OPERAND, *[pointer] * 3, *SHAPE, number, small],
+    "fastdcgan_weight_gradient": [*OPERAND, *OPERAND, pointer, small, *SHAPE, small],
+    "fastdcgan_dropout": [pointer] * 3 + [integer] * 2 + [number, small, small],
+    "fastdcgan_norm": [pointer] * 6 + [integer] * 3 + [number, number, small],
+    "fastdcgan_norm_gradient": [pointer] * 9 + [integer] * 3 + [number, number, small],
 }
 
 

@@ -6,6 +6,7 @@
 #pragma once
 #include <algorithm>
 #include <atomic>
+#include <cstdint>
 #include <cstdlib>
 
 // As wide as the compiler may (-march=native); ROWS x 2 vectors of sums fill the registers and hide
@@ -23,9 +24,22 @@ constexpr int WIDTH = 2 * LANES;  // columns of a panel: what a micro-kernel mak
 constexpr int CHUNK = 16;         // channels are taken so many at a time
 
 static inline vec load(const float* p) { return *reinterpret_cast<const unaligned*>(p); }
+typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+static inline vec load(const uint16_t* p) {  // bfloat16: the upper half of a float32
+  return (vec)(__builtin_convertvector(*reinterpret_cast<const halves*>(p), words) << 16);
+}
 static inline void store(float* p, vec v) { *reinterpret_cast<unaligned*>(p) = v; }
 static inline vec all(float value) { return value - vec{}; }
 static inline long cdiv(long a, long b) { return (a + b - 1) / b; }
+
+// What a convolution reads: float32, or bfloat16.
+struct Operand {
+  const void* data;
+  bool narrow;
+  const float* wide() const { return static_cast<const float*>(data); }
+  const uint16_t* half() const { return static_cast<const uint16_t*>(data); }
+};
 
 // Threads are those of the OpenMP library that PyTorch has loaded (GNU's, or one that knows GNU's
 // calls): a second pool would fight the first for the cores. Without one, there is one thread.

@@ -1,5 +1,5 @@
-"""Convolutions of float32 channels_last tensors on a CPU: by the C++ of this folder where it has a
-kernel that is faster, by PyTorch elsewhere. Not here: autograd (ops.py), normalisation.
+"""Convolutions in float32 of channels_last tensors on a CPU: by the C++ of this folder where it has
+a kernel that is faster, by PyTorch elsewhere. Not here: autograd (ops.py), normalisation.
 
 Sides and weights are named as in geometry.py. Whether a kernel runs depends on shapes alone.
 """
@@ -7,6 +7,7 @@ Sides and weights are named as in geometry.py. Whether a kernel runs depends on 
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Any
 
 import torch
@@ -53,6 +54,26 @@ def pays(geometry: Geometry) -> bool:
     if g.is_standard:
         return g.N * g.P * g.Q >= PIXELS
     return _cost(g, tile(g)) < g.N * _met(g)
+
+
+@functools.cache
+def _bfloat16() -> float:
+    """The time of a multiplication in bfloat16, by this processor's instructions for it, beside one
+    in float32: half of it, or so little that nothing beats it. Without any, more."""
+    # PyTorch has these without a public name.
+    supported = (
+        getattr(torch.cpu, f"_is_{name}_supported", lambda: False)()
+        for name in ("amx_tile", "avx512_bf16")
+    )
+    has_tiles, has_vectors = supported
+    return 0.0 if has_tiles else 0.5 if has_vectors else 1.0
+
+
+def beats_bfloat16(geometry: Geometry) -> bool:
+    """Whether float32 with fewer multiplications takes less time than all of them in bfloat16. In
+    DCGAN's own layers it takes as long, and sampling a little more."""
+    g = geometry
+    return pays(g) and not g.is_standard and _cost(g, tile(g)) < _bfloat16() * g.N * _met(g)
 
 
 def tile(geometry: Geometry) -> int:
@@ -108,17 +129,19 @@ def convolve(
     x: Tensor, weight: Tensor, geometry: Geometry, transposed: bool, bias: Tensor | None = None,
     slope: float = 1.0,
 ) -> Tensor:  # fmt: skip
-    """leaky_relu(convolution, or transposed one, of x + bias, slope), channels_last; slope 0 is
-    ReLU, 1 nothing."""
+    """leaky_relu(convolution, or transposed one, of x + bias, slope), float32 channels_last; slope
+    0 is ReLU, 1 nothing. x is float32 or bfloat16, channels_last."""
     g = geometry
     if pays(g) or (transposed and has_image_up(g)):
-        out = empty(g.N, g.CL, g.H, g.W, x) if transposed else empty(g.N, g.CS, g.P, g.Q, x)
+        sides = (g.N, g.CL, g.H, g.W) if transposed else (g.N, g.CS, g.P, g.Q)
+        out = empty(*sides, x, torch.float32)
         if pays(g):
             name = "up" if transposed else "down"
-            call(name, x, weight, bias, out, tile(g), *_shape(g), slope)
+            call(name, x, _narrow(x), weight, bias, out, tile(g), *_shape(g), slope)
         else:
-            call("image_up", x, weight, bias, out, *_shape(g), slope)
+            call("image_up", x, _narrow(x), weight, bias, out, *_shape(g), slope)
         return out
+    x = x.float()
     with torch.autocast("cpu", enabled=False):
         if is_end(g):
             y = _end(x, weight, g, transposed)
@@ -143,11 +166,15 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def weight_gradient(small: Tensor, large: Tensor, geometry: Geometry) -> Tensor:
-    """Gradient [CS, CL, K, K] of the weight, channels_last: one side, the other's gradient."""
-    g, out = geometry, empty(geometry.CS, geometry.CL, geometry.kernel, geometry.kernel, small)
+    """Gradient [CS, CL, K, K] of the weight, float32 channels_last: one side, the other's gradient,
+    each float32 or bfloat16."""
+    g = geometry
+    out = empty(g.CS, g.CL, g.kernel, g.kernel, small, torch.float32)
     if has_winograd(g):
-        call("weight_gradient", small, large, out, tile(g), *_shape(g))
+        sides = small, _narrow(small), large, _narrow(large)
+        call("weight_gradient", *sides, out, tile(g), *_shape(g))
         return out
+    small, large = small.float(), large.float()
     with torch.autocast("cpu", enabled=False):
         if is_end(g):
             torch.mm(_rows(small).T, _rows(large), out=_rows(out))
@@ -155,6 +182,10 @@ def weight_gradient(small: Tensor, large: Tensor, geometry: Geometry) -> Tensor:
         _, gw = plain.gradients(small, large, out, g.stride, g.sides(False), False, need_x=False)
         assert gw is not None
     return gw.contiguous(memory_format=LAST)
+
+
+def _narrow(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16
 
 
 def call(name: str, *arguments: Any) -> None:

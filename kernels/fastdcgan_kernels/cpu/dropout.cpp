@@ -12,23 +12,24 @@
 constexpr int COUNTERS = 16, WORDS = 4, TILE = COUNTERS * WORDS * 2;
 constexpr long PART = 1 << 14;  // elements of a task
 
-typedef uint32_t words __attribute__((vector_size(4 * COUNTERS)));
-typedef uint64_t doubles __attribute__((vector_size(4 * COUNTERS)));
-typedef uint16_t halves __attribute__((vector_size(2 * COUNTERS)));
+// Sixteen lanes on any machine.
+typedef uint32_t lanes32 __attribute__((vector_size(4 * COUNTERS)));
+typedef uint64_t lanes64 __attribute__((vector_size(4 * COUNTERS)));
+typedef uint16_t lanes16 __attribute__((vector_size(2 * COUNTERS)));
 typedef float floats __attribute__((vector_size(4 * COUNTERS)));
 
 // The high and the low words of x times a factor: those at even places, and those at odd ones.
-static inline void multiply(words x, uint64_t factor, words& high, words& low) {
+static inline void multiply(lanes32 x, uint64_t factor, lanes32& high, lanes32& low) {
   constexpr uint64_t LOW = 0xFFFFFFFF;
-  const doubles even = ((doubles)x & LOW) * factor, odd = ((doubles)x >> 32) * factor;
-  low = (words)((even & LOW) | odd << 32);
-  high = (words)(even >> 32 | (odd & ~LOW));
+  const lanes64 even = ((lanes64)x & LOW) * factor, odd = ((lanes64)x >> 32) * factor;
+  low = (lanes32)((even & LOW) | odd << 32);
+  high = (lanes32)(even >> 32 | (odd & ~LOW));
 }
 
 // The bits of the counters first .. first + COUNTERS, of which the upper half is `top`.
-static inline void philox(uint64_t seed, uint32_t first, uint32_t top, words bits[WORDS]) {
-  words a = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, b{}, c{}, d{};
-  words high0, low0, high1, low1;
+static inline void philox(uint64_t seed, uint32_t first, uint32_t top, lanes32 bits[WORDS]) {
+  lanes32 a = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, b{}, c{}, d{};
+  lanes32 high0, low0, high1, low1;
   a += first, b += top;
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
   for (int round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
@@ -48,23 +49,23 @@ static inline void times(const float* x, floats factor, float* out) {
 
 // Of bfloat16: to the nearest, ties to even; NaN stays NaN.
 static inline void times(const uint16_t* x, floats factor, uint16_t* out) {
-  halves narrow;
+  lanes16 narrow;
   std::memcpy(&narrow, x, sizeof narrow);
-  const floats value = (floats)(__builtin_convertvector(narrow, words) << 16) * factor;
-  words bits = (words)value;
-  bits = value == value ? (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 : words{} + 0x7FC0;
-  narrow = __builtin_convertvector(bits, halves);
+  const floats value = (floats)(__builtin_convertvector(narrow, lanes32) << 16) * factor;
+  lanes32 bits = (lanes32)value;
+  bits = value == value ? (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 : lanes32{} + 0x7FC0;
+  narrow = __builtin_convertvector(bits, lanes16);
   std::memcpy(out, &narrow, sizeof narrow);
 }
 
 template <class T>
 static void dropout(const T* x, uint64_t seed, T* out, long count, uint32_t kept, float scale,
                     int threads) {
-  const words by = (words)(floats{} + scale);
+  const lanes32 by = (lanes32)(floats{} + scale);
   parallel(threads, cdiv(count, PART), [&](long task) {
     const long last = std::min(count, (task + 1) * PART);
     for (long first = task * PART; first < last; first += TILE) {
-      words bits[WORDS];
+      lanes32 bits[WORDS];
       const uint64_t counter = uint64_t(first) / TILE * COUNTERS;
       philox(seed, uint32_t(counter), uint32_t(counter >> 32), bits);
       const bool whole = first + TILE <= last;
@@ -73,8 +74,8 @@ static void dropout(const T* x, uint64_t seed, T* out, long count, uint32_t kept
       const T* from = whole ? x + first : rest;
       T* to = whole ? out + first : rest;
       for (int word = 0; word < WORDS; word++, from += 2 * COUNTERS, to += 2 * COUNTERS) {
-        times(from, (floats)((words)((bits[word] & 0xFFFF) < kept) & by), to);
-        times(from + COUNTERS, (floats)((words)(bits[word] >> 16 < kept) & by), to + COUNTERS);
+        times(from, (floats)((lanes32)((bits[word] & 0xFFFF) < kept) & by), to);
+        times(from + COUNTERS, (floats)((lanes32)(bits[word] >> 16 < kept) & by), to + COUNTERS);
       }
       if (!whole) std::memcpy(out + first, rest, (last - first) * sizeof(T));
     }

@@ -10,7 +10,7 @@
 
 #include <cstring>
 
-static thread_local Scratch weights_scratch, row_scratch;
+static thread_local Scratch weights_scratch, row_scratch, pixel_scratch;
 
 namespace {
 struct Sides {
@@ -19,7 +19,7 @@ struct Sides {
 }  // namespace
 
 template <int K, int CL>
-static void up(const Sides& g, const float* y, const float* w, const float* bias, float* x,
+static void up(const Sides& g, Operand y, const float* w, const float* bias, float* x,
                float slope, int threads) {
   constexpr long COLUMNS = K * K * CL, PANELS = (COLUMNS + WIDTH - 1) / WIDTH;
   constexpr long PITCH = PANELS * WIDTH, PIXELS = 16 * ROWS;  // so many at a time
@@ -34,7 +34,13 @@ static void up(const Sides& g, const float* y, const float* w, const float* bias
     std::memset(out, 0, 4 * image);
     for (long first = 0; first < pixels; first += PIXELS) {
       const long count = std::min(PIXELS, pixels - first);
-      const float* in = y + (n * pixels + first) * CS;
+      const long at = (n * pixels + first) * CS;
+      const float* in = y.wide() + at;
+      if (y.narrow) {
+        float* wide = pixel_scratch.get(PIXELS * CS);
+        for (long i = 0; i < count * CS; i += LANES) store(wide + i, load(y.half() + at + i));
+        in = wide;
+      }
       for (long panel = 0; panel < PANELS; panel++) {
         const float* b = U + panel * CS * WIDTH;
         float* c = products + panel * WIDTH;
@@ -70,11 +76,11 @@ template <int K> static auto up_to(long CL) {
   return CL == 1 ? up<K, 1> : CL == 2 ? up<K, 2> : CL == 3 ? up<K, 3> : up<K, 4>;
 }
 
-// x = activate(up(y) + bias); bias may be null. CS is a multiple of CHUNK.
-extern "C" void fastdcgan_image_up(const float* y, const float* w, const float* bias, float* x,
+// x = activate(up(y) + bias); bias may be null; `narrow`: y is bfloat16. CS is a multiple of CHUNK.
+extern "C" void fastdcgan_image_up(const void* y, int narrow, const float* w, const float* bias, float* x,
                                    long N, long P, long Q, long CS, long H, long W, long CL,
                                    long kernel, long stride, long pad, long left, float slope,
                                    int threads) {
   auto run = kernel == 3 ? up_to<3>(CL) : kernel == 4 ? up_to<4>(CL) : up_to<5>(CL);
-  run({N, P, Q, CS, H, W, stride, pad, left}, y, w, bias, x, slope, threads);
+  run({N, P, Q, CS, H, W, stride, pad, left}, {y, narrow != 0}, w, bias, x, slope, threads);
 }

@@ -26,8 +26,8 @@ NORM = f"{LAYER} groups eps"
 
 def conv_norm(inputs: Inputs, buffers: Buffers, spec: BlockSpec) -> tuple[Tensor, Tensor, Tensor]:
     """(out, y, stats): out = act(norm(y)) with y = convolution + bias, and stats [3, groups, C]
-    (mean, biased variance, count) of y, by which the buffers move; float32, the number of channels
-    a multiple of 16."""
+    (mean, biased variance, count) of y, by which the buffers move; the number of channels is a
+    multiple of 16. All is float32 but x and out, which may be bfloat16."""
     y = _convolve(inputs, spec)
     n, channels, h, w = y.shape
     rows = n * h * w // spec.groups
@@ -43,14 +43,16 @@ def conv_norm(inputs: Inputs, buffers: Buffers, spec: BlockSpec) -> tuple[Tensor
     reference.update_running(buffers, stats, share, spec.correction)
     if buffers.batches is not None:
         buffers.batches.add_(spec.groups)
-    return (out.tanh_() if spec.activation == "tanh" else out), y, stats
+    out = out.tanh_() if spec.activation == "tanh" else out
+    return _like(out, inputs.x), y, stats
 
 
 def _fake_conv_norm(
     inputs: Inputs, buffers: Buffers, spec: BlockSpec
 ) -> tuple[Tensor, Tensor, Tensor]:
     out = output(inputs, spec)
-    return out, torch.empty_like(out), out.new_empty((3, spec.groups, out.shape[1]))
+    y = torch.empty_like(out, dtype=torch.float32)
+    return out, y, y.new_empty((3, spec.groups, out.shape[1]))
 
 
 def conv_norm_backward(g: Tensor, saved: Saved, spec: BlockSpec, need: Need) -> dict[str, Tensor]:
@@ -58,8 +60,8 @@ def conv_norm_backward(g: Tensor, saved: Saved, spec: BlockSpec, need: Need) -> 
     g, y, stats = _wide(g), saved.y, saved.stats
     assert y is not None
     assert stats is not None
-    if saved.out is not None:
-        g = torch.ops.aten.tanh_backward(g, saved.out)
+    if saved.out is not None:  # tanh's
+        g = torch.ops.aten.tanh_backward(g, _wide(saved.out))
     channels, rows = y.shape[1], y.numel() // y.shape[1] // spec.groups
     dy = torch.empty_like(y, memory_format=CHANNELS_LAST)
     dgamma, dbeta = y.new_empty(channels), y.new_empty(channels)
@@ -76,14 +78,14 @@ def conv_norm_backward(g: Tensor, saved: Saved, spec: BlockSpec, need: Need) -> 
 
 
 def conv_act(inputs: Inputs, spec: BlockSpec) -> Tensor:
-    """act(convolution + bias), float32."""
+    """act(convolution + bias) in the dtype of x, float32 or bfloat16."""
     out = _convolve(inputs, spec, _slope(spec))
-    return out.tanh_() if spec.activation == "tanh" else out
+    return _like(out.tanh_() if spec.activation == "tanh" else out, inputs.x)
 
 
 def conv_act_backward(g: Tensor, saved: Saved, spec: BlockSpec, need: Need) -> dict[str, Tensor]:
     """Gradients of x, weight, bias."""
-    dy = _wide(g)
+    dy = _last(g)
     if spec.activation == "tanh":
         dy = torch.ops.aten.tanh_backward(dy, saved.out)
     elif spec.activation != "none":
@@ -92,7 +94,7 @@ def conv_act_backward(g: Tensor, saved: Saved, spec: BlockSpec, need: Need) -> d
 
 
 def _convolve(inputs: Inputs, spec: BlockSpec, slope: float = 1.0) -> Tensor:
-    x, weight, bias = _wide(inputs.x), _wide(inputs.weight), _flat(inputs.bias)
+    x, weight, bias = _last(inputs.x), _wide(inputs.weight), _flat(inputs.bias)
     return convolve(x, weight, spec.geometry(x, weight), spec.transposed, bias, slope)
 
 
@@ -101,19 +103,31 @@ def _convolution_gradients(
 ) -> dict[str, Tensor]:
     geometry, found = spec.geometry(saved.x, saved.weight), {}
     if need.x:
-        found["x"] = convolve(dy, _wide(saved.weight), geometry, not spec.transposed)
+        found["x"] = _like(
+            convolve(dy, _wide(saved.weight), geometry, not spec.transposed), saved.x
+        )
     if need.weight:
-        x = _wide(saved.x)
+        x = _last(saved.x)
         small, large = (x, dy) if spec.transposed else (dy, x)
         found["weight"] = weight_gradient(small, large, geometry)
     if need.bias:
-        found["bias"] = dy.sum((0, 2, 3))
+        found["bias"] = dy.sum((0, 2, 3), dtype=torch.float32)
     return found
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def _last(tensor: Tensor) -> Tensor:
     """channels_last."""
     return tensor.contiguous(memory_format=CHANNELS_LAST)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """And float32."""
+    return _last(tensor.float())
+
+
+def _like(tensor: Tensor, x: Tensor) -> Tensor:
+    """In the dtype of x."""
+    return tensor.to(x.dtype)
 
 
 def _flat(tensor: Tensor | None) -> Tensor | None:

@@ -323,21 +323,21 @@ struct Block {
 };
 
 // The channels of a pixel outside the picture.
-static const float* no_pixel(long C) {
-  return static_cast<float*>(std::memset(zeros_scratch.get(C), 0, 4 * C));
+template <class T> static const T* no_pixel(long C) {
+  return static_cast<T*>(std::memset((void*)zeros_scratch.get(C), 0, 4 * C));
 }
 
 // V of tiles first.. of the large side's channels c0 .. c0 + C; at each position, phases that have it.
-template <class L>
-static void gather(const L& g, const float* x, long first, long c0, long C, const Block& block) {
+template <class L, class T>
+static void gather_of(const L& g, const T* x, long first, long c0, long C, const Block& block) {
   const long position = block.position(), chunk = block.chunk(), slot = C / CHUNK * chunk;
-  const float* zeros = no_pixel(C);
+  const T* zeros = no_pixel<T>(C);
   for (long t = 0; t < block.count; t++) {
     const auto tile = g.tile(first + t);
     float* to = block.at(t);
     each_phase<L>([=, &g](auto phase) {
       using F = decltype(phase);
-      const float* from[F::POSITIONS];
+      const T* from[F::POSITIONS];
       g.template large<F::R, F::S>(x + c0, tile, zeros, from);
       for (long c = 0; c < C; c += CHUNK)
         for (int lane = 0; lane < CHUNK; lane += LANES) {
@@ -354,14 +354,20 @@ static void gather(const L& g, const float* x, long first, long c0, long C, cons
   }
 }
 
-// S of tiles first.. of the small side's channels c0 .. c0 + C.
 template <class L>
-static void spread(const L& g, const float* y, long first, long c0, long C, const Block& block) {
+static void gather(const L& g, Operand x, long first, long c0, long C, const Block& block) {
+  x.narrow ? gather_of(g, x.half(), first, c0, C, block)
+           : gather_of(g, x.wide(), first, c0, C, block);
+}
+
+// S of tiles first.. of the small side's channels c0 .. c0 + C.
+template <class L, class T>
+static void spread_of(const L& g, const T* y, long first, long c0, long C, const Block& block) {
   constexpr int M = L::M, SIDE = L::SIDE, POSITIONS = L::POSITIONS;
-  const float* zeros = no_pixel(C);
+  const T* zeros = no_pixel<T>(C);
   for (long t = 0; t < block.count; t++) {
     const auto tile = g.tile(first + t);
-    const float* from[M * M];
+    const T* from[M * M];
     g.small(y + c0, tile, zeros, from);
     for (long c = 0; c < C; c += CHUNK)
       for (int lane = 0; lane < CHUNK; lane += LANES) {
@@ -376,6 +382,12 @@ static void spread(const L& g, const float* y, long first, long c0, long C, cons
         for (int e = 0; e < POSITIONS; e++) store(out + e * block.position(), v[e]);
       }
   }
+}
+
+template <class L>
+static void spread(const L& g, Operand y, long first, long c0, long C, const Block& block) {
+  y.narrow ? spread_of(g, y.half(), first, c0, C, block)
+           : spread_of(g, y.wide(), first, c0, C, block);
 }
 
 // U of the phase F: out[position * stride + slot * each], from its taps, of which load(k) is the k-th
@@ -417,7 +429,7 @@ template <class L> static long tiles_a_block(const L& g, long floats, int thread
 
 // With `mirrored` the weight is [CL, K, K, CS], its taps in reverse: down of the transposed layer.
 template <class L>
-static void down(const L& layer, const float* x, const float* w, const float* bias, float* y,
+static void down(const L& layer, Operand x, const float* w, const float* bias, float* y,
                  float slope, bool mirrored, int threads) {
   const L g = layer;
   constexpr int M = L::M, SIDE = L::SIDE, POSITIONS = L::POSITIONS, TAPS = L::KERNEL * L::KERNEL;
@@ -479,7 +491,7 @@ static void down(const L& layer, const float* x, const float* w, const float* bi
 }
 
 template <class L>
-static void up(const L& layer, const float* y, const float* w, const float* bias, float* x, float slope,
+static void up(const L& layer, Operand y, const float* w, const float* bias, float* x, float slope,
                int threads) {
   const L g = layer;
   constexpr int POSITIONS = L::POSITIONS, TAPS = L::KERNEL * L::KERNEL;
@@ -556,7 +568,7 @@ static inline long share(long n) {
 }
 
 template <class L>
-static void weight_gradient(const L& layer, const float* y, const float* x, float* dw, int threads) {
+static void weight_gradient(const L& layer, Operand y, Operand x, float* dw, int threads) {
   const L g = layer;
   constexpr int POSITIONS = L::POSITIONS, TAPS = L::KERNEL * L::KERNEL;
   constexpr long TILES = 64, PITCH = TILES + 1;  // PITCH: as PAD
@@ -654,31 +666,35 @@ static void with_layer(int tile, long N, long P, long Q, long CS, long H, long W
     run(Layer<2, 3, 2>{}, Layer<4, 3, 2>{});
 }
 
-// y = activate(down(x) + bias); bias may be null.
-extern "C" void fastdcgan_down(const float* x, const float* w, const float* bias, float* y, int tile,
+// y = activate(down(x) + bias); bias may be null. What is `narrow` is bfloat16.
+extern "C" void fastdcgan_down(const void* x, int narrow, const float* w, const float* bias, float* y, int tile,
                                long N, long P, long Q, long CS, long H, long W, long CL, long kernel,
                                long stride, long pad, long left, float slope, int threads) {
   with_layer(tile, N, P, Q, CS, H, W, CL, kernel, stride, pad, left,
-             [&](const auto& g) { down(g, x, w, bias, y, slope, false, threads); });
+             [&](const auto& g) { down(g, {x, narrow != 0}, w, bias, y, slope, false, threads); });
 }
 
 // x = activate(up(y) + bias); bias may be null.
-extern "C" void fastdcgan_up(const float* y, const float* w, const float* bias, float* x, int tile,
+extern "C" void fastdcgan_up(const void* y, int narrow, const float* w, const float* bias, float* x, int tile,
                              long N, long P, long Q, long CS, long H, long W, long CL, long kernel,
                              long stride, long pad, long left, float slope, int threads) {
   if (stride == 1)
     with_layer(tile, N, H, W, CL, P, Q, CS, kernel, 1, kernel - 1 - pad, kernel - 1 - left,
-               [&](const auto& g) { down(g, y, w, bias, x, slope, true, threads); });
+               [&](const auto& g) { down(g, {y, narrow != 0}, w, bias, x, slope, true, threads); });
   else
     with_layer(tile, N, P, Q, CS, H, W, CL, kernel, stride, pad, left, [&](const auto& g) {
-      if constexpr (std::decay_t<decltype(g)>::PIECES == 2) up(g, y, w, bias, x, slope, threads);
+      if constexpr (std::decay_t<decltype(g)>::PIECES == 2)
+        up(g, {y, narrow != 0}, w, bias, x, slope, threads);
     });
 }
 
-extern "C" void fastdcgan_weight_gradient(const float* y, const float* x, float* dw, int tile, long N,
+extern "C" void fastdcgan_weight_gradient(const void* y, int y_narrow, const void* x, int x_narrow,
+                                          float* dw, int tile, long N,
                                           long P, long Q, long CS, long H, long W, long CL,
                                           long kernel, long stride, long pad, long left,
                                           int threads) {
   with_layer(tile, N, P, Q, CS, H, W, CL, kernel, stride, pad, left,
-             [&](const auto& g) { weight_gradient(g, y, x, dw, threads); });
+             [&](const auto& g) {
+               weight_gradient(g, {y, y_narrow != 0}, {x, x_narrow != 0}, dw, threads);
+             });
 }
