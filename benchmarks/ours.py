@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from benchmarks import peers
 from benchmarks.peers import autocast
 from benchmarks.timing import Unavailable, Workload
 from fastdcgan import models
@@ -21,6 +22,7 @@ from fastdcgan.training.config import TrainConfig, preset
 from fastdcgan.training.distributed import Ranks
 from fastdcgan.training.state import TrainState
 from fastdcgan.training.whole_step import WholeStep
+from fastdcgan_kernels import fuse
 
 DEVICE = pick_device("auto")
 """What all benchmarks run on."""
@@ -105,6 +107,11 @@ def discriminator(device: torch.device, batch: int, *, backward: bool, **options
             loss.backward()
 
     return Workload(run, batch)
+
+
+def critic_step(device: torch.device, batch: int) -> Workload:
+    """One update of SNGAN's critic, fused."""
+    return peers.critic_step(device, batch, form=torch.channels_last, change=fuse)
 
 
 def feed(packed: Packed, device: torch.device, batch: int) -> Workload:

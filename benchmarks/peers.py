@@ -130,6 +130,50 @@ def example_feed(folder: Path, batch: int) -> Callable[[], Iterator[Tensor]]:
     return _loader(folder, batch, num_workers=2)
 
 
+# --- another net than a DCGAN's: SNGAN's critic, eager --------------------------------------------
+
+
+def critic() -> nn.Sequential:
+    """The standard critic of SNGAN for 32 pixels (Miyato et al. 2018, table 3)."""
+    layers: list[nn.Module] = []
+    for CI, CO, kernel, stride in (
+        (3, 64, 3, 1), (64, 64, 4, 2), (64, 128, 3, 1), (128, 128, 4, 2), (128, 256, 3, 1),
+        (256, 256, 4, 2), (256, 512, 3, 1),
+    ):  # fmt: skip
+        conv = nn.Conv2d(CI, CO, kernel, stride, padding=1)
+        layers += [nn.utils.parametrizations.spectral_norm(conv), nn.LeakyReLU(0.1)]
+    last = nn.utils.parametrizations.spectral_norm(nn.Linear(512 * 4 * 4, 1))
+    return nn.Sequential(*layers, nn.Flatten(), last)
+
+
+def critic_step(
+    device: torch.device, batch: int, *, form: torch.memory_format = torch.contiguous_format,
+    change: Callable[[nn.Module], object] | None = None,
+) -> Workload:  # fmt: skip
+    """One update of SNGAN's critic, on a batch of real and one of generated images.
+
+    Args:
+        form: of the images and the weights.
+        change: what is done to the net first.
+    """
+    net = critic().to(device, memory_format=form)
+    if change is not None:
+        change(net)
+    optimizer = torch.optim.Adam(net.parameters(), lr=2e-4, betas=(0.5, 0.999))
+    real, fake = (
+        (torch.rand(batch, 3, 32, 32, device=device) * 2 - 1).contiguous(memory_format=form)
+        for _ in range(2)
+    )
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss = (1 - net(real)).relu().mean() + (1 + net(fake)).relu().mean()
+        loss.backward()
+        optimizer.step()
+
+    return Workload(step, batch)
+
+
 # --- PyTorch tuned: channels_last, AMP, fused Adam, torch.compile, on CUDA one graph of the step --
 
 

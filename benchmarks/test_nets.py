@@ -1,8 +1,10 @@
-"""The generator as it draws, and the discriminator as it judges and learns."""
+"""The generator as it draws, and the discriminator as it judges and learns; another project's net,
+fused."""
 
 from functools import partial
 
 import pytest
+import torch
 
 from benchmarks import ours, peers
 from benchmarks.ours import DEVICE, REPEAT
@@ -25,6 +27,11 @@ DISCRIMINATOR = {
     "fastdcgan": ours.discriminator,
     "fastdcgan --amp": partial(ours.discriminator, amp=True),
 }
+CRITIC = {
+    "pytorch": peers.critic_step,
+    "pytorch channels_last": partial(peers.critic_step, form=torch.channels_last),
+    "fuse(critic)": ours.critic_step,
+}
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -45,3 +52,10 @@ def test_discriminator(together, batch, mode, variant):
         for name, make in DISCRIMINATOR.items()
     }
     together("discriminator", makers, variant, rounds=ROUNDS, mode=mode, batch=batch)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("variant", CRITIC)
+def test_sngan_critic_step(together, batch, variant):
+    makers = {name: partial(repeated(make, REPEAT), DEVICE, batch) for name, make in CRITIC.items()}
+    together("sngan critic step", makers, variant, rounds=ROUNDS, batch=batch)

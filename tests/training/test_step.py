@@ -297,6 +297,7 @@ def test_an_overflowing_gradient_is_skipped_and_the_scale_lowered():
 SIMULTANEOUS = {  # whether D judges each image alone
     "tf28": (True, {"net": "tf28", "image_size": 28, "channels": 1}),
     "hinge": (True, {"norm_d": "none", "loss": "hinge"}),
+    "least squares": (True, {"norm_d": "none", "loss": "lsgan"}),
     "paired": (True, {"norm_d": "none", "loss": "relativistic"}),
     "instance norm, augmented": (True, {"norm_d": "instance", "diffaugment": "color,translation"}),
     "batch norm": (False, {}),
@@ -318,14 +319,24 @@ def test_one_pass_back_through_d_has_both_gradients(name):
     for passes in (1, 2):
         torch.manual_seed(0)
         state = TrainState(config, CPU, dtype=torch.float64)
-        with torch.no_grad():  # opinions on either side of the hinge
-            list(state.netD.parameters())[-1 if name == "tf28" else -2].mul_(30)
+        with torch.no_grad():  # images that differ, and opinions on either side of the hinge
+            for net in (state.netG, state.netD):
+                [p for p in net.parameters() if p.dim() > 1][-1].mul_(1e6)
         step = Step(state, batch_size=6)
         assert step._judges_alone == alone
         step._judges_alone &= passes == 1
+        plain, fakes = step._loss, []
+
+        def loss(scaler, logits, roles, *more, plain=plain, fakes=fakes):
+            row, gradient = plain(scaler, logits, roles, *more)
+            fakes.extend([gradient] * (roles == ("fake",)))
+            return row, gradient
+
+        step._loss = loss
         for images, z in data:
             torch.manual_seed(1)
             readings = step(images, z)
+        assert name != "hinge" or {0.0} < set(torch.cat(fakes).tolist())
         found.append((state, readings))
     (one, readings), (two, readings_too) = found
     torch.testing.assert_close(readings, readings_too, rtol=1e-6, atol=0)
