@@ -119,6 +119,7 @@ def test_strides_with_gaps_and_a_tensor_in_place():
 def test_nan_stays_and_everything_may_be_dropped_or_kept():
     nan = torch.full((100,), float("nan"))
     assert Dropout(0.5)(nan).isnan().all()
+    assert Dropout(0.5)(nan.bfloat16()).isnan().all()
     x = torch.randn(100)
     assert torch.equal(Dropout(0.0)(x), x)
     assert torch.equal(Dropout(1.0)(x), torch.zeros(100))
