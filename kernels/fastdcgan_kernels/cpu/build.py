@@ -27,16 +27,16 @@ HEADER = Path(__file__).with_name("common.h")
 PATIENCE = 300  # seconds for a compilation that takes twelve
 
 pointer, integer, small, number = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
-OPERAND = [pointer, small]  # and whether it is bfloat16
+TENSOR = [pointer, small]  # and whether it is bfloat16
 SHAPE = [integer] * 11  # sides, kernel and padding: convolution.py, _shape
 ARGUMENTS = {
-    "fastdcgan_down": [*OPERAND, *[pointer] * 3, small, *SHAPE, number, small],
-    "fastdcgan_up": [*OPERAND, *[pointer] * 3, small, *SHAPE, number, small],
-    "fastdcgan_image_up": [*OPERAND, *[pointer] * 3, *SHAPE, number, small],
-    "fastdcgan_weight_gradient": [*OPERAND, *OPERAND, pointer, small, *SHAPE, small],
+    "fastdcgan_down": [*TENSOR, pointer, pointer, *TENSOR, small, *SHAPE, number, small],
+    "fastdcgan_up": [*TENSOR, pointer, pointer, *TENSOR, small, *SHAPE, number, small],
+    "fastdcgan_image_up": [*TENSOR, *[pointer] * 3, *SHAPE, number, small],
+    "fastdcgan_weight_gradient": [*TENSOR, *TENSOR, pointer, small, *SHAPE, small],
     "fastdcgan_dropout": [pointer] * 3 + [integer] * 2 + [number, small, small],
-    "fastdcgan_norm": [pointer] * 6 + [integer] * 3 + [number, number, small],
-    "fastdcgan_norm_gradient": [pointer] * 9 + [integer] * 3 + [number, number, small],
+    "fastdcgan_norm": [*[pointer] * 5, *TENSOR, *[integer] * 3, number, number, small],
+    "fastdcgan_norm_gradient": [*TENSOR, *[pointer] * 8, *[integer] * 3, number, number, small],
 }
 
 

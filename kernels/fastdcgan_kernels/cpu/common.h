@@ -30,16 +30,23 @@ static inline vec load(const uint16_t* p) {  // bfloat16: the upper half of a fl
   return (vec)(__builtin_convertvector(*reinterpret_cast<const halves*>(p), words) << 16);
 }
 static inline void store(float* p, vec v) { *reinterpret_cast<unaligned*>(p) = v; }
+static inline void store(uint16_t* p, vec v) {  // to the nearest, ties to even; NaN stays NaN
+  words bits = (words)v;
+  bits = v == v ? (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 : words{} + 0x7FC0;
+  *reinterpret_cast<halves*>(p) = __builtin_convertvector(bits, halves);
+}
 static inline vec all(float value) { return value - vec{}; }
 static inline long cdiv(long a, long b) { return (a + b - 1) / b; }
 
-// What a convolution reads: float32, or bfloat16.
-struct Operand {
-  const void* data;
+// What a convolution reads, and writes: float32, or bfloat16.
+template <class Data, class Wide, class Half> struct Either {
+  Data* data;
   bool narrow;
-  const float* wide() const { return static_cast<const float*>(data); }
-  const uint16_t* half() const { return static_cast<const uint16_t*>(data); }
+  Wide* wide() const { return static_cast<Wide*>(data); }
+  Half* half() const { return static_cast<Half*>(data); }
 };
+using Operand = Either<const void, const float, const uint16_t>;
+using Result = Either<void, float, uint16_t>;
 
 // Threads are those of the OpenMP library that PyTorch has loaded (GNU's, or one that knows GNU's
 // calls): a second pool would fight the first for the cores. Without one, there is one thread.

@@ -127,20 +127,20 @@ def has_image_up(geometry: Geometry) -> bool:
 
 def convolve(
     x: Tensor, weight: Tensor, geometry: Geometry, transposed: bool, bias: Tensor | None = None,
-    slope: float = 1.0,
+    slope: float = 1.0, dtype: torch.dtype = torch.float32,
 ) -> Tensor:  # fmt: skip
-    """leaky_relu(convolution, or transposed one, of x + bias, slope), float32 channels_last; slope
-    0 is ReLU, 1 nothing. x is float32 or bfloat16, channels_last."""
+    """leaky_relu(convolution, or transposed one, of x + bias, slope), channels_last; slope 0 is
+    ReLU, 1 nothing. x and what comes of it, in `dtype`, are float32 or bfloat16."""
     g = geometry
     if pays(g) or (transposed and has_image_up(g)):
         sides = (g.N, g.CL, g.H, g.W) if transposed else (g.N, g.CS, g.P, g.Q)
-        out = empty(*sides, x, torch.float32)
+        out = empty(*sides, x, dtype if pays(g) else torch.float32)
         if pays(g):
             name = "up" if transposed else "down"
-            call(name, x, _narrow(x), weight, bias, out, tile(g), *_shape(g), slope)
+            call(name, *given(x), weight, bias, *given(out), tile(g), *_shape(g), slope)
         else:
-            call("image_up", x, _narrow(x), weight, bias, out, *_shape(g), slope)
-        return out
+            call("image_up", *given(x), weight, bias, out, *_shape(g), slope)
+        return out.to(dtype)
     x = x.float()
     with torch.autocast("cpu", enabled=False):
         if is_end(g):
@@ -149,7 +149,7 @@ def convolve(
         else:
             y = plain.convolve(x, weight, bias, g.stride, g.sides(transposed), transposed)
             y = y.contiguous(memory_format=LAST)
-    return y if slope == 1 else F.leaky_relu_(y, slope)
+    return (y if slope == 1 else F.leaky_relu_(y, slope)).to(dtype)
 
 
 def _end(x: Tensor, weight: Tensor, g: Geometry, transposed: bool) -> Tensor:
@@ -171,8 +171,7 @@ def weight_gradient(small: Tensor, large: Tensor, geometry: Geometry) -> Tensor:
     g = geometry
     out = empty(g.CS, g.CL, g.kernel, g.kernel, small, torch.float32)
     if has_winograd(g):
-        sides = small, _narrow(small), large, _narrow(large)
-        call("weight_gradient", *sides, out, tile(g), *_shape(g))
+        call("weight_gradient", *given(small), *given(large), out, tile(g), *_shape(g))
         return out
     small, large = small.float(), large.float()
     with torch.autocast("cpu", enabled=False):
@@ -184,8 +183,9 @@ def weight_gradient(small: Tensor, large: Tensor, geometry: Geometry) -> Tensor:
     return gw.contiguous(memory_format=LAST)
 
 
-def _narrow(x: Tensor) -> bool:
-    return x.dtype == torch.bfloat16
+def given(x: Tensor) -> tuple[Tensor, bool]:
+    """As the C++ takes a tensor of either dtype."""
+    return x, x.dtype == torch.bfloat16
 
 
 def call(name: str, *arguments: Any) -> None:

@@ -34,10 +34,9 @@ inline vec coefficient(const float* table, long group, int row, long C, long c) 
 }
 }  // namespace
 
-// mean and var (biased), [groups, C], of y; out = activate(z). gamma and beta may be null: 1 and 0.
-extern "C" void fastdcgan_norm(const float* y, const float* gamma, const float* beta, float* mean,
-                               float* var, float* out, long groups, long rows, long C, float eps,
-                               float slope, int threads) {
+template <class T>
+static void norm(const float* y, const float* gamma, const float* beta, float* mean, float* var,
+                 T* out, long groups, long rows, long C, float eps, float slope, int threads) {
   const Shape shape{groups, rows, C};
   float* found = parts_scratch.get(groups * shape.parts() * 2 * C);  // mean, squares about it
   parallel(threads, groups * shape.parts(), [&](long task) {
@@ -90,11 +89,11 @@ extern "C" void fastdcgan_norm(const float* y, const float* gamma, const float* 
   });
 }
 
-// dy, and dgamma and dbeta [C], from g, the gradient of `out`. dgamma and dbeta may be null.
-extern "C" void fastdcgan_norm_gradient(const float* g, const float* y, const float* gamma,
-                                        const float* beta, const float* mean, const float* var,
-                                        float* dy, float* dgamma, float* dbeta, long groups,
-                                        long rows, long C, float eps, float slope, int threads) {
+template <class T>
+static void norm_gradient(const T* g, const float* y, const float* gamma, const float* beta,
+                          const float* mean, const float* var, float* dy, float* dgamma,
+                          float* dbeta, long groups, long rows, long C, float eps, float slope,
+                          int threads) {
   const Shape shape{groups, rows, C};
   // [groups, 5, C]: mean, scale, shift, and dy = scale * dz + b * (y - mean) + c.
   float* table = coefficients_scratch.get(groups * 5 * C);
@@ -158,4 +157,29 @@ extern "C" void fastdcgan_norm_gradient(const float* g, const float* y, const fl
                   coefficient<5>(table, part.group, 4, C, c));
       }
   });
+}
+
+// mean and var (biased), [groups, C], of y; out = activate(z), bfloat16 where narrow, else float32.
+// gamma and beta may be null: 1 and 0.
+extern "C" void fastdcgan_norm(const float* y, const float* gamma, const float* beta, float* mean,
+                               float* var, void* out, int narrow, long groups, long rows, long C,
+                               float eps, float slope, int threads) {
+  const Result to{out, narrow != 0};
+  auto run = [&](auto* out) {
+    norm(y, gamma, beta, mean, var, out, groups, rows, C, eps, slope, threads);
+  };
+  to.narrow ? run(to.half()) : run(to.wide());
+}
+
+// dy, and dgamma and dbeta [C], from g, the gradient of `out`, like it. dgamma and dbeta may be null.
+extern "C" void fastdcgan_norm_gradient(const void* g, int narrow, const float* y, const float* gamma,
+                                        const float* beta, const float* mean, const float* var,
+                                        float* dy, float* dgamma, float* dbeta, long groups,
+                                        long rows, long C, float eps, float slope, int threads) {
+  const Operand from{g, narrow != 0};
+  auto run = [&](const auto* g) {
+    norm_gradient(g, y, gamma, beta, mean, var, dy, dgamma, dbeta, groups, rows, C, eps, slope,
+                  threads);
+  };
+  from.narrow ? run(from.half()) : run(from.wide());
 }

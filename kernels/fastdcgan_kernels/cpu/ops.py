@@ -16,7 +16,7 @@ from .. import reference
 from ..autograd import gradient_of, keep, save_conv_act
 from ..choice.spec import BlockSpec, Buffers, Inputs, Need, Saved, Signature
 from ..ops import CHANNELS_LAST, NEED, SIGNATURES, gradients, operator, output
-from .convolution import call, convolve, weight_gradient
+from .convolution import call, convolve, given, weight_gradient
 
 CONVOLUTION = ("x", "weight", "bias")
 BLOCK = (*CONVOLUTION, "gamma", "beta")
@@ -28,23 +28,22 @@ def conv_norm(inputs: Inputs, buffers: Buffers, spec: BlockSpec) -> tuple[Tensor
     """(out, y, stats): out = act(norm(y)) with y = convolution + bias, and stats [3, groups, C]
     (mean, biased variance, count) of y, by which the buffers move; the number of channels is a
     multiple of 16. All is float32 but x and out, which may be bfloat16."""
-    y = _convolve(inputs, spec)
+    y = _convolve(inputs, spec, 1.0, torch.float32)
     n, channels, h, w = y.shape
     rows = n * h * w // spec.groups
-    out = torch.empty_like(y, memory_format=CHANNELS_LAST)
+    out = torch.empty_like(y, dtype=inputs.x.dtype, memory_format=CHANNELS_LAST)
     stats = y.new_empty((3, spec.groups, channels))
     stats[2] = rows
     call(
-        "norm", y, _flat(inputs.gamma), _flat(inputs.beta), stats[0], stats[1], out, spec.groups,
-        rows, channels, spec.eps, _slope(spec),
+        "norm", y, _flat(inputs.gamma), _flat(inputs.beta), stats[0], stats[1], *given(out),
+        spec.groups, rows, channels, spec.eps, _slope(spec),
     )  # fmt: skip
     momenta = buffers.momenta
     share = spec.momentum if momenta is None else momenta
     reference.update_running(buffers, stats, share, spec.correction)
     if buffers.batches is not None:
         buffers.batches.add_(spec.groups)
-    out = out.tanh_() if spec.activation == "tanh" else out
-    return _like(out, inputs.x), y, stats
+    return (out.tanh_() if spec.activation == "tanh" else out), y, stats
 
 
 def _fake_conv_norm(
@@ -57,17 +56,17 @@ def _fake_conv_norm(
 
 def conv_norm_backward(g: Tensor, saved: Saved, spec: BlockSpec, need: Need) -> dict[str, Tensor]:
     """Gradients of x, weight, bias, gamma, beta; the last two always, where there are these."""
-    g, y, stats = _wide(g), saved.y, saved.stats
+    g, y, stats = _last(g), saved.y, saved.stats
     assert y is not None
     assert stats is not None
     if saved.out is not None:  # tanh's
-        g = torch.ops.aten.tanh_backward(g, _wide(saved.out))
+        g = torch.ops.aten.tanh_backward(g, saved.out)
     channels, rows = y.shape[1], y.numel() // y.shape[1] // spec.groups
     dy = torch.empty_like(y, memory_format=CHANNELS_LAST)
     dgamma, dbeta = y.new_empty(channels), y.new_empty(channels)
     call(
-        "norm_gradient", g, y, _flat(saved.gamma), _flat(saved.beta), stats[0], stats[1], dy,
-        dgamma, dbeta, spec.groups, rows, channels, spec.eps, _slope(spec),
+        "norm_gradient", *given(g), y, _flat(saved.gamma), _flat(saved.beta), stats[0], stats[1],
+        dy, dgamma, dbeta, spec.groups, rows, channels, spec.eps, _slope(spec),
     )  # fmt: skip
     found = _convolution_gradients(dy, saved, spec, need)
     for name, made in (("gamma", dgamma), ("beta", dbeta)):
@@ -79,8 +78,8 @@ def conv_norm_backward(g: Tensor, saved: Saved, spec: BlockSpec, need: Need) -> 
 
 def conv_act(inputs: Inputs, spec: BlockSpec) -> Tensor:
     """act(convolution + bias) in the dtype of x, float32 or bfloat16."""
-    out = _convolve(inputs, spec, _slope(spec))
-    return _like(out.tanh_() if spec.activation == "tanh" else out, inputs.x)
+    out = _convolve(inputs, spec, _slope(spec), inputs.x.dtype)
+    return out.tanh_() if spec.activation == "tanh" else out
 
 
 def conv_act_backward(g: Tensor, saved: Saved, spec: BlockSpec, need: Need) -> dict[str, Tensor]:
@@ -93,9 +92,9 @@ def conv_act_backward(g: Tensor, saved: Saved, spec: BlockSpec, need: Need) -> d
     return _convolution_gradients(dy, saved, spec, need)
 
 
-def _convolve(inputs: Inputs, spec: BlockSpec, slope: float = 1.0) -> Tensor:
+def _convolve(inputs: Inputs, spec: BlockSpec, slope: float, dtype: torch.dtype) -> Tensor:
     x, weight, bias = _last(inputs.x), _wide(inputs.weight), _flat(inputs.bias)
-    return convolve(x, weight, spec.geometry(x, weight), spec.transposed, bias, slope)
+    return convolve(x, weight, spec.geometry(x, weight), spec.transposed, bias, slope, dtype)
 
 
 def _convolution_gradients(
@@ -103,9 +102,8 @@ def _convolution_gradients(
 ) -> dict[str, Tensor]:
     geometry, found = spec.geometry(saved.x, saved.weight), {}
     if need.x:
-        found["x"] = _like(
-            convolve(dy, _wide(saved.weight), geometry, not spec.transposed), saved.x
-        )
+        weight, dtype = _wide(saved.weight), saved.x.dtype
+        found["x"] = convolve(dy, weight, geometry, not spec.transposed, dtype=dtype)
     if need.weight:
         x = _last(saved.x)
         small, large = (x, dy) if spec.transposed else (dy, x)
@@ -123,11 +121,6 @@ def _last(tensor: Tensor) -> Tensor:
 def _wide(tensor: Tensor) -> Tensor:
     """And float32."""
     return _last(tensor.float())
-
-
-def _like(tensor: Tensor, x: Tensor) -> Tensor:
-    """In the dtype of x."""
-    return tensor.to(x.dtype)
 
 
 def _flat(tensor: Tensor | None) -> Tensor | None:

@@ -42,7 +42,7 @@
 #include <cstring>
 #include <type_traits>
 
-static thread_local Scratch weights_scratch, block_scratch, zeros_scratch;
+static thread_local Scratch weights_scratch, block_scratch, zeros_scratch, image_scratch;
 
 // ---- F(M, T) in one dimension, in place on v[0], v[step], ...
 
@@ -429,7 +429,7 @@ template <class L> static long tiles_a_block(const L& g, long floats, int thread
 
 // With `mirrored` the weight is [CL, K, K, CS], its taps in reverse: down of the transposed layer.
 template <class L>
-static void down(const L& layer, Operand x, const float* w, const float* bias, float* y,
+static void down(const L& layer, Operand x, const float* w, const float* bias, Result out,
                  float slope, bool mirrored, int threads) {
   const L g = layer;
   constexpr int M = L::M, SIDE = L::SIDE, POSITIONS = L::POSITIONS, TAPS = L::KERNEL * L::KERNEL;
@@ -471,9 +471,9 @@ static void down(const L& layer, Operand x, const float* w, const float* bias, f
       for (int e = 0; e < POSITIONS; e++)
         multiply(V, e, L::slot(e, L::PHASES) * CL, U + e * stride + panel * K * WIDTH,
                  products + e * pitch);
-      for (long t = 0; t < count; t++) {
-        float* to[M * M];
-        g.small(y + panel * WIDTH, g.tile(first + t), (float*)nullptr, to);
+      auto finish = [&](auto* y, long t) {
+        decltype(y) to[M * M];
+        g.small(y + panel * WIDTH, g.tile(first + t), decltype(y)(nullptr), to);
         for (int lane = 0; lane < WIDTH; lane += LANES) {
           vec m[POSITIONS];
 #pragma GCC unroll 36
@@ -485,14 +485,16 @@ static void down(const L& layer, Operand x, const float* w, const float* bias, f
           for (int e = 0; e < M * M; e++)
             if (to[e]) store(to[e] + lane, activate(m[e / M * SIDE + e % M] + shift, slope));
         }
-      }
+      };
+      for (long t = 0; t < count; t++)
+        out.narrow ? finish(out.half(), t) : finish(out.wide(), t);
     }
   });
 }
 
 template <class L>
-static void up(const L& layer, Operand y, const float* w, const float* bias, float* x, float slope,
-               int threads) {
+static void up(const L& layer, Operand y, const float* w, const float* bias, Result out,
+               float slope, int threads) {
   const L g = layer;
   constexpr int POSITIONS = L::POSITIONS, TAPS = L::KERNEL * L::KERNEL;
   const long CL = g.CL, K = g.CS, stride = L::PHASES * CL * K;
@@ -513,9 +515,12 @@ static void up(const L& layer, Operand y, const float* w, const float* bias, flo
   const long each = std::min(most, cdiv(images * image, ROWS) * ROWS);
   parallel(threads, cdiv(g.N, images), [&](long task) {
     const L g = layer;
-    const long last = std::min((task + 1) * images, g.N) * image, pixels = g.H * g.W;
-    float *from = x + task * images * pixels * CL, *end = x + last / image * pixels * CL;
-    if (!g.whole()) std::fill(from, end, 0.f);
+    const long last = std::min((task + 1) * images, g.N) * image, values = g.H * g.W * CL;
+    // Sums of this task's images, in place or on their way to bfloat16; x is where image 0 would be.
+    const long begin = task * images * values, size_of = last / image * values - begin;
+    float* sums = out.narrow ? image_scratch.get(size_of) : out.wide() + begin;
+    float* x = sums - begin;
+    if (!g.whole()) std::fill(sums, sums + size_of, 0.f);
     const long size = Block::size(each, K, ROWS);
     float* scratch = block_scratch.get(POSITIONS * (size + each * WIDTH + PAD));
     float* products = scratch + POSITIONS * size;
@@ -545,18 +550,23 @@ static void up(const L& layer, Operand y, const float* w, const float* bias, flo
                 if (to[e]) {
                   bool more = (e / F::COLUMNS < F::TR - 1 && tile.a > 0) ||
                               (e % F::COLUMNS < F::TS - 1 && tile.b > 0);
-                  float* out = to[e] + lane;
-                  store(out, more ? load(out) + d[e] : d[e]);
+                  float* sum = to[e] + lane;
+                  store(sum, more ? load(sum) + d[e] : d[e]);
                 }
             }
           }
         }
       });
     }
-    if (bias || slope != 1)
-      for (; from < end; from += CL)
+    auto finish = [&](auto* to) {
+      for (long i = 0; i < size_of; i += CL)
         for (long c = 0; c < CL; c += LANES)
-          store(from + c, activate(load(from + c) + (bias ? load(bias + c) : vec{}), slope));
+          store(to + i + c, activate(load(sums + i + c) + (bias ? load(bias + c) : vec{}), slope));
+    };
+    if (out.narrow)
+      finish(out.half() + begin);
+    else if (bias || slope != 1)
+      finish(sums);
   });
 }
 
@@ -666,35 +676,39 @@ static void with_layer(int tile, long N, long P, long Q, long CS, long H, long W
     run(Layer<2, 3, 2>{}, Layer<4, 3, 2>{});
 }
 
-// y = activate(down(x) + bias); bias may be null. What is `narrow` is bfloat16.
-extern "C" void fastdcgan_down(const void* x, int narrow, const float* w, const float* bias, float* y, int tile,
-                               long N, long P, long Q, long CS, long H, long W, long CL, long kernel,
-                               long stride, long pad, long left, float slope, int threads) {
+// y = activate(down(x) + bias); bias may be null. What is narrow is bfloat16, else float32.
+extern "C" void fastdcgan_down(const void* x, int x_narrow, const float* w, const float* bias, void* y,
+                               int y_narrow, int tile, long N, long P, long Q, long CS, long H, long W,
+                               long CL, long kernel, long stride, long pad, long left, float slope,
+                               int threads) {
+  const Operand from{x, x_narrow != 0};
+  const Result to{y, y_narrow != 0};
   with_layer(tile, N, P, Q, CS, H, W, CL, kernel, stride, pad, left,
-             [&](const auto& g) { down(g, {x, narrow != 0}, w, bias, y, slope, false, threads); });
+             [&](const auto& g) { down(g, from, w, bias, to, slope, false, threads); });
 }
 
-// x = activate(up(y) + bias); bias may be null.
-extern "C" void fastdcgan_up(const void* y, int narrow, const float* w, const float* bias, float* x, int tile,
-                             long N, long P, long Q, long CS, long H, long W, long CL, long kernel,
-                             long stride, long pad, long left, float slope, int threads) {
+// x = activate(up(y) + bias), in the same way.
+extern "C" void fastdcgan_up(const void* y, int y_narrow, const float* w, const float* bias, void* x,
+                             int x_narrow, int tile, long N, long P, long Q, long CS, long H, long W,
+                             long CL, long kernel, long stride, long pad, long left, float slope,
+                             int threads) {
+  const Operand from{y, y_narrow != 0};
+  const Result to{x, x_narrow != 0};
   if (stride == 1)
     with_layer(tile, N, H, W, CL, P, Q, CS, kernel, 1, kernel - 1 - pad, kernel - 1 - left,
-               [&](const auto& g) { down(g, {y, narrow != 0}, w, bias, x, slope, true, threads); });
+               [&](const auto& g) { down(g, from, w, bias, to, slope, true, threads); });
   else
     with_layer(tile, N, P, Q, CS, H, W, CL, kernel, stride, pad, left, [&](const auto& g) {
       if constexpr (std::decay_t<decltype(g)>::PIECES == 2)
-        up(g, {y, narrow != 0}, w, bias, x, slope, threads);
+        up(g, from, w, bias, to, slope, threads);
     });
 }
 
 extern "C" void fastdcgan_weight_gradient(const void* y, int y_narrow, const void* x, int x_narrow,
-                                          float* dw, int tile, long N,
-                                          long P, long Q, long CS, long H, long W, long CL,
-                                          long kernel, long stride, long pad, long left,
-                                          int threads) {
+                                          float* dw, int tile, long N, long P, long Q, long CS, long H,
+                                          long W, long CL, long kernel, long stride, long pad,
+                                          long left, int threads) {
+  const Operand small{y, y_narrow != 0}, large{x, x_narrow != 0};
   with_layer(tile, N, P, Q, CS, H, W, CL, kernel, stride, pad, left,
-             [&](const auto& g) {
-               weight_gradient(g, {y, y_narrow != 0}, {x, x_narrow != 0}, dw, threads);
-             });
+             [&](const auto& g) { weight_gradient(g, small, large, dw, threads); });
 }
