@@ -22,7 +22,7 @@ def convolve(
         if not transposed:
             return F.conv2d(F.pad(x, (left, right, top, bottom)), weight, bias, stride)
         y = F.pad(F.conv_transpose2d(x, weight, None, stride), (-left, -right, -top, -bottom))
-        return y if bias is None else y + bias[:, None, None]
+        return y if bias is None else y + bias[:, None, None].to(y.dtype)
     if transposed:
         return F.conv_transpose2d(x, weight, bias, stride, pad, more)
     return F.conv2d(x, weight, bias, stride, pad)

@@ -141,15 +141,16 @@ def convolve(
         else:
             call("image_up", *given(x), weight, bias, out, *_shape(g), slope)
         return out.to(dtype)
-    x = x.float()
+    x, weight = x.to(dtype), weight.to(dtype)
     with torch.autocast("cpu", enabled=False):
         if is_end(g):
             y = _end(x, weight, g, transposed)
             y = y if bias is None else y.add_(bias[:, None, None])
         else:
+            bias = None if bias is None else bias.to(dtype)
             y = plain.convolve(x, weight, bias, g.stride, g.sides(transposed), transposed)
             y = y.contiguous(memory_format=LAST)
-    return (y if slope == 1 else F.leaky_relu_(y, slope)).to(dtype)
+    return y if slope == 1 else F.leaky_relu_(y, slope)
 
 
 def _end(x: Tensor, weight: Tensor, g: Geometry, transposed: bool) -> Tensor:
@@ -169,18 +170,23 @@ def weight_gradient(small: Tensor, large: Tensor, geometry: Geometry) -> Tensor:
     """Gradient [CS, CL, K, K] of the weight, float32 channels_last: one side, the other's gradient,
     each float32 or bfloat16."""
     g = geometry
-    out = empty(g.CS, g.CL, g.kernel, g.kernel, small, torch.float32)
+    shape = g.CS, g.CL, g.kernel, g.kernel
     if has_winograd(g):
+        out = empty(*shape, small, torch.float32)
         call("weight_gradient", *given(small), *given(large), out, tile(g), *_shape(g))
         return out
-    small, large = small.float(), large.float()
+    if small.dtype != large.dtype:
+        small, large = small.float(), large.float()
+    out = empty(*shape, small)
     with torch.autocast("cpu", enabled=False):
         if is_end(g):
             torch.mm(_rows(small).T, _rows(large), out=_rows(out))
-            return out
-        _, gw = plain.gradients(small, large, out, g.stride, g.sides(False), False, need_x=False)
-        assert gw is not None
-    return gw.contiguous(memory_format=LAST)
+        else:
+            sides = g.sides(False)
+            _, gw = plain.gradients(small, large, out, g.stride, sides, False, need_x=False)
+            assert gw is not None
+            out = gw
+    return out.float().contiguous(memory_format=LAST)
 
 
 def given(x: Tensor) -> tuple[Tensor, bool]:

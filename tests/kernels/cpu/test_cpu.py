@@ -136,8 +136,8 @@ def plain_three(g, small, large, weight):
 def winograd_three(g, small, large, weight, tile=None, biases=(None, None), slope=1.0):
     """The same by Winograd's kernels, whatever the rules say, into memory of NaN."""
 
-    def empty(n, c, h, w, like):
-        return torch.full((n, c, h, w), torch.nan).to(memory_format=CL)
+    def empty(n, c, h, w, like, dtype):
+        return torch.full((n, c, h, w), torch.nan, dtype=dtype).to(memory_format=CL)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(convolution, "empty", empty)
@@ -459,11 +459,66 @@ def test_elsewhere_blocks_are_plain_pytorch(channels, dtype, variable, called, m
     assert not called
 
 
-def test_autocast_is_plain_pytorch(called):
+@pytest.mark.parametrize("cost", [0.0, 0.5])
+def test_autocast_leaves_to_pytorch_what_bfloat16_does_as_fast(cost, called, monkeypatch):
+    """A DCGAN's own layer; any, where a processor multiplies tiles of bfloat16."""
+    monkeypatch.setattr(convolution, "_bfloat16", lambda: cost)
     x, weight, gamma, beta = leaves((16, 32, 8, 8), (32, 32, 4, 4), (32,), (32,))
     with torch.autocast("cpu", torch.bfloat16):
         assert block()(x, weight, gamma, beta).dtype == torch.bfloat16
+        if cost == 0:
+            _, stride, padding, *shapes = MORE_LAYERS["critic"]
+            critic = leaves(*shapes)
+            functional.conv_act(*critic, stride=stride, padding=padding, activation="relu")
+    narrow = [t.detach().bfloat16() for t in (x, weight, gamma, beta)]
+    assert block()(*narrow).dtype == torch.bfloat16  # a model in bfloat16 is no autocast's
     assert not called
+    with pytest.raises(RuntimeError):  # PyTorch's own, of two dtypes
+        functional.conv_act(narrow[0], weight, stride=2, padding=1, activation="relu")
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "tanh", "silu"])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("layer", ["tutorial_up", "tutorial_down", "tutorial_image", "critic"])
+def test_under_autocast(layer, norm, activation, called, monkeypatch):
+    """Dtypes are PyTorch's; values and gradients, of a graph of the gradient as well, no further
+    from float64 than PyTorch's in bfloat16."""
+    monkeypatch.setattr(convolution, "_bfloat16", lambda: 0.6)  # for small batches
+    transposed, stride, padding, *shapes = MORE_LAYERS[layer]
+    c = shapes[1][1 if transposed else 0]
+    if norm and c % 16:
+        return
+    tensors = leaves(*shapes, (c,), *[(c,)] * (2 * norm))
+    op = f"conv_{'transpose_' * transposed}{'bn_' * norm}act"
+    options = {"stride": stride, "padding": padding, "activation": activation, "slope": 0.2}
+    if norm:
+        options |= {"training": True, "momentum": 0.1, "eps": 1e-5}
+    buffers = [None, None] if norm else []
+
+    def run(tensors):
+        out = getattr(functional, op)(*tensors, *buffers, **options)
+        wanted = [t for at, t in enumerate(tensors) if at != 2 or not norm]
+        torch.manual_seed(1)
+        upstream = torch.randn(out.shape).to(out.dtype)
+        first = torch.autograd.grad(out, wanted, upstream, retain_graph=True)
+        (dx,) = torch.autograd.grad(out, tensors[0], upstream, create_graph=True)
+        second = torch.autograd.grad(dx.float().square().sum(), tensors[1])
+        return [out, *first, *second]
+
+    exact = run(wide(tensors))
+    called.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = run(tensors)
+        kernels = list(called)
+        monkeypatch.setenv("FASTDCGAN_IMPL", "reference")
+        plain = run(tensors)
+    wanted = {"image_up"} if "image" in layer else {"up", "down", "weight_gradient"}
+    assert wanted <= set(kernels)
+    assert called == kernels
+    for mine, theirs, expected in zip(ours, plain, exact, strict=True):
+        assert mine.dtype == theirs.dtype
+        assert mine.is_contiguous(memory_format=CL) or mine.dim() < 4 or mine is not ours[0]
+        assert error(mine, expected) < 1.1 * error(theirs, expected) + 1e-4
 
 
 def test_meta_tensors_have_shapes():
