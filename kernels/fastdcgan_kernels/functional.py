@@ -291,8 +291,9 @@ def _takes_cpu_kernels(x: Input, weight: Tensor, spec: BlockSpec, norm: bool) ->
     return (
         isinstance(x, Tensor)
         and x.device == weight.device
+        and x.device.type == "cpu"
         and weight.dtype == torch.float32
-        and (x.dtype == torch.float32 or (narrow and torch.is_autocast_enabled(x.device.type)))
+        and (x.dtype == torch.float32 or (narrow and torch.is_autocast_enabled("cpu")))
         and not unsupported(x, weight, spec)
         and cpu.takes(spec.geometry(x, weight), spec.transposed, norm, narrow)
         and runs_cpu_kernels(x.device)

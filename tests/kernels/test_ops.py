@@ -214,6 +214,13 @@ CASES = {
             "need_x": True, "need_weight": True, "need_bias": True,
         },
     },
+    "cpu_dropout": {
+        "float32": lambda: {"x": leaf(3, 50), "seed": torch.tensor(7), "p": 0.3},
+        "bfloat16, channels_last": lambda: {
+            "x": normal(2, 8, 5, 5).bfloat16().to(memory_format=torch.channels_last),
+            "seed": torch.tensor(-7), "p": 0.5,
+        },
+    },
 }  # fmt: skip
 
 
