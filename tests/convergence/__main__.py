@@ -21,8 +21,8 @@ def main():
         "the first; losses are means of the last 20 steps, `eval_` those on other images in "
         'evaluation. "Leaves" is how far the fused run gets out of the range of the plain ones '
         "at most, in widths of that range; a test fails from 1.5.\n\n"
-        f"torch {torch.__version__}, {device} ({name}), {datetime.date.today()}. A CPU has no "
-        "fused kernels in bfloat16: there, the fused run is plain PyTorch, bit for bit.\n"
+        f"torch {torch.__version__}, {device} ({name}), {datetime.date.today()}. Under autocast "
+        "in bfloat16 a CPU runs a fused layer in plain PyTorch where that takes no longer.\n"
     )
     print(HEAD)
     for net in NETS.values():

@@ -1,8 +1,7 @@
 """Foreign nets, trained fused, learn as they do plain: their loss curves, and what the trained nets
 compute. Not here: single blocks and steps, compared exactly (tests/kernels/).
 
-On a CPU, and under `pytest -m gpu` on the GPU, in float16 there, too. bfloat16 on a CPU has no
-kernels: there, blocks are run in plain PyTorch.
+On a CPU, and under `pytest -m gpu` on the GPU, in float16 there, too.
 """
 
 import pytest
