@@ -93,8 +93,8 @@ def document(rows: list[dict[str, Any]]) -> str:
         f"DCGAN at batch {BATCH}, and some of other nets (T: the TensorFlow tutorial's, S: SNGAN's "
         "critic, P: PatchGAN, C: CycleGAN). No GPU was used: these are the compiler's figures, and "
         "nothing here says how fast a kernel is. `blocks`: resident blocks that a multiprocessor "
-        "has room for; `128-bit`: loads and stores of 16 bytes; `main loop`: instructions for each matrix "
-        "instruction, how it reads memory, and loads of operands from shared memory into "
+        "has room for; `128-bit`: loads and stores of 16 bytes; `main loop`: instructions for each "
+        "matrix instruction, how it reads memory, and loads of operands from shared memory into "
         "registers.",
         "",
         "Made by `python -m fastdcgan_kernels.inspect`.",
