@@ -255,8 +255,7 @@ class Step:
             # Of one image the gradients of both losses are the same but for a factor, that of its
             # logit: one pass back through D has both. No logit's may be 0 for that; as close to it
             # no other digit of D's sums changes.
-            nearly = fake_gradient.new_tensor(NEARLY)
-            fake_gradient = fake_gradient.where(fake_gradient.abs() > NEARLY, nearly)
+            fake_gradient = fake_gradient.masked_fill(fake_gradient.abs() <= NEARLY, NEARLY)
             torch.autograd.backward(
                 logits, [real_gradient, fake_gradient], inputs=[*parameters, given]
             )

@@ -24,7 +24,7 @@ from ..choice import measured
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared")
 SOURCES = tuple(sorted(Path(__file__).parent.glob("*.cpp")))
 HEADER = Path(__file__).with_name("common.h")
-PATIENCE = 300  # seconds for a compilation that takes twelve
+PATIENCE = 300  # seconds for a compilation that takes fourteen
 
 pointer, integer, small, number = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 TENSOR = [pointer, small]  # and whether it is bfloat16

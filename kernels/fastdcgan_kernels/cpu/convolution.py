@@ -1,7 +1,8 @@
 """Convolutions in float32 of channels_last tensors on a CPU: by the C++ of this folder where it has
 a kernel that is faster, by PyTorch elsewhere. Not here: autograd (ops.py), normalisation.
 
-Sides and weights are named as in geometry.py. Whether a kernel runs depends on shapes alone.
+Sides and weights are named as in geometry.py. Whether a kernel runs depends on shapes alone, and
+under autocast on the processor.
 """
 
 from __future__ import annotations

@@ -44,13 +44,11 @@ def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> No
     ctx.save_for_backward(seed)
 
 
-# fmt: off
 dropout = torch.library.custom_op(
     "fastdcgan::cpu_dropout",
     _dropout,
     mutates_args=(),
     schema="(Tensor x, Tensor seed, float p) -> Tensor",
 )
-# fmt: on
 dropout.register_fake(lambda x, seed, p: torch.empty_like(x))
 dropout.register_autograd(_backward, setup_context=_setup)

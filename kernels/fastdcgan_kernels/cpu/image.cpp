@@ -77,10 +77,10 @@ template <int K> static auto up_to(long CL) {
 }
 
 // x = activate(up(y) + bias); bias may be null; `narrow`: y is bfloat16. CS is a multiple of CHUNK.
-extern "C" void fastdcgan_image_up(const void* y, int narrow, const float* w, const float* bias, float* x,
-                                   long N, long P, long Q, long CS, long H, long W, long CL,
-                                   long kernel, long stride, long pad, long left, float slope,
-                                   int threads) {
+extern "C" void fastdcgan_image_up(const void* y, int narrow, const float* w, const float* bias,
+                                   float* x, long N, long P, long Q, long CS, long H, long W,
+                                   long CL, long kernel, long stride, long pad, long left,
+                                   float slope, int threads) {
   auto run = kernel == 3 ? up_to<3>(CL) : kernel == 4 ? up_to<4>(CL) : up_to<5>(CL);
   run({N, P, Q, CS, H, W, stride, pad, left}, {y, narrow != 0}, w, bias, x, slope, threads);
 }
