@@ -14,7 +14,7 @@ from fastdcgan_kernels.gpu import conv_pointers, conv_tma, conv_weight
 from fastdcgan_kernels.gpu.tile import Operand
 from tests import interpreter
 from tests.kernels.exact import Draw, convolve, errors
-from tests.kernels.gpu.test_geometries import GEOMETRIES
+from tests.kernels.geometries import GEOMETRIES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
