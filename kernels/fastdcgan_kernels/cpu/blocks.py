@@ -21,7 +21,7 @@ def takes(geometry: Geometry, transposed: bool, norm: bool, narrow: bool = False
     if norm and channels % CHUNK:
         return False
     if narrow:
-        return beats_bfloat16(geometry) or (transposed and has_image_up(geometry))
+        return beats_bfloat16(geometry) or has_image_up(geometry)
     gains = has_winograd(geometry) or has_image_up(geometry) or is_end(geometry)
     return norm or gains
 

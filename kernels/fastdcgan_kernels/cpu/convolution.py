@@ -149,6 +149,8 @@ def convolve(
             y = y if bias is None else y.add_(bias[:, None, None])
         else:
             bias = None if bias is None else bias.to(dtype)
+            # With one channel the format is in the strides alone, and PyTorch answers in it.
+            weight = weight.as_strided(weight.shape, _strides(g.CL, g.kernel))
             y = plain.convolve(x, weight, bias, g.stride, g.sides(transposed), transposed)
             y = y.contiguous(memory_format=LAST)
     return y if slope == 1 else F.leaky_relu_(y, slope)
@@ -160,6 +162,11 @@ def _end(x: Tensor, weight: Tensor, g: Geometry, transposed: bool) -> Tensor:
     out = empty(g.N, g.CL, g.H, g.W, x) if transposed else empty(g.N, g.CS, 1, 1, x)
     torch.mm(_rows(x), matrix if transposed else matrix.T, out=_rows(out))
     return out
+
+
+def _strides(c: int, kernel: int) -> tuple[int, ...]:
+    """Of a channels_last weight [., c, kernel, kernel]."""
+    return kernel * kernel * c, 1, kernel * c, c
 
 
 def _rows(x: Tensor) -> Tensor:

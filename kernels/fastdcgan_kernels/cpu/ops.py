@@ -109,7 +109,7 @@ def _convolution_gradients(
         small, large = (x, dy) if spec.transposed else (dy, x)
         found["weight"] = weight_gradient(small, large, geometry)
     if need.bias:
-        found["bias"] = dy.sum((0, 2, 3), dtype=torch.float32)
+        found["bias"] = dy.sum((0, 2, 3)).float()  # with dtype=, all of dy would be cast first
     return found
 
 
