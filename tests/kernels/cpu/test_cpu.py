@@ -459,22 +459,26 @@ def test_elsewhere_blocks_are_plain_pytorch(channels, dtype, variable, called, m
     assert not called
 
 
-@pytest.mark.parametrize("cost", [0.0, 0.5])
+@pytest.mark.parametrize("cost", [0.0, 10.0])
 def test_autocast_leaves_to_pytorch_what_bfloat16_does_as_fast(cost, called, monkeypatch):
     """A DCGAN's own layer; any, where a processor multiplies tiles of bfloat16."""
     monkeypatch.setattr(convolution, "_bfloat16", lambda: cost)
     x, weight, gamma, beta = leaves((16, 32, 8, 8), (32, 32, 4, 4), (32,), (32,))
+    _, stride, padding, *shapes = MORE_LAYERS["critic"]
+    critic = leaves(*shapes)
+    options = {"stride": stride, "padding": padding, "activation": "relu"}
     with torch.autocast("cpu", torch.bfloat16):
         assert block()(x, weight, gamma, beta).dtype == torch.bfloat16
-        if cost == 0:
-            _, stride, padding, *shapes = MORE_LAYERS["critic"]
-            critic = leaves(*shapes)
-            functional.conv_act(*critic, stride=stride, padding=padding, activation="relu")
-    narrow = [t.detach().bfloat16() for t in (x, weight, gamma, beta)]
-    assert block()(*narrow).dtype == torch.bfloat16  # a model in bfloat16 is no autocast's
+        assert not called
+        functional.conv_act(*critic, **options)
+        assert called == ["down"] * (cost > 0)
+    called.clear()
+    # A model in bfloat16 is no autocast's, and two dtypes are PyTorch's error.
+    narrow = [t.detach().bfloat16() for t in critic]
+    assert functional.conv_act(*narrow, **options).dtype == torch.bfloat16
+    with pytest.raises(RuntimeError):
+        functional.conv_act(narrow[0], critic[1], **options)
     assert not called
-    with pytest.raises(RuntimeError):  # PyTorch's own, of two dtypes
-        functional.conv_act(narrow[0], weight, stride=2, padding=1, activation="relu")
 
 
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "tanh", "silu"])
