@@ -15,7 +15,6 @@ constexpr long PART = 1 << 14;  // elements of a task
 // Sixteen lanes on any machine.
 typedef uint32_t lanes32 __attribute__((vector_size(4 * COUNTERS)));
 typedef uint64_t lanes64 __attribute__((vector_size(4 * COUNTERS)));
-typedef uint16_t lanes16 __attribute__((vector_size(2 * COUNTERS)));
 typedef float floats __attribute__((vector_size(4 * COUNTERS)));
 
 // The high and the low words of x times a factor: those at even places, and those at odd ones.
@@ -40,22 +39,12 @@ static inline void philox(uint64_t seed, uint32_t first, uint32_t top, lanes32 b
   bits[0] = a, bits[1] = b, bits[2] = c, bits[3] = d;
 }
 
-static inline void times(const float* x, floats factor, float* out) {
-  floats value;
-  std::memcpy(&value, x, sizeof value);
-  value *= factor;
-  std::memcpy(out, &value, sizeof value);
-}
-
-// Of bfloat16: to the nearest, ties to even; NaN stays NaN.
-static inline void times(const uint16_t* x, floats factor, uint16_t* out) {
-  lanes16 narrow;
-  std::memcpy(&narrow, x, sizeof narrow);
-  const floats value = (floats)(__builtin_convertvector(narrow, lanes32) << 16) * factor;
-  lanes32 bits = (lanes32)value;
-  bits = value == value ? (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 : lanes32{} + 0x7FC0;
-  narrow = __builtin_convertvector(bits, lanes16);
-  std::memcpy(out, &narrow, sizeof narrow);
+template <class T> static inline void times(const T* x, floats factor, T* out) {
+  for (int lane = 0; lane < COUNTERS; lane += LANES) {
+    vec by;
+    std::memcpy(&by, reinterpret_cast<const float*>(&factor) + lane, sizeof by);
+    store(out + lane, load(x + lane) * by);
+  }
 }
 
 template <class T>

@@ -457,7 +457,7 @@ def taps_of(r, S: tl.constexpr, PAD: tl.constexpr):
 
 @triton.jit
 def row_of(tap, taps, r, S: tl.constexpr, PAD: tl.constexpr):
-    """The kernel's row of a tap of so many (`taps_of`). In this order of terms, constants first,
+    """The kernel's row of a tap, of `taps` (`taps_of`). In this order of terms, constants first,
     both Tritons keep the DCGAN's kernels in registers."""
     row = S.STRIDE * (taps - 1) - S.STRIDE * tap
     if S.PHASE != S.STRIDE:  # from one pixel
