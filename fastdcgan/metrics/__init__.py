@@ -1,5 +1,5 @@
 """How good images are, in numbers: networks of features, FID, KID, Inception Score, precision,
-recall, density, coverage, sheets of nearest neighbours, and the probe of a discriminator.
+recall, density, coverage, spectra, sheets of nearest neighbours, and the probe of a discriminator.
 
 Importing this package loads nothing heavy; a name below loads its file when it is first used. Not
 here: training, and the choice between runs.

@@ -1,9 +1,9 @@
 """`n` fakes beside `n` real images, and these beside `n` others: all scores and their floors. Not
-here: where fakes come from (evaluation.py), the formulas (scores.py)."""
+here: where fakes come from (evaluation.py), the formulas (scores.py, spectrum.py)."""
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,18 @@ from torch import Tensor
 from fastdcgan.data import Packed
 from fastdcgan.data.picture import Pixels
 from fastdcgan.errors import InputError
-from fastdcgan.metrics.features import Advance, entry_of, extract, keep, nothing, real_features
+from fastdcgan.metrics.features import (
+    Advance,
+    chunks,
+    entry_of,
+    extract,
+    keep,
+    nothing,
+    real_features,
+)
 from fastdcgan.metrics.networks import FeatureNetwork
 from fastdcgan.metrics.scores import NEAREST, Scores, score
+from fastdcgan.metrics.spectrum import IMAGES, Texture, power_spectrum, texture
 
 FLOOR_RULE = 1
 """Stands in the cache's key of a floor: change it whenever scores.py would give another one."""
@@ -31,6 +40,9 @@ class Comparison:
     scores: Scores
     floor: Scores
     """What `n` other real images score in the fakes' place: no generator can expect better."""
+    texture: Texture
+    """By the first `spectrum.IMAGES` of each set."""
+    texture_floor: Texture
     n: int
     features: str
     """The network's name."""
@@ -42,9 +54,11 @@ class Comparison:
 
     def numbers(self) -> dict[str, Any]:
         """Each score, its floor as NAME_floor, n, features (the network's name) and nearest."""
-        floors = {f"{name}_floor": x for name, x in dataclasses.asdict(self.floor).items()}
+        found = {**dataclasses.asdict(self.scores), **dataclasses.asdict(self.texture)}
+        floor = {**dataclasses.asdict(self.floor), **dataclasses.asdict(self.texture_floor)}
+        floors = {f"{name}_floor": x for name, x in floor.items()}
         held = {"n": self.n, "features": self.features, "nearest": NEAREST}
-        return {**dataclasses.asdict(self.scores), **floors, **held}
+        return {**found, **floors, **held}
 
 
 def compare(
@@ -78,7 +92,8 @@ def compare(
             else f"n = {n} is too few: scores need at least {NEAREST + 1} images of each set"
         )
     real, rows = real_features(packed, 2 * n, network, device, cache=cache, advance=advance)
-    fake = extract(fakes, network, device, advance)
+    shown: list[Pixels] = []
+    fake = extract(first_of(fakes, IMAGES, shown), network, device, advance)
     place = device if device.type == "cuda" else torch.device("cpu")  # MPS has no float64
     classifier = network.classifier
     if classifier is not None and device != place:
@@ -86,7 +101,19 @@ def compare(
     first, second = real[:n].to(place), real[n:].to(place)
     floor = _floor(packed, network, n, cache, lambda: score(first, second, classifier))
     scores = score(first, fake.to(place), classifier)
-    return Comparison(scores, floor, n, network.name, (real, rows), fake)
+    spectra = [power_spectrum(chunks(packed, each)) for each in (rows[:n], rows[n:])]
+    textures = texture(spectra[0], power_spectrum(shown)), texture(*spectra)
+    return Comparison(scores, floor, *textures, n, network.name, (real, rows), fake)
+
+
+def first_of(images: Iterable[Pixels], count: int, into: list[Pixels]) -> Iterator[Pixels]:
+    """The same chunks; the first `count` images of them are kept in `into`."""
+    missing = count
+    for chunk in images:
+        if missing > 0:
+            into.append(chunk[:missing])
+            missing -= len(chunk)
+        yield chunk
 
 
 def _floor(

@@ -22,7 +22,7 @@ from fastdcgan.data.sources import Source
 from fastdcgan.errors import InputError
 from fastdcgan.hardware import pick_device, use_allowed_threads
 from fastdcgan.latent.draw import draw, load_discriminator, load_generator
-from fastdcgan.metrics.comparison import Comparison, compare
+from fastdcgan.metrics.comparison import Comparison, compare, first_of
 from fastdcgan.metrics.features import chunks
 from fastdcgan.metrics.neighbours import SAMPLES, neighbour_sheet
 from fastdcgan.metrics.networks import load_network
@@ -43,7 +43,11 @@ _TITLES = {
     "recall": "recall",
     "density": "density",
     "coverage": "coverage",
+    "spectrum_db": "spectrum, dB",
+    "peak": "peak of a grid",
 }
+_OF_PIXELS = ("spectrum_db", "peak")
+"""By no network of features."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +73,11 @@ class Report:
         yield f"fake  {self.facts['fake']}"
         yield ""
         yield f"{f'n = {held.n:,}':24}{'fake':>12}{'real':>12}"
-        floor = dataclasses.asdict(held.floor)
-        for name, value in dataclasses.asdict(held.scores).items():
-            title = f"{_TITLES[name]}[{held.features}]"
-            yield f"{title:24}{_number(value):>12}{_number(floor[name]):>12}"
+        numbers = held.numbers()
+        for name, title in _TITLES.items():
+            by = "" if name in _OF_PIXELS else f"[{held.features}]"
+            value, floor = numbers[name], numbers[f"{name}_floor"]
+            yield f"{title + by:24}{_number(value):>12}{_number(floor):>12}"
         if self.probe is not None:
             yield ""
             yield from self.probe.lines()
@@ -153,7 +158,13 @@ def evaluate(
     sample: list[Pixels] = []
     with bar(f"features by {network.name}", 3 * n, shown=progress) as advance:
         found = compare(
-            packed, _kept(fakes.images(n), sample), n, network, place, cache=cache, advance=advance
+            packed,
+            first_of(fakes.images(n), SAMPLES, sample),
+            n,
+            network,
+            place,
+            cache=cache,
+            advance=advance,
         )
     if neighbours is not None:
         sheet = neighbour_sheet(
@@ -248,14 +259,6 @@ def _side(source: Source) -> int:
 
 
 # ---- what is kept, and what is shown -------------------------------------------------------------
-
-
-def _kept(images: Iterable[Pixels], into: list[Pixels]) -> Iterator[Pixels]:
-    """The same chunks; the first ones, enough for a sheet, are kept."""
-    for chunk in images:
-        if sum(map(len, into)) < SAMPLES:
-            into.append(chunk[:SAMPLES])
-        yield chunk
 
 
 def _number(value: float | None) -> str:

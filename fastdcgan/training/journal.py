@@ -15,6 +15,13 @@ import numpy.typing as npt
 
 from fastdcgan.data.picture import atomic_write, save_image
 
+SCORES = {
+    "fid": "FID[{}], n = {:,}",
+    "kid": "KID[{}], n = {:,}",
+    "spectrum_db": "distance of the spectra, dB",
+    "peak": "peak of a grid / the data's",
+}
+"""Those that are drawn, and their titles, given the network's name and n."""
 PLAIN_LINE_SECONDS = 10.0
 """Without a terminal a line is printed no more often than this, and at the end of an epoch."""
 
@@ -157,8 +164,8 @@ class Journal:
             for name in ("fid", "kid")
         )
         self.say(
-            f"step {row['step']}: {', '.join(scores)}, coverage {row['coverage']:.3f}; "
-            f"n = {row['n']:,}, {row['evaluation_seconds']:.1f} s"
+            f"step {row['step']}: {', '.join(scores)}, coverage {row['coverage']:.3f}"
+            f"{_texture(row)}; n = {row['n']:,}, {row['evaluation_seconds']:.1f} s"
             + ("; the best so far" if best else "")
         )
 
@@ -199,7 +206,7 @@ def plot(out: Path) -> Path:
 
 def figure(out: Path, *, brief: bool = False) -> Any:
     """Draws losses, D's answers, throughput and what is watched (docs/collapse.md) over steps from
-    metrics.jsonl, and FID and KID with their floors from evaluations.jsonl where there are any;
+    metrics.jsonl, and `SCORES` with their floors from evaluations.jsonl where there are any;
     alarms and rollbacks of watch.jsonl are lines across. Returns matplotlib's figure.
 
     Args:
@@ -213,7 +220,9 @@ def figure(out: Path, *, brief: bool = False) -> Any:
 
     rows = read_metrics(out)
     evaluations = read_evaluations(out)
-    scores = [] if not evaluations else ["fid", "kid"]
+    scores = [name for name in SCORES if evaluations and evaluations[-1].get(name) is not None]
+    if brief:
+        scores = [name for name in scores if name in ("fid", "kid")]
     panels = {
         "loss": {"loss_d": "discriminator", "loss_g": "generator"},
         "D's answer (bce: probability of being real)": {"d_real": "D(x)", "d_fake": "D(G(z))"},
@@ -249,14 +258,21 @@ def figure(out: Path, *, brief: bool = False) -> Any:
         # Scores by other networks or of other numbers of images are no points of one line.
         kind = [evaluations[-1][k] for k in ("features", "n")]
         alike = [row for row in evaluations if [row["features"], row["n"]] == kind]
-        title = f"{name.upper()}[{kind[0]}]"
+        alike = [row for row in alike if row.get(name) is not None]
         found = [row[name] for row in alike]
         axis.plot([row["step"] for row in alike], found, "o-", label="generator", markersize=4)
         floor = alike[-1][f"{name}_floor"]
         axis.axhline(floor, color="black", linestyle="--", linewidth=1, label="floor: real images")
-        _head(axis, f"{title}, n = {kind[1]:,}")
+        _head(axis, SCORES[name].format(*kind))
     axes[-1].set_xlabel("step")
     return drawn
+
+
+def _texture(row: dict[str, Any]) -> str:
+    """What a row says of the spectrum; "" for small images, and for rows of older versions."""
+    if row.get("peak") is None:
+        return ""
+    return f", spectrum {row['spectrum_db']:.1f} dB off, peak {row['peak']:.1f}"
 
 
 def _head(axis: Any, title: str) -> None:

@@ -13,6 +13,7 @@ from fastdcgan.latent.draw import draw, load_generator
 from fastdcgan.metrics import evaluate
 
 SCORES = {"fid", "kid", "inception_score", "precision", "recall", "density", "coverage"}
+SCORES |= {"spectrum_db", "peak"}
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,15 @@ def test_a_table_for_people_names_network_and_n(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     assert main(["--real", "real.npy", "--fake", "run", "--n", "8"]) == 0
     printed = capsys.readouterr().out
-    for text in ("FID[lite0]", "KID[lite0]", "coverage[lite0]", "n = 8", "32x32x3"):
+    for text in (
+        "FID[lite0]",
+        "KID[lite0]",
+        "coverage[lite0]",
+        "spectrum, dB ",
+        "peak of a grid ",
+        "n = 8",
+        "32x32x3",
+    ):
         assert text in printed
 
 

@@ -116,7 +116,8 @@ def test_rows_are_what_evaluate_finds_and_are_shown(config, features, capsys, dr
         config.data, str(config.out / "netG_ema.safetensors"), features=features, progress=False
     )
     expected = json.loads(report.to_json())
-    for name in ("fid", "kid", "precision", "recall", "density", "coverage", "fid_floor", "n"):
+    names = ("fid", "kid", "precision", "recall", "density", "coverage", "spectrum_db", "peak")
+    for name in (*names, "fid_floor", "spectrum_db_floor", "n"):
         assert rows[-1][name] == pytest.approx(expected[name], rel=1e-3, abs=1e-6), name
     assert (rows[-1]["n"], rows[-1]["features"]) == (18, "tiny")
     assert "--eval-n: 18, not 2,000: there are 36 images" in printed[0]
@@ -124,6 +125,8 @@ def test_rows_are_what_evaluate_finds_and_are_shown(config, features, capsys, dr
     shown = [line for line in printed if line.startswith("step ") and "FID[tiny]" in line]
     assert len(shown) == 3
     assert f"KID[tiny] {rows[0]['kid']:.4g} (floor" in shown[0]
+    texture = f"spectrum {rows[0]['spectrum_db']:.1f} dB off, peak {rows[0]['peak']:.1f}; n = 18"
+    assert texture in shown[0]
     assert shown[0].endswith("the best so far")
     best = min(rows, key=lambda row: row["kid"])
     assert result.best == best
@@ -136,7 +139,7 @@ def test_rows_are_what_evaluate_finds_and_are_shown(config, features, capsys, dr
     assert events.Scalars("quality/fid_floor")[0].value == pytest.approx(rows[0]["fid_floor"])
     assert "quality/n" not in events.Tags()["scalars"]
     with Image.open(config.out / "plot.png") as plot:
-        assert plot.size == (990, 2112), "two panels more than the 990 x 1584 of a run without"
+        assert plot.size == (990, 2640), "four panels more than the 990 x 1584 of a run without"
 
 
 def test_the_best_is_kept_beside_the_last(config, tmp_path, scripted):
