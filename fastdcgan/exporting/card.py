@@ -19,6 +19,7 @@ TASK = "unconditional-image-generation"
 SCORES = ("fid", "kid", "inception_score", "precision", "recall", "density", "coverage")
 NETS = (
     models.Generator,
+    models.SNGANDiscriminator,
     models.Discriminator,
     models.TF28Generator,
     models.TF28Discriminator,
@@ -49,7 +50,7 @@ class Facts:
 
 
 def class_of(net: nn.Module) -> type[nn.Module]:
-    """Which of the nets of `fastdcgan.models` it is."""
+    """Which of the nets of `fastdcgan.models` it is: of several, the first in `NETS`."""
     return next(kind for kind in NETS if isinstance(net, kind))
 
 

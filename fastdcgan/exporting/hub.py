@@ -58,6 +58,10 @@ class HubDiscriminator(models.Discriminator, _OnHub):
     """`Discriminator`, to and from the Hub."""
 
 
+class HubSNGANDiscriminator(models.SNGANDiscriminator, _OnHub):
+    """`SNGANDiscriminator`, to and from the Hub."""
+
+
 class HubTF28Generator(models.TF28Generator, _OnHub):
     """`TF28Generator`, to and from the Hub."""
 

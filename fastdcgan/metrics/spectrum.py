@@ -58,7 +58,8 @@ def power_spectrum(images: Iterable[Pixels], count: int = IMAGES) -> Spectrum:
             found = np.fft.fft2(x * window[..., None], axes=(0, 1))
             total = total + (found.real**2 + found.imag**2).mean(2)
         seen += len(taken)
-    return total / max(seen, 1) + ROUNDING * (window**2).sum()
+    mean: Spectrum = total / max(seen, 1) + ROUNDING * (window**2).sum()
+    return mean
 
 
 def texture(real: Spectrum, fake: Spectrum) -> Texture:

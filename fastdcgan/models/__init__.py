@@ -11,7 +11,13 @@ from fastdcgan.models.checkpoints import (
     load_weights,
     read_state_dict,
 )
-from fastdcgan.models.dcgan import SIZES, Discriminator, Generator, weights_init
+from fastdcgan.models.dcgan import (
+    SIZES,
+    Discriminator,
+    Generator,
+    SNGANDiscriminator,
+    weights_init,
+)
 from fastdcgan.models.folding import fold
 from fastdcgan.models.sampling import sample
 from fastdcgan.models.tf28 import TF28Discriminator, TF28Generator
@@ -20,6 +26,7 @@ __all__ = [
     "SIZES",
     "Discriminator",
     "Generator",
+    "SNGANDiscriminator",
     "TF28Discriminator",
     "TF28Generator",
     "build",
@@ -41,6 +48,8 @@ def build(
     ngf: int,
     ndf: int,
     channels: int,
+    net_d: Literal["dcgan", "sngan"] = "dcgan",
+    norm_g: Literal["batch", "none"] = "batch",
     norm_d: Literal["batch", "none"] = "batch",
     spectral_norm: bool = False,
     minibatch_std: bool = False,
@@ -55,15 +64,21 @@ def build(
         ngf, ndf: feature maps beside the image layer of either net. The widths of "tf28" are
             fixed, and it does not read these.
         channels: image channels, 1 to 4.
-        norm_d, spectral_norm, minibatch_std: of the discriminator; the first and the last are for
-            "dcgan" only, "tf28" does not read them.
+        net_d: the discriminator beside the generator of "dcgan": its own, or "sngan", which has
+            spectral norm and none of the three below.
+        norm_g: of the generator.
+        norm_d, spectral_norm, minibatch_std: of the discriminator.
+            "tf28" reads spectral_norm alone.
         classes: names of the classes, which both nets then take labels of; None: no labels.
 
     Raises:
         InputError: for any other value.
     """
     if net == "dcgan":
-        return Generator(size, nz, ngf, channels, classes=classes), Discriminator(
+        netG = Generator(size, nz, ngf, channels, norm=norm_g, classes=classes)
+        if net_d == "sngan":
+            return netG, SNGANDiscriminator(size, ndf, channels, classes=classes)
+        return netG, Discriminator(
             size,
             ndf,
             channels,

@@ -8,13 +8,13 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fastdcgan.errors import InputError
-from fastdcgan.models.dcgan import Discriminator, Generator
+from fastdcgan.models.dcgan import Discriminator, Generator, SNGANDiscriminator
 from fastdcgan.models.tf28 import TF28Discriminator, TF28Generator
 
 Net = TypeVar("Net", bound=nn.Module)
@@ -111,7 +111,8 @@ def generator_from(source: Source, *, name: str = "netG") -> Generator | TF28Gen
         if _dense(state, "main.0.weight"):
             nz = state["main.0.weight"].shape[1]
             return TF28Generator(nz=nz, channels=last[1], classes=classes)
-        return Generator(_size(kernels), first[0], last[0], last[1], classes=classes)
+        size, norm = _size(len(kernels)), _norm(state)
+        return Generator(size, first[0], last[0], last[1], norm=norm, classes=classes)
 
     return _filled(build, state, source)
 
@@ -137,12 +138,15 @@ def discriminator_from(source: Source, *, name: str = "netD") -> Discriminator |
     def build() -> Discriminator | TF28Discriminator:
         if _dense(state, "main.10.weight") or _dense(state, f"main.10.{_NORMALISED}"):
             return TF28Discriminator(first[1], spectral_norm=spectral, classes=classes)
-        size = _size(kernels)
+        if first[-1] == 3:  # two convolutions a side, and one more at the end
+            size = _size(len(kernels) // 2)
+            return SNGANDiscriminator(size, first[0], first[1], classes=classes)
+        size = _size(len(kernels))
         return Discriminator(
             size=size,
             ndf=first[0],
             channels=first[1],
-            norm="batch" if any(key.endswith("running_mean") for key in state) else "none",
+            norm=_norm(state),
             spectral_norm=spectral,
             minibatch_std=last[1] == first[0] * size // 8 + 1,
             classes=classes,
@@ -301,10 +305,14 @@ def _classes(state: Mapping[str, Tensor], source: Source) -> tuple[str, ...] | N
     return tuple(map(str, names or range(len(embedding))))
 
 
-def _size(kernels: list[Tensor]) -> int:
+def _size(layers: int) -> int:
     """The image side of a DCGAN net: one convolution goes between 1x1 and 4x4, each other one
     doubles or halves the side."""
-    return 4 << (len(kernels) - 1)
+    return 4 << (layers - 1)
+
+
+def _norm(state: Mapping[str, Tensor]) -> Literal["batch", "none"]:
+    return "batch" if any(key.endswith("running_mean") for key in state) else "none"
 
 
 def _dense(state: Mapping[str, Tensor], key: str) -> bool:

@@ -28,6 +28,9 @@ class TrainConfig:
     file, or torchvision:NAME[:ROOT]."""
     net: Literal["dcgan", "tf28"] = _option("dcgan")
     """dcgan: the nets of the PyTorch example. tf28: those of the TensorFlow tutorial (28x28)."""
+    net_d: Literal["dcgan", "sngan"] = _option("dcgan")
+    """The discriminator beside the generator of dcgan: its own; or that of SNGAN, 3x3 and 4x4
+    convolutions under spectral norm, which sees finer and costs five times as much."""
     image_size: int = _option(64, example="imageSize")
     """Height and width in pixels: 32, 64, 128 or 256; 28 for tf28."""
     channels: int | None = _option(None)
@@ -53,6 +56,9 @@ class TrainConfig:
     """The generator's learning rate, where it differs from --lr."""
     lr_d: float | None = _option(None)
     """The discriminator's learning rate, where it differs from --lr."""
+    lr_decay: float = _option(0.0)
+    """Let both learning rates fall in a line to 0 over this last share of the run, which ends with
+    its steps or with --max-minutes, whichever comes first; from 0 (never) to 1 (all along)."""
     beta1: float = _option(0.5, example="beta1")
     """Adam's beta1."""
     beta2: float = _option(0.999)
@@ -72,15 +78,24 @@ class TrainConfig:
     step takes so many batches. 5 in the paper of wgan-gp."""
     r1: float = _option(0.0)
     """Weight gamma of R1, a penalty on the discriminator's gradient at real images; 0: none."""
+    r2: float = _option(0.0)
+    """Weight gamma of R2, the same penalty at generated images. --loss relativistic needs both:
+    with R1 alone it diverges (R3GAN's paper)."""
+    penalty_form: Literal["exact", "difference"] = _option("exact")
+    """How R1 and R2 are computed: exact: by second derivatives. difference: from what the
+    discriminator says of an image and of the image with a little noise, which costs much less."""
     gradient_penalty: float | None = _option(None)
     """Weight of the penalty of wgan-gp on the discriminator's slope between real and generated
     images; by default 10 with --loss wgan-gp, else none. Strictly for --norm-d none."""
     penalty_every: int = _option(1)
     """Take the penalty at every so many steps only, and so many times as strongly."""
+    norm_g: Literal["batch", "none"] = _option("batch")
+    """The generator's normalisation: batch: BatchNorm; none: biases instead, and initial weights
+    that keep the variance."""
     norm_d: Literal["batch", "none"] | None = _option(None)
     """The discriminator's normalisation: batch: BatchNorm; none: biases instead. By default batch,
-    but none with --spectral-norm (BatchNorm undoes a weight's scale) and --loss wgan-gp (its
-    penalty is on single images, and BatchNorm mixes those of a batch)."""
+    but none with --spectral-norm and --net-d sngan (BatchNorm undoes a weight's scale), and with
+    --loss wgan-gp (its penalty is on single images, and BatchNorm mixes those of a batch)."""
     spectral_norm: bool = _option(False)
     """Divide the discriminator's weights by their largest singular values."""
     minibatch_std: bool = _option(False)
@@ -183,6 +198,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise InputError(f"{_flag(name)} {value} was given; it must be above 0")
+        if not 0 <= self.lr_decay <= 1:
+            raise InputError(f"--lr-decay {self.lr_decay} was given; it must be from 0 to 1")
         for name in ("beta1", "beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(
@@ -207,7 +224,7 @@ class TrainConfig:
         self._validate_losses()
 
     def _validate_losses(self) -> None:
-        for name in ("r1", "gradient_penalty", "instance_noise"):
+        for name in ("r1", "r2", "gradient_penalty", "instance_noise"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise InputError(f"{_flag(name)} {value} was given; it must be 0 or above")
@@ -225,18 +242,28 @@ class TrainConfig:
                 "--gradient-penalty 0 was given; --loss wgan-gp has no bound without it: "
                 "leave it out (it is 10)"
             )
-        if self.r1 and self.slope_penalty:
+        if self.zero_centred and self.slope_penalty:
+            name = "--r1" if self.r1 else "--r2"
             raise InputError(
-                "--r1 and a gradient penalty were asked for; they pull the same gradient to 0 and "
-                "to 1: leave --r1 out"
+                f"{name} and a gradient penalty were asked for; they pull the same gradient to 0 "
+                f"and to 1: leave {name} out"
                 + (", or use another --loss" if self.loss == "wgan-gp" else "")
             )
-        if self.penalty_every > 1 and not (self.r1 or self.slope_penalty):
+        if self.penalty_every > 1 and not (self.zero_centred or self.slope_penalty):
             raise InputError(
-                f"--penalty-every {self.penalty_every} was given, and no penalty: add --r1 or "
-                "--gradient-penalty"
+                f"--penalty-every {self.penalty_every} was given, and no penalty: add --r1, --r2 "
+                "or --gradient-penalty"
             )
-        if (self.r1 or self.slope_penalty) and self.sync_bn and self.norm == "batch":
+        if self.penalty_form == "difference" and not self.zero_centred:
+            raise InputError(
+                "--penalty-form difference was given; it is for R1 and R2: add --r1 or --r2"
+            )
+        if self.penalty_form == "difference" and self.norm == "batch":
+            raise InputError(
+                "--penalty-form difference was given; with BatchNorm D's answer to an image "
+                "depends on the others of its batch: add --norm-d none"
+            )
+        if (self.zero_centred or self.slope_penalty) and self.sync_bn and self.norm == "batch":
             raise InputError(
                 "--sync-bn was given, and a penalty, whose second derivatives synchronised "
                 "BatchNorm does not have: leave one of them out, or add --norm-d none"
@@ -254,9 +281,31 @@ class TrainConfig:
                 f"--n-critic {self.n_critic} was given; it is for --updates alternating and "
                 "PyTorch's Adam: leave it out, or give --updates alternating --no-keras-epsilon"
             )
-        if self.net == "tf28" and (self.minibatch_std or self.norm_d == "batch"):
-            name = "minibatch_std" if self.minibatch_std else "norm_d"
-            raise InputError(f"{_flag(name)} was given; it is for the nets of dcgan, not for tf28")
+        self._validate_nets()
+
+    def _validate_nets(self) -> None:
+        default = TrainConfig()
+        if self.net == "tf28":
+            for name in ("net_d", "norm_g", "minibatch_std"):
+                if getattr(self, name) != getattr(default, name):
+                    raise InputError(
+                        f"{_flag(name)} was given; it is for the nets of dcgan, not for tf28"
+                    )
+        if self.norm_d == "batch" and (self.net == "tf28" or self.net_d == "sngan"):
+            its = "tf28" if self.net == "tf28" else "--net-d sngan"
+            raise InputError(f"--norm-d batch was given; the discriminator of {its} has no norm")
+        if self.minibatch_std and self.net_d == "sngan":
+            raise InputError("--minibatch-std was given; it is for --net-d dcgan, not for sngan")
+
+    @property
+    def zero_centred(self) -> bool:
+        """Whether there is a penalty that pulls D's gradient to 0."""
+        return self.r1 > 0 or self.r2 > 0
+
+    @property
+    def spectral(self) -> bool:
+        """Whether D's weights are under spectral norm."""
+        return self.spectral_norm or self.net_d == "sngan"
 
     @property
     def slope_penalty(self) -> float:
@@ -268,7 +317,7 @@ class TrainConfig:
     @property
     def norm(self) -> Literal["batch", "none"]:
         """What `norm_d` comes to."""
-        bare = self.spectral_norm or self.loss == "wgan-gp" or self.net == "tf28"
+        bare = self.spectral or self.loss == "wgan-gp" or self.net == "tf28"
         return self.norm_d or ("none" if bare else "batch")
 
     @property

@@ -149,7 +149,7 @@ def memory_bytes(
         of_d = seen - of_g
     width = 4 if autocast is None else 2
     activations = (of_g + 2 * of_d) * width
-    if config.r1 or config.slope_penalty:
+    if config.zero_centred or config.slope_penalty:
         activations = max(activations, of_g * width + 2 * of_d * 4)
     return copies * 4, activations
 
@@ -157,20 +157,24 @@ def memory_bytes(
 def _loss(config: TrainConfig) -> str:
     """What is trained with, in words."""
     lazily = "" if config.penalty_every == 1 else f" every {config.penalty_every} steps"
+    form = "" if config.penalty_form == "exact" else " by differences"
     noise = f"instance noise {config.instance_noise:g}"
     if config.instance_noise_steps:
         noise += f" over {config.instance_noise_steps} steps"
     parts = {
         config.loss: True,
         f"labels of real images {1 - config.label_smoothing:g}": config.label_smoothing,
-        f"R1 {config.r1:g}{lazily}": config.r1,
+        f"R1 {config.r1:g}{form}{lazily}": config.r1,
+        f"R2 {config.r2:g}{form}{lazily}": config.r2,
         f"gradient penalty {config.slope_penalty:g}{lazily}": config.slope_penalty,
+        "G without BatchNorm": config.norm_g == "none",
         "D without BatchNorm": config.norm == "none" and config.net == "dcgan",
-        "spectral norm": config.spectral_norm,
+        "spectral norm": config.spectral,
         "minibatch deviation": config.minibatch_std,
         f"DiffAugment {','.join(config.augmentations)}": config.augmentations,
         noise: config.instance_noise,
         f"{config.n_critic} updates of D per update of G": config.n_critic > 1,
+        f"rates falling to 0 over the last {config.lr_decay:.0%}": config.lr_decay,
     }
     return ", ".join(part for part, on in parts.items() if on)
 
@@ -248,6 +252,7 @@ def describe(
     else:
         total, per_epoch = total_steps(config, epoch_images, ranks)
         length = f"{total} steps ({per_epoch} an epoch)"
+    of_d = "" if config.net_d == "dcgan" else f" and {config.net_d}'s D"
     where = str(engine.device)
     if engine.device.type == "cuda":
         where += f" ({torch.cuda.get_device_name(engine.device)})"
@@ -260,7 +265,8 @@ def describe(
         + ("" if engine.cuda_graph == "off" else ", whole steps as CUDA graph")
         + (", two streams" if engine.overlap else ""),
         f"blocks     {blocks or 'plain PyTorch'}",
-        f"nets       {config.net}, {config.channels}x{config.image_size}x{config.image_size}, "
+        f"nets       {config.net}{of_d}, "
+        f"{config.channels}x{config.image_size}x{config.image_size}, "
         f"nz {config.nz}, ngf {config.ngf}, ndf {config.ndf}",
         f"loss       {_loss(config)}",
         f"data       {source}: {images}",
@@ -276,4 +282,15 @@ def describe(
         f"memory     {held / 2**20:.0f} MiB weights and optimisers, about "
         f"{activations / 2**20:.0f} MiB activations",
         *engine.notes,
+        *_advice(config),
     ]
+
+
+def _advice(config: TrainConfig) -> list[str]:
+    """What is known of a choice before it is tried."""
+    if config.loss == "relativistic" and config.r1 and not config.r2:
+        return [
+            "--r1: with --loss relativistic it diverges without R2 (R3GAN's paper): add --r2, or "
+            "take --preset r3"
+        ]
+    return []

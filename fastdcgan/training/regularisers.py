@@ -1,8 +1,9 @@
-"""Penalties on the gradient of D at its images, added to D's loss: R1, and that of WGAN-GP.
+"""Penalties on the gradient of D at its images, added to D's loss: R1, R2, and that of WGAN-GP.
 
-They need second derivatives, which neither the fused blocks nor compiled nets have. So each is a
-pass of its own through plain layers, in the dtype of the weights (float32 also where the other
-passes run in 16 bits), whose backward adds to the gradients that D has.
+Exactly, they need second derivatives, which neither the fused blocks nor compiled nets have. So
+each is a pass of its own through plain layers, in the dtype of the weights (float32 also where the
+other passes run in 16 bits), whose backward adds to the gradients that D has. By differences R1 and
+R2 need first derivatives only, which fused blocks have.
 
 A penalty is on each image's own gradient, and BatchNorm in D mixes the images of a batch: what is
 penalised is then the gradient of the sum of the batch's logits, which is not the papers' quantity.
@@ -17,14 +18,39 @@ from torch.func import functional_call
 from fastdcgan.training.config import TrainConfig
 from fastdcgan_kernels.choice.targets import implementation
 
+STEP = 0.01
+"""Standard deviation of the noise by which an image is moved for a difference, of pixels in
+[-1, 1]. It is small beside D's curvature, and large beside float32's rounding of its logits."""
 
-def r1(gradients: Tensor, gamma: float) -> Tensor:
-    """gamma / 2 * E[|grad D(x)|^2] at real images x; `gradients`: (B, C, H, W).
+
+def zero_centred(gradients: Tensor, gamma: float) -> Tensor:
+    """gamma / 2 * E[|grad D(x)|^2]; `gradients`: (B, C, H, W), at real images x for R1, at
+    generated ones for R2.
 
     Mescheder, Geiger & Nowozin 2018, "Which training methods for GANs do actually converge?",
     equation 9.
     """
     penalty: Tensor = gradients.square().flatten(1).sum(1).mean() * (gamma / 2)
+    return penalty
+
+
+def difference(netD: nn.Module, images: Tensor, gamma: float, *labels: Tensor) -> Tensor:
+    """gamma / 2 * E[((D(x + s n) - D(x)) / s)^2], n ~ N(0, 1) for each pixel, s = `STEP`: for a
+    small s the mean over n is that of `zero_centred`, with the spread of a square of one normal
+    number for each image.
+
+    Lin et al. 2025, "Diffusion adversarial post-training for one-step video generation", section
+    3.3, which leaves the division by s^2 to gamma.
+
+    Args:
+        netD: without BatchNorm.
+        images: (B, C, H, W), any floating dtype; D's passes are in that of its weights.
+    """
+    x = images.detach().to(next(netD.parameters()).dtype)
+    moved = x + STEP * torch.randn_like(x)
+    logits = netD(torch.cat([x, moved]), *(each.repeat(2) for each in labels))
+    before, after = logits.chunk(2)
+    penalty: Tensor = ((after - before) / STEP).square().mean() * (gamma / 2)
     return penalty
 
 
@@ -55,24 +81,26 @@ def image_gradients(netD: nn.Module, images: Tensor, *labels: Tensor) -> Tensor:
 
 
 class Penalty:
-    """The penalty that a run has chosen: at most one.
+    """The penalties that a run has chosen: R1, R2 or both; or WGAN-GP's.
 
-    With `penalty_every` K it is taken at every K-th step only and multiplied by K (Karras et al.
+    With `penalty_every` K they are taken at every K-th step only and multiplied by K (Karras et al.
     2020, "Analyzing and improving the image quality of StyleGAN", lazy regularisation). Those steps
     launch other work than the others; as CUDA graphs the two are captured one by one.
 
     Args:
-        config: its `r1`, `gradient_penalty`, `penalty_every` and `loss`.
+        config: its `r1`, `r2`, `penalty_form`, `gradient_penalty`, `penalty_every` and `loss`.
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        self._r1, self._slope = config.r1, config.slope_penalty
+        self._gammas = config.r1, config.r2
+        self._slope = config.slope_penalty
         self._every = config.penalty_every
+        self._exact = config.penalty_form == "exact"
 
     @property
     def chosen(self) -> bool:
         """Whether there is one."""
-        return self._r1 > 0 or self._slope > 0
+        return any(self._gammas) or self._slope > 0
 
     def due(self, step: int) -> bool:
         """Whether step number `step`, from 0, has it."""
@@ -81,8 +109,15 @@ class Penalty:
     def __call__(self, netD: nn.Module, real: Tensor, fake: Tensor, *labels: Tensor) -> Tensor:
         """The penalty, of no dimension, for the images that D was shown, (B, C, H, W) each, of
         these classes."""
-        if self._r1:
-            return r1(image_gradients(netD, real, *labels), self._r1 * self._every)
-        dtype = next(netD.parameters()).dtype
-        images = between(real.detach().to(dtype), fake.detach().to(dtype))
-        return slope_penalty(image_gradients(netD, images, *labels), self._slope * self._every)
+        if self._slope:
+            dtype = next(netD.parameters()).dtype
+            images = between(real.detach().to(dtype), fake.detach().to(dtype))
+            return slope_penalty(image_gradients(netD, images, *labels), self._slope * self._every)
+        each = [
+            zero_centred(image_gradients(netD, images, *labels), gamma * self._every)
+            if self._exact
+            else difference(netD, images, gamma * self._every, *labels)
+            for gamma, images in zip(self._gammas, (real, fake), strict=True)
+            if gamma
+        ]
+        return torch.stack(each).sum()

@@ -30,6 +30,8 @@ def build_nets(
         ngf=config.ngf,
         ndf=config.ndf,
         channels=config.channels,
+        net_d=config.net_d,
+        norm_g=config.norm_g,
         norm_d=config.norm,
         spectral_norm=config.spectral_norm,
         minibatch_std=config.minibatch_std,

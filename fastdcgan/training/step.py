@@ -308,7 +308,7 @@ class Step:
         return row[:1], row[1:2], row[2:]
 
     def _iterate_norms(self) -> None:
-        if self.state.config.spectral_norm:
+        if self.state.config.spectral:
             power_iteration(self.state.netD)
 
     def _penalise(self, real: Tensor, fake: Tensor, share: float, *labels: Tensor) -> None:

@@ -21,6 +21,8 @@ onnxruntime = pytest.importorskip("onnxruntime")
 NETS = {
     "g": (lambda: models.Generator(size=32, nz=6, ngf=4), (7, 6)),
     "d": (lambda: models.Discriminator(size=32, ndf=4), (7, 3, 32, 32)),
+    "sngan-d": (lambda: models.SNGANDiscriminator(size=32, ndf=4), (7, 3, 32, 32)),
+    "no-norm-g": (lambda: models.Generator(size=32, nz=6, ngf=4, norm="none"), (7, 6)),
     "tf28-g": (lambda: models.TF28Generator(nz=6), (7, 6)),
     "tf28-d": (lambda: models.TF28Discriminator(), (7, 1, 28, 28)),
 }

@@ -50,6 +50,16 @@ def online(monkeypatch, tmp_path):
             models.Discriminator(size=32, ndf=4, norm="none", spectral_norm=True),
             (2, 3, 32, 32),
         ),
+        (
+            hub.HubSNGANDiscriminator,
+            models.SNGANDiscriminator(size=32, ndf=4),
+            (2, 3, 32, 32),
+        ),
+        (
+            hub.HubGenerator,
+            models.Generator(size=32, nz=6, ngf=4, norm="none"),
+            (2, 6),
+        ),
         (hub.HubTF28Generator, models.TF28Generator(nz=6, channels=3), (2, 6)),
         (hub.HubTF28Discriminator, models.TF28Discriminator(), (2, 1, 28, 28)),
     ],

@@ -14,6 +14,7 @@ from fastdcgan.errors import InputError
 from fastdcgan.models import (
     Discriminator,
     Generator,
+    SNGANDiscriminator,
     TF28Discriminator,
     TF28Generator,
     build,
@@ -242,6 +243,19 @@ def test_tf28_nets_are_inferred_from_shapes(channels):
     assert isinstance(foundG, TF28Generator)
     assert isinstance(foundD, TF28Discriminator)
     assert (foundG.nz, foundG.channels, foundD.channels) == (6, channels, channels)
+    assert_same(foundG, netG.state_dict())
+    assert_same(foundD, netD.state_dict())
+
+
+@pytest.mark.parametrize("size", [32, 64, 128])
+@pytest.mark.parametrize("classes", [None, ("a", "b")])
+def test_nets_without_norm_and_sngans_discriminator_are_found_by_their_shapes(size, classes):
+    netG = Generator(size, 5, 3, 3, norm="none", classes=classes)
+    netD = SNGANDiscriminator(size, 2, 1, classes=classes)
+    foundG, foundD = generator_from(netG.state_dict()), discriminator_from(netD.state_dict())
+    assert (foundG.norm, foundG.size, foundG.nz, foundG.ngf) == ("none", size, 5, 3)
+    assert type(foundD) is SNGANDiscriminator
+    assert (foundD.size, foundD.ndf, foundD.channels) == (size, 2, 1)
     assert_same(foundG, netG.state_dict())
     assert_same(foundD, netD.state_dict())
 

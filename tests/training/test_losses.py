@@ -14,8 +14,17 @@ from fastdcgan.errors import InputError
 from fastdcgan.training.augmentation import diffaugment, instance_noise
 from fastdcgan.training.compiling import Compiler
 from fastdcgan.training.config import TrainConfig, preset
+from fastdcgan.training.loop import share_of_rate
 from fastdcgan.training.losses import Loss
-from fastdcgan.training.regularisers import Penalty, between, image_gradients, r1, slope_penalty
+from fastdcgan.training.regularisers import (
+    STEP,
+    Penalty,
+    between,
+    difference,
+    image_gradients,
+    slope_penalty,
+    zero_centred,
+)
 from fastdcgan.training.state import TrainState
 from fastdcgan.training.step import READINGS, Step
 from fastdcgan_kernels.choice.choose import recording
@@ -145,11 +154,85 @@ def test_a_penalty_asks_no_kernel_in_any_mode(monkeypatch):
 def test_penalties_are_the_papers():
     x = torch.randn(4, 3, 5, 5, dtype=torch.float64)
     norms = x.numpy().reshape(4, -1).__pow__(2).sum(1) ** 0.5
-    assert float(r1(x, 3.0)) == pytest.approx(3.0 / 2 * (norms**2).mean())
+    assert float(zero_centred(x, 3.0)) == pytest.approx(3.0 / 2 * (norms**2).mean())
     assert float(slope_penalty(x, 10.0)) == pytest.approx(10.0 * ((norms - 1) ** 2).mean())
     assert torch.isfinite(
         torch.autograd.grad(slope_penalty(x.requires_grad_() * 0, 1.0), x)[0]
     ).all()
+
+
+def test_a_difference_is_the_exact_penalty_in_the_mean():
+    """Of a linear D it is a square of a normal number times the slope's: mean 1, variance 2."""
+    torch.manual_seed(0)
+    netD = nn.Sequential(nn.Flatten(), nn.Linear(12, 1)).double()
+    images = torch.randn(20_000, 3, 2, 2, dtype=torch.float64)
+    exact = float(zero_centred(image_gradients(netD, images), 2.0).detach())
+    assert float(difference(netD, images, 2.0).detach()) == pytest.approx(exact, rel=0.04)
+
+
+def test_a_difference_has_the_gradient_that_its_formula_has(monkeypatch):
+    """D's passes and the noise written out; the noise is drawn at each call."""
+    netD, _ = small_d(norm_d="none")
+    images = torch.rand(3, 3, 32, 32, dtype=torch.float64) * 2 - 1
+    torch.manual_seed(4)
+    difference(netD, images, 3.0).backward()
+    found = [p.grad.clone() for p in netD.parameters()]
+    torch.manual_seed(4)
+    moved = images + STEP * torch.randn_like(images)
+    plain = nn.Sequential(*(copy.deepcopy(m) for m in netD.main))
+    plain.zero_grad()
+    slope = (plain(moved).flatten() - plain(images).flatten()) / STEP
+    ((slope**2).sum() / 3 * 1.5).backward()
+    for ours, p in zip(found, plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, p.grad, rtol=1e-6, atol=1e-9)
+    again = [difference(netD, images, 3.0) for _ in range(2)]
+    assert not torch.equal(*again)
+
+
+def test_a_difference_is_near_the_exact_penalty_of_a_net_in_float32():
+    """Curvature and rounding are small beside the slope: so over many draws of the noise."""
+    netD, _ = small_d(norm_d="none")
+    netD.float()
+    images = torch.rand(4, 3, 32, 32) * 2 - 1
+    exact = float(zero_centred(image_gradients(netD, images), 2.0).detach())
+    with torch.no_grad():
+        found = [float(difference(netD, images, 2.0)) for _ in range(400)]
+    assert sum(found) / len(found) == pytest.approx(exact, rel=0.15)
+
+
+def test_a_difference_runs_fused_blocks_and_no_second_derivative(monkeypatch):
+    netD, _ = small_d(norm_d="none")
+    netD.float()
+    monkeypatch.setenv("FASTDCGAN_IMPL", "triton")
+    with implementation("triton"), recording() as asked:
+        difference(netD, torch.rand(2, 3, 32, 32).bfloat16(), 1.0).backward()
+    assert asked
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in netD.parameters())
+
+
+@pytest.mark.parametrize("form", ["exact", "difference"])
+def test_r1_is_at_real_images_and_r2_at_generated_ones(form):
+    netD = nn.Sequential(nn.Flatten(), nn.Linear(12, 1), nn.Softplus()).double()
+    real, fake = torch.randn(2, 4000, 3, 2, 2, dtype=torch.float64) + torch.tensor(
+        [3.0, -3.0], dtype=torch.float64
+    ).reshape(2, 1, 1, 1, 1)
+    given = {"penalty_form": form, "norm_d": "none"}
+    alone = [
+        float(Penalty(TrainConfig(**{name: 1.0}, **given))(netD, real, fake).detach())
+        for name in ("r1", "r2")
+    ]
+    for found, images in zip(alone, (real, fake), strict=True):
+        slopes = image_gradients(netD, images).flatten(1).square().sum(1)
+        assert found == pytest.approx(float(slopes.mean().detach()) / 2, rel=0.1)
+    both = float(Penalty(TrainConfig(r1=1.0, r2=2.0, **given))(netD, real, fake).detach())
+    assert both == pytest.approx(alone[0] + 2 * alone[1], rel=0.1)
+
+
+def test_rates_fall_in_a_line_over_the_last_part_of_a_run():
+    places = (0, 0.4, 0.6, 0.8, 0.9, 1, 1.2)
+    assert [share_of_rate(0, x) for x in places] == [1] * 7
+    assert [share_of_rate(0.4, x) for x in places] == pytest.approx([1, 1, 1, 0.5, 0.25, 0, 0])
+    assert [share_of_rate(1, x) for x in places] == pytest.approx([1, 0.6, 0.4, 0.2, 0.1, 0, 0])
 
 
 def test_interpolates_lie_between_each_pair_at_a_place_of_its_own():
@@ -255,7 +338,7 @@ def test_instance_noise_fades_by_the_clock(seeded):
 # --- Whole steps ----------------------------------------------------------------------------------
 
 
-def plain_steps(state, data, loss, *, r1=0.0, slope=0.0, n_critic=1):
+def plain_steps(state, data, loss, *, r1=0.0, r2=0.0, slope=0.0, n_critic=1):
     """The step as a paper would write it, in plain layers, NCHW, with Adam's own module."""
     netG, netD = copy.deepcopy(state.netG), copy.deepcopy(state.netD)
     nets = []
@@ -279,6 +362,10 @@ def plain_steps(state, data, loss, *, r1=0.0, slope=0.0, n_critic=1):
                 (g,) = torch.autograd.grad(netD(at).sum(), at, create_graph=True)
                 square = (g**2).sum((1, 2, 3))
                 total = total + r1 / 2 * square.mean() + slope * ((square.sqrt() - 1) ** 2).mean()
+            if r2:
+                at = fake.detach().clone().requires_grad_()
+                (g,) = torch.autograd.grad(netD(at).sum(), at, create_graph=True)
+                total = total + r2 / 2 * (g**2).sum() / len(at)
             total.backward()
             opts[1].step()
         opts[0].zero_grad()
@@ -294,8 +381,11 @@ STEPS = {
     "hinge, R1": {"loss": "hinge", "norm_d": "none", "r1": 5.0},
     "lsgan": {"loss": "lsgan", "norm_d": "none"},
     "relativistic": {"loss": "relativistic", "norm_d": "none", "r1": 0.5},
+    "R1 and R2, no norm": {
+        "loss": "relativistic", "norm_d": "none", "norm_g": "none", "r1": 0.5, "r2": 0.7,
+    },
     "wgan-gp, 3 updates of D": {"loss": "wgan-gp", "n_critic": 3},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("one_pass", [False, True])
@@ -308,8 +398,9 @@ def test_steps_equal_the_plain_loop(what, one_pass, monkeypatch):
     data = list(batches(dataclasses.replace(config, batch_size=3 * n), 4, dtype=torch.float64))
     torch.manual_seed(9)
     netG, netD = plain_steps(
-        state, data, config.loss, r1=config.r1, slope=config.slope_penalty, n_critic=n
-    )
+        state, data, config.loss,
+        r1=config.r1, r2=config.r2, slope=config.slope_penalty, n_critic=n,
+    )  # fmt: skip
     start = copy.deepcopy(state.netD)
     torch.manual_seed(9)
     step = Step(state, batch_size=3)
@@ -379,10 +470,12 @@ def test_one_update_of_g_for_so_many_of_d():
         EVERYTHING,
         {"loss": "relativistic", "norm_d": "batch", "spectral_norm": True},
         {"loss": "wgan-gp", "norm_d": "batch"},
+        {"net_d": "sngan", "loss": "relativistic", "r1": 1.0, "r2": 1.0, "norm_g": "none",
+         "penalty_form": "difference"},
         {"net": "tf28", "image_size": 28, "updates": "simultaneous", "loss": "relativistic",
          "spectral_norm": True, "gradient_penalty": 1.0, "diffaugment": "cutout"},
     ],
-    ids=["everything", "relativistic", "wgan-gp", "tf28"],
+    ids=["everything", "relativistic", "wgan-gp", "sngan", "tf28"],
 )  # fmt: skip
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
 def test_steps_with_all_of_it_make_no_host_sync(fields, autocast):
@@ -410,7 +503,15 @@ def test_steps_with_all_of_it_make_no_host_sync(fields, autocast):
         assert p.grad.stride() == p.stride()
 
 
-@pytest.mark.parametrize("fields", [EVERYTHING, {"loss": "relativistic"}, {"loss": "wgan-gp"}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        EVERYTHING,
+        {"loss": "relativistic"},
+        {"loss": "wgan-gp"},
+        {"net_d": "sngan", "norm_g": "none", "r1": 1.0, "r2": 1.0, "penalty_form": "difference"},
+    ],
+)
 def test_steps_with_all_of_it_run_on_the_meta_device_as_kernels(fields):
     """What a device would launch, without one: nothing there can read a value back."""
     config = TrainConfig(**{**SMALL, **fields}, impl="triton")
@@ -475,7 +576,16 @@ def test_compiled_equals_eager():
         ({"n_critic": 0}, "--n-critic 0 was given"),
         ({"n_critic": 2, "updates": "simultaneous"}, "--n-critic 2 was given"),
         ({"net": "tf28", "image_size": 28, "minibatch_std": True}, "--minibatch-std was given"),
-        ({"net": "tf28", "image_size": 28, "norm_d": "batch"}, "--norm-d was given"),
+        ({"net": "tf28", "image_size": 28, "norm_d": "batch"}, "--norm-d batch was given"),
+        ({"net": "tf28", "image_size": 28, "net_d": "sngan"}, "--net-d was given"),
+        ({"net": "tf28", "image_size": 28, "norm_g": "none"}, "--norm-g was given"),
+        ({"net_d": "sngan", "norm_d": "batch"}, "the discriminator of --net-d sngan has no norm"),
+        ({"net_d": "sngan", "minibatch_std": True}, "--minibatch-std was given"),
+        ({"loss": "wgan-gp", "r2": 1.0}, "leave --r2 out"),
+        ({"r2": float("nan")}, "--r2 nan was given"),
+        ({"penalty_form": "difference"}, "add --r1 or --r2"),
+        ({"penalty_form": "difference", "r2": 1.0}, "add --norm-d none"),
+        ({"lr_decay": 1.5}, "--lr-decay 1.5 was given"),
     ],
 )
 def test_what_cannot_be_is_said(fields, says):
