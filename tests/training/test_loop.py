@@ -1,6 +1,7 @@
 """The loop as a library call: what a run writes, stops at, resumes, and refuses."""
 
 import dataclasses
+import itertools
 import json
 import math
 import signal
@@ -15,8 +16,18 @@ from safetensors.torch import load_file
 
 from fastdcgan import models
 from fastdcgan.errors import InputError, RunError
-from fastdcgan.training import TrainConfig, TrainResult, checkpoints, folders, preset, train, watch
+from fastdcgan.training import (
+    TrainConfig,
+    TrainResult,
+    checkpoints,
+    folders,
+    loop,
+    preset,
+    train,
+    watch,
+)
 from fastdcgan.training.journal import read_metrics
+from fastdcgan.training.whole_step import WholeStep
 from tests.training.runs import final_state, same
 
 
@@ -170,6 +181,54 @@ def test_auto_without_a_run_starts_afresh_and_then_finds_it(tiny, tmp_path):
     again = train(dataclasses.replace(tiny, resume="auto", steps=5))
     assert (again.out, again.steps) == (first.out, 5)
     assert train(dataclasses.replace(tiny, steps=1)).out == folders.RUNS / "001-tiny-dcgan32"
+
+
+@pytest.fixture
+def rates(monkeypatch):
+    """The rates (of G, of D) of each step that is made."""
+    seen, step = [], WholeStep.__call__
+
+    def watched(self):
+        optimisers = self.state.optG, self.state.optD
+        seen.append(tuple(o.param_groups[0]["lr"] for o in optimisers))
+        return step(self)
+
+    monkeypatch.setattr(WholeStep, "__call__", watched)
+    return seen
+
+
+def test_rates_fall_to_0_at_the_end_and_a_resumed_run_has_the_same(
+    tiny, tmp_path, monkeypatch, rates
+):
+    monkeypatch.setattr(loop, "RATES_EVERY", 2)
+    config = dataclasses.replace(
+        tiny, lr_g=1e-3, lr_decay=0.5, checkpoint_every=5, steps=12, out=tmp_path / "whole"
+    )
+    whole = train(config)
+    shares = [1] * 6 + [share for share in (1, 2 / 3, 1 / 3) for _ in range(2)]
+    assert [g for g, _ in rates] == pytest.approx([1e-3 * share for share in shares])
+    assert [d for _, d in rates] == pytest.approx([2e-4 * share for share in shares])
+    expected = rates[5:]
+    rates.clear()
+    older = config.out / "checkpoints" / "step-00000005.pt"
+    again = train(dataclasses.replace(config, resume=str(older), out=tmp_path / "again"))
+    assert rates == expected
+    assert same(final_state(whole.out), final_state(again.out))
+
+
+def test_rates_fall_by_the_clock_where_it_ends_the_run(tiny, tmp_path, monkeypatch, rates):
+    monkeypatch.setattr(loop, "RATES_EVERY", 1)
+    now = itertools.count(1000.0, 6.0)  # seconds; the clock moves at each look
+    monkeypatch.setattr(loop.time, "monotonic", lambda: next(now))
+    config = dataclasses.replace(
+        tiny, lr_decay=1.0, steps=10_000, max_minutes=10, out=tmp_path / "run"
+    )
+    result = train(config)
+    assert 10 < result.steps < 100
+    found = [d / 2e-4 for _, d in rates]
+    assert found == sorted(found, reverse=True)
+    assert found[0] > 0.95
+    assert found[-1] < 0.1
 
 
 def test_an_older_checkpoint_branches_off_into_another_folder(tiny, tmp_path):

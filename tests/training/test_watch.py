@@ -337,6 +337,17 @@ def test_rollback_goes_back_with_other_noise_and_half_the_rate_and_gives_up(tiny
     assert goes_on.steps == 40
 
 
+def test_rollback_halves_a_rate_that_falls(tiny):
+    config = dataclasses.replace(tiny, on_collapse="rollback", steps=40, lr_decay=1.0)
+    with pytest.raises(Collapsed):
+        train(config)
+    saved = newest(config.out)
+    assert saved["step"] == 16
+    # The rates of step 10 hold up to step 20.
+    assert saved["optD"]["param_groups"][0]["lr"] == pytest.approx(2e-4 * 0.75 / 8)
+    assert saved["optG"]["param_groups"][0]["lr"] == pytest.approx(2e-4 * 0.75)
+
+
 @pytest.fixture
 def scripted(monkeypatch):
     """The collapse ends with the first rollback."""
