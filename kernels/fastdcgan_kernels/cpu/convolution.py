@@ -57,7 +57,7 @@ def pays(geometry: Geometry) -> bool:
     return _cost(g, tile(g)) < g.N * _met(g)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _bfloat16() -> float:
     """The time of a multiplication in bfloat16, by this processor's instructions for it, beside one
     in float32: half of it, or so little that nothing beats it. Without any, more."""

@@ -554,6 +554,17 @@ def test_compiles_whole(called):
         assert error(mine.grad, theirs.grad) < 1e-6
 
 
+def test_compiles_whole_under_autocast():
+    """A layer other than DCGAN's asks the processor what its bfloat16 costs."""
+    torch._dynamo.reset()
+    conv = nn.Conv2d(32, 32, 3, padding=1)
+    net = fuse(nn.Sequential(conv, nn.LeakyReLU(0.1))).to(memory_format=torch.channels_last)
+    x = torch.randn(16, 32, 32, 32).to(memory_format=torch.channels_last)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(compiled(x), net(x))
+
+
 def small_nets():
     """Both nets at 32x32 with 32 features, as users fuse them, and plain twins."""
     torch.manual_seed(0)
