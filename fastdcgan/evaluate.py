@@ -9,7 +9,8 @@ from typing import Literal
 from fastdcgan import command
 
 DESCRIPTION = """Score a run, a generator's file or any images beside real ones: FID, KID, Inception
-Score, precision, recall, density, coverage, each beside what other real images score.
+Score, precision, recall, density, coverage, the distance of the spectra and the peak of a grid,
+each beside what other real images score.
 
 Examples:
 
@@ -48,6 +49,9 @@ class Options:
     probe: str | None = None
     """A labelled source (fashion-mnist, a folder of classes): also report how well the features of
     the run's discriminator tell its classes apart."""
+    modes: bool = False
+    """Also count the modes of stacked-mnist that the fakes show, by a classifier that is trained
+    first, in a minute (extra `digits`)."""
     json: bool = False
     """Print one JSON object and nothing else."""
     device: str = "auto"
@@ -75,6 +79,7 @@ def _evaluate(args: Sequence[str]) -> None:
         ema=options.ema,
         neighbours=options.neighbours,
         probe=options.probe,
+        modes=options.modes,
         device=options.device,
         cache=options.cache,
     )

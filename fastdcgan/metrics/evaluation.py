@@ -30,6 +30,7 @@ from fastdcgan.metrics.scores import NEAREST
 from fastdcgan.progress import bar
 
 if TYPE_CHECKING:
+    from fastdcgan.metrics.modes import Modes
     from fastdcgan.metrics.probe import Probe
 
 RUN_FILES = ("netG.safetensors", "netG_ema.safetensors", "checkpoints", "metrics.jsonl")
@@ -58,12 +59,16 @@ class Report:
     facts: dict[str, Any]
     """The two sets, in words and numbers."""
     probe: "Probe | None" = None
+    modes: "Modes | None" = None
 
     def to_json(self) -> str:
         """One object: each score, its floor as NAME_floor, n, features, and `facts`."""
         found = {**self.comparison.numbers(), **self.facts}
         if self.probe is not None:
             found |= {f"probe_{name}": x for name, x in dataclasses.asdict(self.probe).items()}
+        if self.modes is not None:
+            held = self.modes
+            found |= {"modes": held.modes, "modes_kl": held.kl, "modes_accuracy": held.accuracy}
         return json.dumps(found)
 
     def lines(self) -> Iterator[str]:
@@ -81,6 +86,9 @@ class Report:
         if self.probe is not None:
             yield ""
             yield from self.probe.lines()
+        if self.modes is not None:
+            yield ""
+            yield from self.modes.lines()
 
 
 def evaluate(
@@ -96,6 +104,7 @@ def evaluate(
     ema: bool = True,
     neighbours: Path | None = None,
     probe: str | None = None,
+    modes: bool = False,
     device: str = "auto",
     cache: Path | None = None,
     progress: bool = True,
@@ -114,6 +123,7 @@ def evaluate(
         neighbours: a picture to write: samples beside their nearest real images.
         probe: a labelled source: how well the features of the run's discriminator separate its
             classes, see `probe.probe`.
+        modes: count the modes of stacked-mnist in the fakes, see `modes.count_modes`.
         device: where features are computed, see `pick_device`.
         cache: see `prepare`.
         progress: show a bar where stderr is a terminal, and say on stderr what is done.
@@ -183,7 +193,12 @@ def evaluate(
         "seed": seed,
         "real_sha256": packed.sha256,
     }
-    return Report(found, facts, probed)
+    counted = None
+    if modes:
+        from fastdcgan.metrics.modes import count_modes
+
+        counted = count_modes(fakes.images(n))
+    return Report(found, facts, probed, counted)
 
 
 # ---- fakes ---------------------------------------------------------------------------------------

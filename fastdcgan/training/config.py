@@ -24,8 +24,8 @@ class TrainConfig:
     """What to train, on what, for how long. Defaults are the PyTorch example's unless said."""
 
     data: str = _option("blue-marble")
-    """blue-marble, fashion-mnist[:FOLDER], a folder, zip or tar of images, an IDX, .npy or .npz
-    file, or torchvision:NAME[:ROOT]."""
+    """blue-marble, fashion-mnist[:FOLDER], stacked-mnist, a folder, zip or tar of images, an IDX,
+    .npy or .npz file, or torchvision:NAME[:ROOT]."""
     net: Literal["dcgan", "tf28"] = _option("dcgan")
     """dcgan: the nets of the PyTorch example. tf28: those of the TensorFlow tutorial (28x28)."""
     net_d: Literal["dcgan", "sngan"] = _option("dcgan")

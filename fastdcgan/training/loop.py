@@ -25,6 +25,7 @@ from fastdcgan.training import checkpoints, distributed, folders, journal, plan,
 from fastdcgan.training.config import TrainConfig, TrainResult
 from fastdcgan.training.distributed import Ranks
 from fastdcgan.training.interrupts import Interrupts
+from fastdcgan.training.rates import Rates
 from fastdcgan.training.readings import Meter, Readings
 from fastdcgan.training.state import TrainState
 from fastdcgan.training.step import READINGS
@@ -36,16 +37,8 @@ SAMPLES = COLUMNS**2
 CHECKPOINT_SECONDS = 120.0
 WARM_UP_STEPS = 3
 """Steps of this process (compilation, allocator, caches) that are left out of images_per_second."""
-RATES_EVERY = 10
-"""With --lr-decay the learning rates move every so many steps."""
 AGREE_EVERY = 10
 """Under torchrun, the processes compare their signals and clocks every so many steps."""
-
-
-def share_of_rate(decay: float, done: float) -> float:
-    """What is left of the learning rates where `done` of the run is over, 0 to 1, and they fall to
-    0 in a line over its last `decay`."""
-    return 1.0 if decay == 0 else min(1.0, max(0.0, 1 - done) / decay)
 
 
 def train(config: TrainConfig, on_evaluation: quality.OnEvaluation | None = None) -> TrainResult:
@@ -272,7 +265,7 @@ class _Run:
         self.alarm: News | None = None
         """What --on-collapse is to act upon."""
         self.judged_step = -1
-        self.rates_set = False
+        self.rates = Rates(config, self.total)
 
     def say(self, line: str) -> None:
         if self.journal is not None:
@@ -322,7 +315,7 @@ class _Run:
         saved_at = began = time.monotonic()
         self.meter.lap(steady=False)
         while state.step < self.total and not (stop or ended):
-            self._decay_rates(time.monotonic() - began)
+            self.rates.set(state, seconds=time.monotonic() - began, rollbacks=self.watch.rollbacks)
             step()
             full = readings.count()
             now, done = state.step, state.step - start
@@ -397,25 +390,6 @@ class _Run:
             interrupted=interrupted,
             best=None if self.judge is None else self.judge.best,
         )
-
-    def _decay_rates(self, seconds: float) -> None:
-        """Sets the learning rates of the steps ahead, after so many seconds of this process."""
-        config, now = self.config, self.state.step
-        if not config.lr_decay or (now % RATES_EVERY and self.rates_set):
-            return
-        done = now // RATES_EVERY * RATES_EVERY / self.total
-        if config.max_minutes is not None:
-            # By the first process's clock: the rates must be the same in all.
-            done = max(done, distributed.from_first(seconds / (60 * config.max_minutes)))
-        share = share_of_rate(config.lr_decay, done)
-        halved = share / 2**self.watch.rollbacks
-        for optimiser, rate in (
-            (self.state.optG, (config.lr_g or config.lr) * share),
-            (self.state.optD, (config.lr_d or config.lr) * halved),
-        ):
-            for group in optimiser.param_groups:
-                group["lr"] = rate
-        self.rates_set = True
 
     def _open_journal(self) -> journal.Journal:
         """Makes the folder ready, says the plan, and begins to write."""
@@ -530,7 +504,7 @@ class _Run:
         torch.manual_seed(seed + self.ranks.rank)
         if state.generator is not None:
             state.generator.manual_seed(seed)
-        self.pending, self.judged_step, self.rates_set = [], -1, False
+        self.pending, self.judged_step, self.rates.known = [], -1, False
         distributed.barrier()  # before the first process writes, all have read
         if self.journal is not None:
             self.checkpoints.drop_after(to)

@@ -26,6 +26,7 @@ from fastdcgan.training import (
     train,
     watch,
 )
+from fastdcgan.training import rates as rates_of_runs
 from fastdcgan.training.journal import read_metrics
 from fastdcgan.training.whole_step import WholeStep
 from tests.training.runs import final_state, same
@@ -200,7 +201,7 @@ def rates(monkeypatch):
 def test_rates_fall_to_0_at_the_end_and_a_resumed_run_has_the_same(
     tiny, tmp_path, monkeypatch, rates
 ):
-    monkeypatch.setattr(loop, "RATES_EVERY", 2)
+    monkeypatch.setattr(rates_of_runs, "EVERY", 2)
     config = dataclasses.replace(
         tiny, lr_g=1e-3, lr_decay=0.5, checkpoint_every=5, steps=12, out=tmp_path / "whole"
     )
@@ -217,7 +218,7 @@ def test_rates_fall_to_0_at_the_end_and_a_resumed_run_has_the_same(
 
 
 def test_rates_fall_by_the_clock_where_it_ends_the_run(tiny, tmp_path, monkeypatch, rates):
-    monkeypatch.setattr(loop, "RATES_EVERY", 1)
+    monkeypatch.setattr(rates_of_runs, "EVERY", 1)
     now = itertools.count(1000.0, 6.0)  # seconds; the clock moves at each look
     monkeypatch.setattr(loop.time, "monotonic", lambda: next(now))
     config = dataclasses.replace(

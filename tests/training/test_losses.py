@@ -14,8 +14,8 @@ from fastdcgan.errors import InputError
 from fastdcgan.training.augmentation import diffaugment, instance_noise
 from fastdcgan.training.compiling import Compiler
 from fastdcgan.training.config import TrainConfig, preset
-from fastdcgan.training.loop import share_of_rate
 from fastdcgan.training.losses import Loss
+from fastdcgan.training.rates import share_left
 from fastdcgan.training.regularisers import (
     STEP,
     Penalty,
@@ -230,9 +230,9 @@ def test_r1_is_at_real_images_and_r2_at_generated_ones(form):
 
 def test_rates_fall_in_a_line_over_the_last_part_of_a_run():
     places = (0, 0.4, 0.6, 0.8, 0.9, 1, 1.2)
-    assert [share_of_rate(0, x) for x in places] == [1] * 7
-    assert [share_of_rate(0.4, x) for x in places] == pytest.approx([1, 1, 1, 0.5, 0.25, 0, 0])
-    assert [share_of_rate(1, x) for x in places] == pytest.approx([1, 0.6, 0.4, 0.2, 0.1, 0, 0])
+    assert [share_left(0, x) for x in places] == [1] * 7
+    assert [share_left(0.4, x) for x in places] == pytest.approx([1, 1, 1, 0.5, 0.25, 0, 0])
+    assert [share_left(1, x) for x in places] == pytest.approx([1, 0.6, 0.4, 0.2, 0.1, 0, 0])
 
 
 def test_interpolates_lie_between_each_pair_at_a_place_of_its_own():

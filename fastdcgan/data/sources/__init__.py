@@ -23,6 +23,7 @@ def open_source(spec: str, *, split: str = "train", cache: Path | None = None) -
             "blue-marble": the map of the Earth that comes with the package;
             "fashion-mnist" or "fashion-mnist:FOLDER": its IDX files, as Debian's package
             dataset-fashion-mnist installs them, or in a folder;
+            "stacked-mnist": three digits an image, one in each colour (extra `digits`);
             "torchvision:NAME" or "torchvision:NAME:ROOT": a data set of torchvision; with
             "?classes=A,B" at the end only these classes, where the data set can choose (LSUN);
             a path: a folder of pictures or of IDX files, a zip or tar of pictures, an IDX file
@@ -42,6 +43,10 @@ def open_source(spec: str, *, split: str = "train", cache: Path | None = None) -
             from fastdcgan.data.sources.blue_marble import open_blue_marble
 
             return open_blue_marble(split)
+        if spec == "stacked-mnist":
+            from fastdcgan.data.sources.stacked_mnist import open_stacked_mnist
+
+            return open_stacked_mnist(split)
         if kind == "fashion-mnist":
             return _open_fashion_mnist(_absolute(rest) if rest else FASHION_MNIST, split)
         if kind == "torchvision":
@@ -91,7 +96,7 @@ def _open_path(path: Path, split: str) -> Source:
     if not path.exists():
         raise InputError(
             f"no images at {path}: there is no such file or folder "
-            "(built in are blue-marble, fashion-mnist and torchvision:NAME)"
+            "(built in are blue-marble, fashion-mnist, stacked-mnist and torchvision:NAME)"
         )
     if path.is_dir():
         listed = files.list_folder(path)
