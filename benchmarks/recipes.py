@@ -1,96 +1,100 @@
 """`python -m benchmarks.recipes`: training recipes side by side for equal time on this machine, by
-FID and KID. They run at once, with as many cores each, by the commands that a user types, which the
-page repeats.
+the commands that a user types. Each run adds its results to OUT/results.jsonl, and the page
+OUT/page.md is made anew from all of them: recipes x data x minutes, with the sheets to look at.
 Not for: speed (pytest benchmarks/), search (`python -m fastdcgan.tune`).
 """
 
 import argparse
+import datetime
 import json
 import os
 import shlex
+import statistics
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.parity import machine
-
 COMMAND = "python -m benchmarks.recipes"
-SCORES = ("kid", "fid", "precision", "recall", "density", "coverage")
+SCORES = {
+    "kid": "KID",
+    "fid": "FID",
+    "precision": "precision",
+    "recall": "recall",
+    "coverage": "coverage",
+    "spectrum_db": "spectrum, dB",
+    "peak": "peak",
+}
+RESULTS = "results.jsonl"
 
-
-@dataclass(frozen=True)
-class Trained:
-    """One recipe after its time."""
-
-    recipe: str
-    commands: tuple[list[str], list[str]]
-    """Of training and of evaluation, without the interpreter."""
-    steps: int
-    cpu_seconds: float
-    """Of training, compilation and samples included."""
-    report: dict[str, Any]
-    """What `fastdcgan.evaluate --json` printed."""
-    grid: Path
-    """Its last sheet of samples."""
+Row = dict[str, Any]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; ends with an error where one of its commands fails."""
     parser = argparse.ArgumentParser(
         prog=COMMAND,
-        description="Train recipes side by side for equal time, and compare FID and KID.",
-        epilog=f"Example: {COMMAND} dcgan= small='--ngf 32 --ndf 32' --data fashion-mnist "
-        "--image-size 32 --minutes 15 --runs runs --out benchmarks/results/recipes",
+        description="Train recipes side by side for equal time, and compare FID, KID and spectra.",
+        epilog=f"Example: {COMMAND} dcgan='--preset dcgan' r3='--preset r3' --data fashion-mnist "
+        "--image-size 32 --minutes 5 --runs runs --out benchmarks/results/recipes",
     )
     parser.add_argument(
-        "recipes", nargs="+", metavar="NAME=FLAGS", help="what to train; the first is the baseline"
+        "recipes", nargs="*", metavar="NAME=FLAGS", help="what to train; none: only make the page"
     )
     parser.add_argument("--data", default="fashion-mnist", help="source; default fashion-mnist")
     parser.add_argument("--image-size", type=int, default=32, help="pixels; default 32")
-    parser.add_argument("--minutes", type=float, default=15.0, help="of each; default 15")
+    parser.add_argument("--minutes", type=float, default=5.0, help="of each; default 5")
     parser.add_argument("--n", type=int, default=5000, help="images that are scored; default 5000")
-    parser.add_argument("--name", help="of the page; default that of the data")
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.add_argument("--cores", type=int, default=1, help="of each recipe; default 1")
     parser.add_argument("--out", type=Path, required=True, help="folder of the page and its sheets")
-    parser.add_argument("--runs", type=Path, required=True, help="folder of the runs; kept")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs; kept")
     given = parser.parse_args(arguments)
     recipes = dict(recipe.partition("=")[::2] for recipe in given.recipes)
-    words = [commands(name, flags, given) for name, flags in recipes.items()]
-    seconds = train([training for training, _ in words])
-    found = [score(*each) for each in zip(recipes, words, seconds, strict=True)]
-    name = given.name or Path(given.data).stem
     given.out.mkdir(parents=True, exist_ok=True)
-    for one in found:
-        (given.out / f"{name}-{one.recipe}.png").write_bytes(one.grid.read_bytes())
-    text = page(name, found, given.minutes)
-    (given.out / f"{name}.md").write_text(text, encoding="utf-8")
+    together = max((os.cpu_count() or 1) // given.cores, 1)
+    todo = [commands(name, flags, given) for name, flags in recipes.items()]
+    names = list(recipes)
+    for start in range(0, len(todo), together):
+        words = todo[start : start + together]
+        seconds = train([training for training, _ in words], given.cores)
+        for name, each, used in zip(names[start:], words, seconds, strict=False):
+            row = score(name, each, used, given)
+            with (given.out / RESULTS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+    lines = (given.out / RESULTS).read_text(encoding="utf-8").splitlines()
+    text = "\n".join(page([json.loads(line) for line in lines])) + "\n"
+    (given.out / "page.md").write_text(text, encoding="utf-8")
     print(text)
     return 0
 
 
 def commands(recipe: str, flags: str, given: argparse.Namespace) -> tuple[list[str], list[str]]:
     """Of training and of scoring a recipe, without the interpreter."""
-    run = given.runs / f"{Path(given.data).stem}-{recipe}"
+    run = given.runs / "-".join([stem(given.data), recipe, f"{given.minutes:g}", str(given.seed)])
     training = [
         *("fastdcgan.train", "--data", given.data, "--image-size", str(given.image_size)),
         *(*shlex.split(flags), "--epochs", "100000", "--max-minutes", f"{given.minutes:g}"),
-        *("--out", str(run)),
+        *("--seed", str(given.seed), "--out", str(run)),
     ]
     scoring = ["fastdcgan.evaluate", "--real", given.data, "--fake", str(run)]
     return training, [*scoring, "--n", str(given.n), "--json"]
 
 
-def train(trainings: list[list[str]]) -> list[float]:
-    """Runs all at once, each with its share of the cores; returns the CPU seconds of each."""
-    threads = str(max((os.cpu_count() or 1) // len(trainings), 1))
+def stem(data: str) -> str:
+    return Path(data).stem
+
+
+def train(trainings: list[list[str]], cores: int) -> list[float]:
+    """Runs all at once, each on so many cores; returns the CPU seconds of each."""
     started = []
     for words in trainings:
         print("python -m " + shlex.join(words), file=sys.stderr, flush=True)
         started.append(
             subprocess.Popen(
                 [sys.executable, "-m", *words],
-                env={**os.environ, "OMP_NUM_THREADS": threads},
+                env={**os.environ, "OMP_NUM_THREADS": str(cores)},
                 stdout=subprocess.DEVNULL,
             )
         )
@@ -103,49 +107,100 @@ def train(trainings: list[list[str]]) -> list[float]:
     return seconds
 
 
-def score(recipe: str, words: tuple[list[str], list[str]], cpu_seconds: float) -> Trained:
-    """The averaged generator of a recipe that has been trained."""
+def score(
+    recipe: str, words: tuple[list[str], list[str]], cpu_seconds: float, given: argparse.Namespace
+) -> Row:
+    """The row of a recipe that has been trained; its last sheet of samples goes beside the page."""
     training, scoring = words
     done = subprocess.run(
         [sys.executable, "-m", *scoring], check=True, stdout=subprocess.PIPE, text=True
     )
     run = Path(training[training.index("--out") + 1])
-    last = (run / "metrics.jsonl").read_text().splitlines()[-1]
-    return Trained(
-        recipe,
-        words,
-        steps=json.loads(last)["step"],
-        cpu_seconds=cpu_seconds,
-        report=json.loads(done.stdout),
-        grid=max((run / "samples").glob("step-*.png")),
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    grid = max((run / "samples").glob("step-*.png"))
+    sheet = f"{run.name}.png"
+    (given.out / sheet).write_bytes(grid.read_bytes())
+    return {
+        **{"recipe": recipe, "data": stem(given.data), "image_size": given.image_size},
+        **{"minutes": given.minutes, "cores": given.cores, "seed": given.seed},
+        **{"steps": last["step"], "images": last["step"] * images_of_a_step(run)},
+        **{"cpu_seconds": round(cpu_seconds), "sheet": sheet, "machine": machine()},
+        "commands": [f"python -m {shlex.join(each)}" for each in words],
+        "scores": json.loads(done.stdout),
+    }
+
+
+def images_of_a_step(run: Path) -> int:
+    config = json.loads((run / "config.json").read_text())
+    images: int = config["batch_size"] * config["n_critic"]
+    return images
+
+
+def machine() -> str:
+    """Date, processor and version of torch."""
+    import torch
+    from cpuinfo import get_cpu_info  # comes with pytest-benchmark
+
+    brand = get_cpu_info().get("brand_raw", "a processor without a name")
+    return f"{datetime.date.today()}, {brand}, torch {torch.__version__}"
+
+
+def page(rows: list[Row]) -> Iterator[str]:
+    """The tables, the sheets and the commands in Markdown."""
+    yield "# Recipes for equal time"
+    yield ""
+    yield (
+        "Minutes are of training, on the cores that are named, compilation included; recipes that "
+        "ran side by side had their own cores of one machine. Of several seeds the median stands, "
+        "with the lowest and the highest."
     )
+    for data in dict.fromkeys(row["data"] for row in rows):
+        yield from _of_data(data, [row for row in rows if row["data"] == data])
+    yield ""
+    yield "## What it ran"
+    for row in rows:
+        yield ""
+        yield f"{row['machine']}, {row['cpu_seconds']:,} s of CPU:"
+        yield ""
+        yield "```"
+        yield from row["commands"]
+        yield "```"
 
 
-def page(name: str, found: list[Trained], minutes: float) -> str:
-    """The table, the sheets and the commands in Markdown."""
-    first, report = found[0], found[0].report
-    lines = [
-        f"# {name}: {minutes:g} minutes each",
-        "",
-        f"{machine()} in all, shared by the runs, which went side by side. KID and FID by "
-        f"{report['features']}, n = {report['n']:,}; floor (real against real): "
-        f"KID {report['kid_floor']:.4f}, FID {report['fid_floor']:.1f}.",
-        "",
-        "| recipe | steps | CPU s | " + " | ".join(SCORES) + " | KID of the first |",
-        "|---" * (4 + len(SCORES)) + "|",
-    ]
-    for one in found:
-        scores = " | ".join(f"{one.report[key]:.4g}" for key in SCORES)
-        ratio = one.report["kid"] / first.report["kid"]
-        lines.append(
-            f"| {one.recipe} | {one.steps:,} | {one.cpu_seconds:.0f} | {scores} "
-            f"| {100 * ratio:.0f} % |"
+def _of_data(data: str, rows: list[Row]) -> Iterator[str]:
+    side, first = rows[0]["image_size"], rows[0]["scores"]
+    yield ""
+    yield f"## {data}, {side}x{side}"
+    yield ""
+    yield (
+        f"Features by {first['features']}, n = {first['n']:,}; floor (real against real): KID "
+        f"{first['kid_floor']:.4f}, FID {first['fid_floor']:.1f}."
+    )
+    yield ""
+    yield "| minutes | cores | recipe | seeds | images | " + " | ".join(SCORES.values()) + " |"
+    yield "|---" * (5 + len(SCORES)) + "|"
+    kinds = sorted({(row["minutes"], row["cores"]) for row in rows})
+    for minutes, cores in kinds:
+        alike = [row for row in rows if (row["minutes"], row["cores"]) == (minutes, cores)]
+        for recipe in dict.fromkeys(row["recipe"] for row in alike):
+            of_it = [row for row in alike if row["recipe"] == recipe]
+            images = statistics.median(row["images"] for row in of_it)
+            scores = " | ".join(_spread([row["scores"][key] for row in of_it]) for key in SCORES)
+            yield f"| {minutes:g} | {cores} | {recipe} | {len(of_it)} | {images:,.0f} | {scores} |"
+    for row in rows:
+        yield ""
+        yield (
+            f"{row['recipe']}, {row['minutes']:g} minutes, seed {row['seed']}:\n\n"
+            f"![samples of {row['recipe']}]({row['sheet']})"
         )
-    for one in found:
-        commands = "\n".join(f"python -m {shlex.join(words)}" for words in one.commands)
-        lines += ["", f"## {one.recipe}", "", "```", commands, "```", ""]
-        lines.append(f"![samples of {one.recipe}]({name}-{one.recipe}.png)")
-    return "\n".join(lines) + "\n"
+
+
+def _spread(values: list[float | None]) -> str:
+    found = [value for value in values if value is not None]
+    if not found:
+        return "-"
+    middle = f"{statistics.median(found):.4g}"
+    return middle if len(found) == 1 else f"{middle} ({min(found):.3g} to {max(found):.3g})"
 
 
 if __name__ == "__main__":

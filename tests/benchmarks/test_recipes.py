@@ -1,0 +1,61 @@
+"""`python -m benchmarks.recipes`: the real command on tiny nets, and its page."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from benchmarks.recipes import RESULTS, main, page
+
+ROOT = Path(__file__).parents[2]
+TINY = "--nz 6 --ngf 4 --ndf 4 --batch-size 8 --steps 4 --no-tensorboard"
+
+
+def test_recipes_are_trained_scored_and_added_to_what_was_there(tiny_data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'kernels'}")
+    common = ["--data", str(tiny_data), "--n", "12", "--out", "page", "--runs", "runs"]
+    assert main([f"one={TINY}", f"two={TINY} --loss hinge --n-critic 2", *common]) == 0
+    assert main([f"one={TINY}", *common, "--seed", "3"]) == 0
+    rows = [json.loads(line) for line in Path("page", RESULTS).read_text().splitlines()]
+    assert [(r["recipe"], r["seed"], r["steps"]) for r in rows] == [
+        ("one", 0, 4), ("two", 0, 4), ("one", 3, 4),
+    ]  # fmt: skip
+    assert [r["images"] for r in rows] == [32, 64, 32]
+    assert all(r["cpu_seconds"] > 0 and r["scores"]["n"] == 12 for r in rows)
+    for row in rows:
+        with Image.open(Path("page", row["sheet"])) as sheet:
+            assert sheet.size[0] > 8 * 32
+    text = Path("page", "page.md").read_text()
+    kids = sorted(r["scores"]["kid"] for r in rows if r["recipe"] == "one")
+    middle = f"{sum(kids) / 2:.4g} ({kids[0]:.3g} to {kids[1]:.3g})"
+    assert f"| 5 | 1 | one | 2 | 32 | {middle} |" in text
+    # The page's own command trains again.
+    command = rows[0]["commands"][0].split()
+    command[command.index("--out") + 1] = "again"
+    assert subprocess.run([sys.executable, *command[1:]], check=False).returncode == 0
+    assert Path("again", "netG_ema.safetensors").is_file()
+
+
+def test_a_recipe_that_fails_ends_the_command(tiny_data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'kernels'}")
+    with pytest.raises(SystemExit, match="failed"):
+        main(["bad=--ngf none", "--data", str(tiny_data), "--out", "page"])
+
+
+def test_the_page_has_the_median_of_seeds_and_a_dash_for_what_is_not_known():
+    scores = {"kid": 0.5, "fid": 9, "precision": 0.1, "recall": 0.2, "coverage": 0.3, "peak": None}
+    scores |= {"spectrum_db": 1.0, "kid_floor": 0.0, "fid_floor": 4.0, "features": "f", "n": 7}
+    row = {"recipe": "a", "data": "d", "image_size": 32, "minutes": 5.0, "cores": 2, "seed": 0}
+    row |= {"images": 1000, "cpu_seconds": 60, "sheet": "a.png", "machine": "m", "commands": ["x"]}
+    rows = [{**row, "scores": {**scores, "kid": kid}} for kid in (0.4, 0.1, 0.25)]
+    text = "\n".join(page(rows))
+    kid = "0.25 (0.1 to 0.4)"
+    every = "9 (9 to 9) | 0.1 (0.1 to 0.1) | 0.2 (0.2 to 0.2) | 0.3 (0.3 to 0.3) | 1 (1 to 1) | -"
+    assert f"| 5 | 2 | a | 3 | 1,000 | {kid} | {every} |" in text
+    assert "![samples of a](a.png)" in text
+    assert "floor (real against real): KID 0.0000, FID 4.0" in text
