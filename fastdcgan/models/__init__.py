@@ -16,6 +16,7 @@ from fastdcgan.models.dcgan import (
     Discriminator,
     Generator,
     SNGANDiscriminator,
+    begin_as_resizing,
     weights_init,
 )
 from fastdcgan.models.folding import fold
@@ -29,6 +30,7 @@ __all__ = [
     "SNGANDiscriminator",
     "TF28Discriminator",
     "TF28Generator",
+    "begin_as_resizing",
     "build",
     "discriminator_from",
     "fold",

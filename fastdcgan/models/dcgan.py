@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdcgan.errors import InputError
@@ -35,6 +36,26 @@ def weights_init(module: nn.Module) -> None:
     elif isinstance(module, nn.BatchNorm2d):
         nn.init.normal_(module.weight, 1.0, 0.02)
         nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def begin_as_resizing(net: nn.Module) -> None:
+    """Initialise transposed convolutions of stride 2 anew, so that each begins as an enlargement by
+    nearest neighbours and a convolution with a kernel one pixel smaller: w = k * ones(2, 2) with
+    k ~ N(0, .), and the deviation that the weights had. Independent weights instead give each
+    place of a 2x2 cell another filter, and images a grid of 2, 4, 8 pixels, which training has to
+    take away (Odena et al. 2016, "Deconvolution and checkerboard artifacts"; Aitken et al. 2017,
+    "Checkerboard artifact free sub-pixel convolution"). The layers stay what they are.
+    """
+    for layer in net.modules():
+        if isinstance(layer, nn.ConvTranspose2d) and layer.stride == (2, 2):
+            weight = layer.weight
+            *channels, height, width = weight.shape
+            kernel = torch.randn(*channels, height - 1, width - 1, dtype=weight.dtype)
+            # Each pixel of an enlargement is there twice along either side.
+            places = [F.pad(kernel, (j, 1 - j, i, 1 - i)) for i in (0, 1) for j in (0, 1)]
+            new = torch.stack(places).sum(0)
+            weight.copy_(new * (weight.std() / new.std()))
 
 
 def keep_variance(layers: nn.Sequential) -> None:

@@ -134,6 +134,9 @@ class TrainConfig:
     """Under torchrun: BatchNorm statistics over the batches of all processes."""
     seed: int = _option(0, example="manualSeed")
     """Seed of weights, order, crops and noise: the same seed gives the same run."""
+    init: Literal["normal", "resize"] = _option("normal")
+    """The generator's first weights: normal: independent. resize: each layer that doubles the side
+    begins as an enlargement and a convolution, without the grid that independent weights leave."""
     init_g: Path | None = _option(None, example="netG", free=True)
     """Start the generator from this checkpoint's weights (ours, or the example's .pth)."""
     init_d: Path | None = _option(None, example="netD", free=True)

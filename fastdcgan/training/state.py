@@ -61,6 +61,8 @@ class TrainState:
     ) -> None:
         torch.manual_seed(config.seed)
         netG, netD = build_nets(config, classes)
+        if config.init == "resize":
+            models.begin_as_resizing(netG)
         place: dict[str, Any] = {
             "device": device,
             "dtype": dtype,

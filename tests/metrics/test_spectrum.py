@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import scipy.signal
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +16,7 @@ from fastdcgan.metrics.spectrum import (
     radial,
     texture,
 )
+from fastdcgan.models import Generator, begin_as_resizing
 
 LUCK = np.random.default_rng(0)
 
@@ -139,3 +141,17 @@ def test_a_set_beside_itself_mirrored_or_brighter_is_the_same(channels, side, br
     if moved.min() >= 0 and moved.max() <= 255:
         found = texture(here, spectrum(moved.astype(np.uint8)))
         assert (found.spectrum_db, found.peak) == pytest.approx((0, 1), abs=1e-9)
+
+
+def test_an_image_of_a_net_that_begins_as_resizing_has_no_grid():
+    found = []
+    for begin in (lambda net: None, begin_as_resizing):
+        torch.manual_seed(0)
+        netG = Generator(64, 100, 8, 3)
+        begin(netG)
+        with torch.no_grad():
+            images = netG(torch.randn(64, 100))
+        drawn = (images * 20 / images.std() + 128).clamp(0, 255).byte().permute(0, 2, 3, 1)
+        found.append(float(peaks(spectrum(drawn.numpy())).max()))
+    assert found[0] > 3
+    assert found[1] < 1.5

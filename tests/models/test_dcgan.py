@@ -1,12 +1,16 @@
 """The DCGAN nets against the PyTorch example's, and their shapes at every size."""
 
+import itertools
+
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from fastdcgan.errors import InputError
-from fastdcgan.models import Discriminator, Generator, build, weights_init
+from fastdcgan.models import Discriminator, Generator, begin_as_resizing, build, weights_init
 
 
 def same_bits(ours, theirs):
@@ -172,3 +176,28 @@ def test_nets_trace_as_one_graph(net):
     netG.load_state_dict(before)
     torch.manual_seed(1)
     torch.testing.assert_close(compiled, netD(netG(z)))
+
+
+@pytest.mark.parametrize("norm", ["batch", "none"])
+def test_beginning_as_resizing_is_an_enlargement_and_a_convolution(norm):
+    """Its weights are found again by least squares; the enlargement is PyTorch's."""
+    netG = Generator(32, 4, 6, 3, norm=norm)
+    before = [p.detach().clone() for p in netG.parameters()]
+    begin_as_resizing(netG)
+    layers = [m for m in netG.main if isinstance(m, nn.ConvTranspose2d)]
+    assert torch.equal(before[0], layers[0].weight), "no layer from 1x1"
+    for layer in layers[1:]:
+        (old,) = (w for w in before if w.shape == layer.weight.shape)
+        assert not torch.equal(old, layer.weight)
+        assert layer.weight.std().item() == pytest.approx(old.std().item(), rel=1e-5)
+        weight = layer.weight.detach().double()
+        ones = torch.zeros(3, 3, 4, 4, dtype=torch.float64)
+        for i, j in itertools.product(range(3), range(3)):
+            ones[i, j, i : i + 2, j : j + 2] = 1
+        kernel = weight.flatten(2) @ torch.linalg.pinv(ones.flatten(2).flatten(0, 1))
+        kernel = kernel.unflatten(2, (3, 3))
+        x = torch.randn(2, layer.in_channels, 5, 7, dtype=torch.float64)
+        larger = F.interpolate(x, scale_factor=2, mode="nearest")
+        expected = F.conv2d(larger, kernel.flip(2, 3).transpose(0, 1), padding=1)
+        found = F.conv_transpose2d(x, weight, stride=2, padding=1)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
