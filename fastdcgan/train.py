@@ -2,10 +2,10 @@
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from fastdcgan import command
-from fastdcgan.training.config import PRESETS, TrainConfig, preset
+from fastdcgan.training.config import ENDLESS, PRESETS, TrainConfig, preset
 from fastdcgan.training.example_flags import translate
 
 DESCRIPTION = f"""Train the standard DCGAN on your own images.
@@ -19,9 +19,9 @@ Examples:
       trains on a folder of images; with --resume auto it goes on after a stop
 
 --preset {{{",".join(PRESETS)}}} chooses the recipe whose values stand for flags that are not given:
-dcgan (where --data is given) is the PyTorch example's, blue-marble (where it is not) the same with
-batches of 16 for the built-in data, small-data one for few images and little time, tf28 the
-TensorFlow tutorial's (Fashion-MNIST).
+dcgan (where --data is given) is the PyTorch example's, blue-marble (where it is not) one for nine
+minutes of a CPU and the built-in data, r3 R3GAN's (a paired loss, two penalties, no norm),
+small-data one for few images and little time, tf28 the TensorFlow tutorial's (Fashion-MNIST).
 The flags of the PyTorch example (--dataroot, --batchSize, --niter, --outf, --netG ...) work too.
 """
 
@@ -35,7 +35,7 @@ def options(args: Sequence[str]) -> TrainConfig:
     rest = translate(args)
     given = {arg.partition("=")[0] for arg in rest}
     name = command.take(rest, "--preset")
-    default = preset(name or ("dcgan" if "--data" in given else "blue-marble"))
+    default = _lasting(preset(name or ("dcgan" if "--data" in given else "blue-marble")), given)
 
     def parse(default: TrainConfig) -> TrainConfig:
         return command.parse(
@@ -63,6 +63,16 @@ def options(args: Sequence[str]) -> TrainConfig:
             if config.resume == "auto":
                 config = dataclasses.replace(config, resume=str(target))
     return config
+
+
+def _lasting(recipe: TrainConfig, given: Set[str]) -> TrainConfig:
+    """The recipe for a length that the command line names. A recipe of steps and minutes, whichever
+    end first, keeps neither: what is given is all that ends the run."""
+    if recipe.max_minutes is None:
+        return recipe
+    if given & {"--steps", "--epochs"}:
+        return dataclasses.replace(recipe, max_minutes=None)
+    return dataclasses.replace(recipe, epochs=ENDLESS) if "--max-minutes" in given else recipe
 
 
 def _train(args: Sequence[str]) -> None:

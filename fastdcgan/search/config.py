@@ -11,13 +11,11 @@ import tyro
 from fastdcgan.command import without_flags
 from fastdcgan.errors import InputError
 from fastdcgan.search.space import DECIDED
-from fastdcgan.training.config import TrainConfig
+from fastdcgan.training.config import ENDLESS, TrainConfig
 
 DEFAULT_TRIALS = 30
 EVALUATIONS = 10
 """Evaluations of a trial of --steps, where --eval-every does not say."""
-ENDLESS = 1_000_000
-"""Epochs of a trial that the clock ends."""
 
 if TYPE_CHECKING:
     Base = TrainConfig

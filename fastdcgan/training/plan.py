@@ -10,7 +10,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from fastdcgan.errors import InputError
 from fastdcgan.hardware import amp_dtype
-from fastdcgan.training.config import TrainConfig
+from fastdcgan.training.config import ENDLESS, TrainConfig
 from fastdcgan.training.distributed import Ranks
 from fastdcgan.training.state import build_nets
 from fastdcgan_kernels import fuse, share
@@ -167,6 +167,7 @@ def _loss(config: TrainConfig) -> str:
         f"R1 {config.r1:g}{form}{lazily}": config.r1,
         f"R2 {config.r2:g}{form}{lazily}": config.r2,
         f"gradient penalty {config.slope_penalty:g}{lazily}": config.slope_penalty,
+        "G begins as enlargements": config.init == "resize",
         "G without BatchNorm": config.norm_g == "none",
         "D without BatchNorm": config.norm == "none" and config.net == "dcgan",
         "spectral norm": config.spectral,
@@ -177,6 +178,22 @@ def _loss(config: TrainConfig) -> str:
         f"rates falling to 0 over the last {config.lr_decay:.0%}": config.lr_decay,
     }
     return ", ".join(part for part, on in parts.items() if on)
+
+
+def _length(config: TrainConfig, epoch_images: int | None, ranks: Ranks) -> str:
+    """How long the run is, in words."""
+    minutes = config.max_minutes
+    by_clock = minutes is not None and config.steps is None and config.epochs >= ENDLESS
+    if epoch_images is None:
+        steps, an_epoch = f"{config.steps} steps" if config.steps else f"{config.epochs} epochs", ""
+    else:
+        total, per_epoch = total_steps(config, epoch_images, ranks)
+        steps, an_epoch = f"{total} steps", f" ({per_epoch} an epoch)"
+    if minutes is None:
+        return steps + an_epoch
+    if by_clock:
+        return f"{minutes:g} minutes" + an_epoch.replace(" an", " steps an")
+    return f"{steps}{an_epoch}, at most {minutes:g} minutes"
 
 
 def _listed(classes: Sequence[str]) -> str:
@@ -247,11 +264,7 @@ def describe(
     if blocks:
         part = fused_share(config, engine, classes)
         blocks += f"; {part:.1%} of the convolutions' multiplications are in fused blocks"
-    if epoch_images is None:
-        length = f"{config.steps} steps" if config.steps else f"{config.epochs} epochs"
-    else:
-        total, per_epoch = total_steps(config, epoch_images, ranks)
-        length = f"{total} steps ({per_epoch} an epoch)"
+    length = _length(config, epoch_images, ranks)
     of_d = "" if config.net_d == "dcgan" else f" and {config.net_d}'s D"
     where = str(engine.device)
     if engine.device.type == "cuda":

@@ -12,6 +12,7 @@ from fastdcgan import hardware
 from fastdcgan.errors import InputError
 from fastdcgan.train import options
 from fastdcgan.training import TrainConfig, plan, preset
+from fastdcgan.training.config import ENDLESS
 from fastdcgan.training.distributed import Ranks
 from fastdcgan.training.example_flags import translate
 
@@ -96,7 +97,15 @@ def test_every_field_can_be_set_from_the_command_line_and_is_documented(capsys):
         ("--accel --dry-run", {"device": "auto", "dry_run": True}),
         ("--lr 0.001 --beta1 0.9 --nz 5 --ngf 6 --ndf 7", {"lr": 0.001, "ngf": 6, "ndf": 7}),
         ("--resume --steps 3 --out nowhere", {"resume": "auto", "steps": 3}),
-        ("", {"data": "blue-marble", "batch_size": 16, "lr": 2e-4, "epochs": 25}),
+        ("", {"data": "blue-marble", "batch_size": 16, "lr_d": 1e-4, "init": "resize"}),
+        ("", {"epochs": 120, "max_minutes": 9.0}),
+        ("--steps 300", {"steps": 300, "max_minutes": None}),
+        ("--epochs=3", {"epochs": 3, "max_minutes": None, "lr_g": 4e-4}),
+        ("--niter 3", {"epochs": 3, "max_minutes": None}),
+        ("--max-minutes 60", {"epochs": ENDLESS, "max_minutes": 60.0}),
+        ("--max-minutes 60 --steps 300", {"steps": 300, "max_minutes": 60.0}),
+        ("--data pics --max-minutes 5", {"epochs": 25, "max_minutes": 5.0}),
+        ("--preset r3 --data pics", {"r1": 2.0, "r2": 2.0, "norm_g": "none", "norm_d": "none"}),
         ("--data pics", {"data": "pics", "batch_size": 64}),
         ("--dataroot=pics", {"data": "pics", "batch_size": 64}),
         ("--preset dcgan", {"data": "blue-marble", "batch_size": 64}),
