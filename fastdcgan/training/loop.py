@@ -616,7 +616,8 @@ class _Run:
             return
         nets = {"netG": self.state.netG, "netD": self.state.netD}
         if self.state.ema is not None:
-            nets["netG_ema"] = self.state.ema.average
+            with implementation(self.whole_step.impl):
+                nets["netG_ema"] = self.state.finished()
         for name, net in nets.items():
             path = self.out / f"{name}.safetensors"
             checkpoints.save_weights(net, path, step=self.state.step)

@@ -183,7 +183,7 @@ class Quality:
         from fastdcgan.latent.draw import Generator, draw
         from fastdcgan.metrics.comparison import compare
 
-        fakes = draw(cast(Generator, state.sampler), self.n)
+        fakes = draw(cast(Generator, state.finished()), self.n)
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):  # a network of the user's may draw
             found = compare(
@@ -198,7 +198,7 @@ class Quality:
 
         atomic_write(out / "checkpoints" / "best.pt", copy, fsync=True)
         path = out / "netG_best.safetensors"
-        save_weights(state.sampler, path, step=state.step, scores=json.dumps(row))
+        save_weights(state.finished(), path, step=state.step, scores=json.dumps(row))
 
 
 def _row_of(path: Path) -> dict[str, Any] | None:

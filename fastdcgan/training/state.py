@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastdcgan import models
 from fastdcgan.errors import InputError
 from fastdcgan.training.config import TrainConfig
-from fastdcgan.training.ema import EMA
+from fastdcgan.training.ema import EMA, settled
 from fastdcgan_kernels import fuse
 from fastdcgan_kernels.adam import Adam
 
@@ -96,6 +96,10 @@ class TrainState:
     def sampler(self) -> nn.Module:
         """The generator to draw samples from: the average where there is one."""
         return self.netG if self.ema is None else self.ema.average
+
+    def finished(self) -> nn.Module:
+        """The generator to keep and to score: the sampler, its average `settled`."""
+        return self.netG if self.ema is None else settled(self.ema.average)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers, strings and containers of them: loads with weights_only=True."""
