@@ -4,7 +4,7 @@ Not here: files and pictures of them (generation.py)."""
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from fastdcgan.errors import InputError
 from fastdcgan.hardware import amp_dtype, pick_device
 from fastdcgan.models.conditional import check_labels, in_turn
 from fastdcgan.training.checkpoints import Checkpoints, load
+from fastdcgan.training.ema import settled
 from fastdcgan_kernels import fuse, unfuse
 
 Generator = models.Generator | models.TF28Generator
@@ -59,9 +60,10 @@ def load_generator_at(
     """As `load_generator`, with the step of training that it is of, where its file says so."""
     names = ("netG_ema", "netG", "model") if ema else ("netG", "model")
     keys = ("ema", "netG") if ema else ("netG",)
-    weights, step = _weights(source, names, keys)
-    net: Generator = _placed(models.generator_from(weights), device)
-    return net, step
+    weights, step, averaged = _weights(source, names, keys)
+    net = _placed(models.generator_from(weights), device)
+    found: Generator = cast(Generator, settled(net)) if averaged else net
+    return found, step
 
 
 def load_discriminator(source: Path, *, device: str = "cpu") -> Discriminator:
@@ -70,15 +72,22 @@ def load_discriminator(source: Path, *, device: str = "cpu") -> Discriminator:
     Raises:
         InputError: there is no such file, or no DCGAN discriminator in it.
     """
-    found, _ = _weights(source, ("netD", "model"), ("netD",))
+    found, _, _ = _weights(source, ("netD", "model"), ("netD",))
     net: Discriminator = _placed(models.discriminator_from(found), device)
     return net
 
 
-def _weights(
-    source: Path, names: tuple[str, ...], keys: tuple[str, ...]
-) -> tuple[Path | dict[str, Any], int | None]:
-    """The weights, or the file that holds nothing else, and the step that they are of."""
+class _Found(NamedTuple):
+    """Weights in a file."""
+
+    weights: Path | dict[str, Any]
+    """The file, where it holds nothing else."""
+    step: int | None
+    averaged: bool = False
+    """Whether they are a running average's, with the statistics that were averaged along."""
+
+
+def _weights(source: Path, names: tuple[str, ...], keys: tuple[str, ...]) -> _Found:
     if source.is_dir():
         for name in names:
             if (source / f"{name}.safetensors").is_file():
@@ -95,7 +104,7 @@ def _weights(
         return _bare(source)  # not a run's checkpoint; weights say themselves what is wrong
 
 
-def _bare(path: Path) -> tuple[Path, int | None]:
+def _bare(path: Path) -> _Found:
     """With the step that `save_weights` writes."""
     from safetensors import SafetensorError, safe_open
 
@@ -104,15 +113,16 @@ def _bare(path: Path) -> tuple[Path, int | None]:
             step = (file.metadata() or {}).get("step")
     except (OSError, SafetensorError):
         step = None
-    return path, None if step is None else int(step)
+    return _Found(path, None if step is None else int(step))
 
 
-def _chosen(state: dict[str, Any], keys: tuple[str, ...]) -> tuple[dict[str, Any], int | None]:
-    chosen: dict[str, Any] = next(state[key] for key in keys if key in state)
+def _chosen(state: dict[str, Any], keys: tuple[str, ...]) -> _Found:
+    key = next(key for key in keys if key in state)
+    weights: dict[str, Any] = state[key]
     # The names of the classes go with the weights: `models.generator_from` finds them there.
     if "classes" in state:
-        chosen = {**chosen, "classes": state["classes"]}
-    return chosen, state["step"]
+        weights = {**weights, "classes": state["classes"]}
+    return _Found(weights, state["step"], averaged=key == "ema")
 
 
 def _placed(net: Any, device: str) -> Any:
