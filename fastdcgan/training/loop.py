@@ -333,6 +333,7 @@ class _Run:
             if late:
                 ended = f"{config.max_minutes:g} minutes are over (--max-minutes)"
             last = now == self.total or late
+            sample = sample or late
             evaluate = not stop and quality.is_due(config, now, last=last)
             save = save or stop or self._plan_says_save(now)
             save = save or (done == 1 and config.on_collapse == "rollback")
