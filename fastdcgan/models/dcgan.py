@@ -214,7 +214,7 @@ class Discriminator(nn.Module):
         while width < self.ndf * self.size // 8:
             layers += [
                 nn.Conv2d(width, width * 2, 4, stride=2, padding=1, bias=bias),
-                *([] if bias else [nn.BatchNorm2d(width * 2)]),
+                *([nn.BatchNorm2d(width * 2)] if self.norm == "batch" else []),
                 nn.LeakyReLU(0.2, inplace=True),
             ]
             width *= 2

@@ -61,7 +61,7 @@ class TrainConfig:
     """The discriminator's learning rate, where it differs from --lr."""
     lr_decay: float = _option(0.0)
     """Let both learning rates fall in a line to 0 over this last share of the run, which ends with
-    its steps or with --max-minutes, whichever comes first; from 0 (never) to 1 (all along)."""
+    its steps or by the clock, whichever comes first; from 0 (never) to 1 (all along)."""
     beta1: float = _option(0.5, example="beta1")
     """Adam's beta1."""
     beta2: float = _option(0.999)

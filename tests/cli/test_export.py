@@ -59,7 +59,7 @@ def test_every_format_of_a_run(root, monkeypatch, capsys):
     }  # fmt: skip
     assert capsys.readouterr().out.count("from PyTorch") == 4
     assert json.loads((out / "config.json").read_text()) == {
-        "size": 32, "nz": 6, "ngf": 4, "channels": 3,
+        "size": 32, "nz": 6, "ngf": 4, "channels": 3, "norm": "batch",
     }  # fmt: skip
     card = huggingface_hub.ModelCard.load(out / "README.md")
     assert card.data.license == "mit"

@@ -95,7 +95,8 @@ def test_the_built_in_data_needs_no_arguments(command, tmp_path):
     with Image.open(out / "samples" / "step-00000002.png") as sheet:
         assert sheet.size == (530, 530), "8 x 8 samples of 64 pixels, 2 between them"
     config = json.loads((out / "config.json").read_text())
-    assert (config["batch_size"], config["epochs"], config["lr"]) == (16, 25, 2e-4)
+    assert (config["batch_size"], config["lr_d"], config["init"]) == (16, 1e-4, "resize")
+    assert config["max_minutes"] is None, "steps are given"
 
 
 def test_a_terminal_gets_a_progress_bar(environment, tiny_data, tmp_path):
