@@ -8,7 +8,6 @@ under autocast on the processor.
 from __future__ import annotations
 
 import ctypes
-import functools
 from typing import Any
 
 import torch
