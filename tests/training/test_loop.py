@@ -208,15 +208,15 @@ def test_rates_fall_to_0_at_the_end_and_a_resumed_run_has_the_same(
 ):
     monkeypatch.setattr(rates_of_runs, "EVERY", 2)
     config = dataclasses.replace(
-        tiny, lr_g=1e-3, lr_decay=0.5, checkpoint_every=5, steps=12, out=tmp_path / "whole"
+        tiny, lr_g=1e-3, lr_decay=0.5, checkpoint_every=9, steps=12, out=tmp_path / "whole"
     )
     whole = train(config)
     shares = [1] * 6 + [share for share in (1, 2 / 3, 1 / 3) for _ in range(2)]
     assert [g for g, _ in rates] == pytest.approx([1e-3 * share for share in shares])
     assert [d for _, d in rates] == pytest.approx([2e-4 * share for share in shares])
-    expected = rates[5:]
+    expected = rates[9:]
     rates.clear()
-    older = config.out / "checkpoints" / "step-00000005.pt"
+    older = config.out / "checkpoints" / "step-00000009.pt"
     again = train(dataclasses.replace(config, resume=str(older), out=tmp_path / "again"))
     assert rates == expected
     assert same(final_state(whole.out), final_state(again.out))
@@ -227,7 +227,7 @@ def test_rates_fall_by_the_clock_where_it_ends_the_run(tiny, tmp_path, monkeypat
     now = itertools.count(1000.0, 6.0)  # seconds; the clock moves at each look
     monkeypatch.setattr(loop.time, "monotonic", lambda: next(now))
     config = dataclasses.replace(
-        tiny, lr_decay=1.0, steps=10_000, max_minutes=10, out=tmp_path / "run"
+        tiny, lr_decay=1.0, steps=10_000, max_minutes=10, sample_every=999, out=tmp_path / "run"
     )
     result = train(config)
     assert 10 < result.steps < 100
@@ -235,6 +235,8 @@ def test_rates_fall_by_the_clock_where_it_ends_the_run(tiny, tmp_path, monkeypat
     assert found == sorted(found, reverse=True)
     assert found[0] > 0.95
     assert found[-1] < 0.1
+    last = f"step-{result.steps:08d}.png"
+    assert sorted(p.name for p in (result.out / "samples").iterdir())[-1] == last
 
 
 def test_an_older_checkpoint_branches_off_into_another_folder(tiny, tmp_path):
