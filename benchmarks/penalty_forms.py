@@ -64,18 +64,15 @@ def values(run: Path, data: str) -> list[str]:
     gradients = regularisers.image_gradients(netD, images).detach()
     exact = float(regularisers.zero_centred(gradients, 2.0))
     lines = []
-    kept = regularisers.STEP
     for length in LENGTHS:
-        regularisers.STEP = length
         with torch.no_grad():
-            found = [float(regularisers.difference(netD, images, 2.0)) for _ in range(DRAWS)]
+            found = [
+                float(regularisers.difference(netD, images, 2.0, step=length)) for _ in range(DRAWS)
+            ]
         mean, spread = statistics.mean(found), statistics.stdev(found)
         sure = spread / DRAWS**0.5
-        lines.append(
-            f"| {length:g}{' (the default)' if length == kept else ''} | {mean / exact:.3f} "
-            f"± {sure / exact:.3f} | {spread / exact:.2f} |"
-        )
-    regularisers.STEP = kept
+        name = f"{length:g} (the default)" if length == regularisers.STEP else f"{length:g}"
+        lines.append(f"| {name} | {mean / exact:.3f} ± {sure / exact:.3f} | {spread / exact:.2f} |")
     return [
         f"E[|grad D(x)|^2] at {IMAGES} images of {data}, D of a run: exactly {exact:.4g}. By "
         f"differences, {DRAWS} draws of the noise, float32:",

@@ -87,7 +87,7 @@ def stem(data: str) -> str:
 
 
 def train(trainings: list[list[str]], cores: int) -> list[float]:
-    """Runs all at once, each on so many cores; returns the CPU seconds of each."""
+    """Runs all at once, each on `cores` threads; returns the CPU seconds of each."""
     started = []
     for words in trainings:
         print("python -m " + shlex.join(words), file=sys.stderr, flush=True)
@@ -181,9 +181,9 @@ def _of_data(data: str, rows: list[Row]) -> Iterator[str]:
     yield "|---" * (5 + len(SCORES)) + "|"
     kinds = sorted({(row["minutes"], row["cores"]) for row in rows})
     for minutes, cores in kinds:
-        alike = [row for row in rows if (row["minutes"], row["cores"]) == (minutes, cores)]
-        for recipe in dict.fromkeys(row["recipe"] for row in alike):
-            of_it = [row for row in alike if row["recipe"] == recipe]
+        equal = [row for row in rows if (row["minutes"], row["cores"]) == (minutes, cores)]
+        for recipe in dict.fromkeys(row["recipe"] for row in equal):
+            of_it = [row for row in equal if row["recipe"] == recipe]
             images = statistics.median(row["images"] for row in of_it)
             scores = " | ".join(_spread([row["scores"][key] for row in of_it]) for key in SCORES)
             yield f"| {minutes:g} | {cores} | {recipe} | {len(of_it)} | {images:,.0f} | {scores} |"

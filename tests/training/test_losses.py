@@ -585,6 +585,10 @@ def test_compiled_equals_eager():
         ({"r2": float("nan")}, "--r2 nan was given"),
         ({"penalty_form": "difference"}, "add --r1 or --r2"),
         ({"penalty_form": "difference", "r2": 1.0}, "add --norm-d none"),
+        (
+            {"penalty_form": "difference", "r2": 1.0, "norm_d": "none", "minibatch_std": True},
+            "with --minibatch-std D's answer .* leave that out",
+        ),
         ({"lr_decay": 1.5}, "--lr-decay 1.5 was given"),
     ],
 )
