@@ -1,5 +1,5 @@
 """The plots of a report: images/s of the whole step by batch, the blocks as bars, and the history
-over commits; of a GPU run the step's images/s and its launches."""
+over commits; of a GPU run the step's images/s and its launches; of recipes the KID over time."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -59,6 +59,30 @@ def draw_gpu(
     for batch, facts in page.profiles(run).items():
         figures[f"launches-{batch}.png"] = _gpu_launches(run, batch, facts, pyplot)
     return _save(figures, out, pyplot)
+
+
+def draw_curves(rows: Sequence[Mapping[str, Any]], out: Path) -> list[str]:
+    """Draws the KID over minutes of training of the recipes that were scored on their way, a
+    picture for each data, into the folder `out`.
+
+    Args:
+        rows: of `python -m benchmarks.recipes`.
+
+    Returns:
+        The names of the files.
+    """
+    pyplot = _pyplot()
+    scored: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["curve"]:
+            scored.setdefault(row["data"], []).append(row)
+    figures = {curve_name(data): _curves(data, of_it, pyplot) for data, of_it in scored.items()}
+    return _save(figures, out, pyplot)
+
+
+def curve_name(data: str) -> str:
+    """The picture of `draw_curves` for the data."""
+    return f"kid-{data}.png"
 
 
 def _pyplot() -> Any:
@@ -254,6 +278,22 @@ def _gpu_launches(run: page.Summary, batch: int, facts: page.Facts, pyplot: Any)
     )
     axes.margins(y=0.01)
     _legend(axes, along="x")
+    return figure
+
+
+def _curves(data: str, rows: Sequence[Mapping[str, Any]], pyplot: Any) -> Any:
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    names = list(dict.fromkeys(row["recipe"] for row in rows))
+    for row in rows:
+        minutes, kids = zip(*row["curve"], strict=True)
+        label = f"{row['recipe']}, {row['minutes']:g} minutes, seed {row['seed']}"
+        colour = COLOURS[names.index(row["recipe"]) % len(COLOURS)]
+        axes.plot(minutes, kids, marker="o", markersize=3, label=label, color=colour)
+    axes.set(xlabel="minutes of training", ylabel="KID", title=data)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_ylim(bottom=0)
+    _legend(axes)
     return figure
 
 

@@ -1,6 +1,7 @@
 """`python -m benchmarks.recipes`: training recipes side by side for equal time on this machine, by
 the commands that a user types. Each run adds its results to OUT/results.jsonl, and the page
-OUT/page.md is made anew from all of them: recipes x data x minutes, with the sheets to look at.
+OUT/page.md is made anew from all of them: recipes x data x minutes, the KID over time of those that
+trained with --eval-every, and the sheets to look at.
 Not for: speed (pytest benchmarks/), search (`python -m fastdcgan.tune`).
 """
 
@@ -16,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks import plots
+
 COMMAND = "python -m benchmarks.recipes"
 SCORES = {
     "kid": "KID",
@@ -26,6 +29,8 @@ SCORES = {
     "spectrum_db": "spectrum, dB",
     "peak": "peak",
 }
+MODES = {"modes": "modes", "modes_kl": "KL"}
+"""Columns more where `--modes` counted."""
 RESULTS = "results.jsonl"
 
 Row = dict[str, Any]
@@ -46,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--image-size", type=int, default=32, help="pixels; default 32")
     parser.add_argument("--minutes", type=float, default=5.0, help="of each; default 5")
     parser.add_argument("--n", type=int, default=5000, help="images that are scored; default 5000")
+    parser.add_argument("--modes", action="store_true", help="count those of stacked-mnist, too")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument("--cores", type=int, default=1, help="of each recipe; default 1")
     parser.add_argument("--out", type=Path, required=True, help="folder of the page and its sheets")
@@ -64,7 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
             with (given.out / RESULTS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
     lines = (given.out / RESULTS).read_text(encoding="utf-8").splitlines()
-    text = "\n".join(page([json.loads(line) for line in lines])) + "\n"
+    rows = [json.loads(line) for line in lines]
+    plots.draw_curves(rows, given.out)
+    text = "\n".join(page(rows)) + "\n"
     (given.out / "page.md").write_text(text, encoding="utf-8")
     print(text)
     return 0
@@ -79,7 +87,8 @@ def commands(recipe: str, flags: str, given: argparse.Namespace) -> tuple[list[s
         *("--seed", str(given.seed), "--out", str(run)),
     ]
     scoring = ["fastdcgan.evaluate", "--real", given.data, "--fake", str(run)]
-    return training, [*scoring, "--n", str(given.n), "--json"]
+    scoring += ["--n", str(given.n), *(["--modes"] if given.modes else []), "--json"]
+    return training, scoring
 
 
 def stem(data: str) -> str:
@@ -127,7 +136,15 @@ def score(
         **{"cpu_seconds": round(cpu_seconds), "sheet": sheet, "machine": machine()},
         "commands": [f"python -m {shlex.join(each)}" for each in words],
         "scores": json.loads(done.stdout),
+        "curve": curve(run),
     }
+
+
+def curve(run: Path) -> list[tuple[float, float]]:
+    """Minutes and KID of each evaluation during training."""
+    file = run / "evaluations.jsonl"
+    rows = map(json.loads, file.read_text().splitlines()) if file.is_file() else []
+    return [(row["seconds"] / 60, row["kid"]) for row in rows]
 
 
 def images_of_a_step(run: Path) -> int:
@@ -177,16 +194,21 @@ def _of_data(data: str, rows: list[Row]) -> Iterator[str]:
         f"{first['kid_floor']:.4f}, FID {first['fid_floor']:.1f}."
     )
     yield ""
-    yield "| minutes | cores | recipe | seeds | images | " + " | ".join(SCORES.values()) + " |"
-    yield "|---" * (5 + len(SCORES)) + "|"
+    columns = SCORES | (MODES if any("modes" in row["scores"] for row in rows) else {})
+    yield "| minutes | cores | recipe | seeds | images | " + " | ".join(columns.values()) + " |"
+    yield "|---" * (5 + len(columns)) + "|"
     kinds = sorted({(row["minutes"], row["cores"]) for row in rows})
     for minutes, cores in kinds:
         equal = [row for row in rows if (row["minutes"], row["cores"]) == (minutes, cores)]
         for recipe in dict.fromkeys(row["recipe"] for row in equal):
             of_it = [row for row in equal if row["recipe"] == recipe]
             images = statistics.median(row["images"] for row in of_it)
-            scores = " | ".join(_spread([row["scores"][key] for row in of_it]) for key in SCORES)
+            spreads = (_spread([row["scores"].get(key) for row in of_it]) for key in columns)
+            scores = " | ".join(spreads)
             yield f"| {minutes:g} | {cores} | {recipe} | {len(of_it)} | {images:,.0f} | {scores} |"
+    if any(row["curve"] for row in rows):
+        yield ""
+        yield f"![KID over minutes of training]({plots.curve_name(data)})"
     for row in rows:
         yield ""
         yield (

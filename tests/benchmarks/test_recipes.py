@@ -19,7 +19,8 @@ def test_recipes_are_trained_scored_and_added_to_what_was_there(tiny_data, tmp_p
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'kernels'}")
     common = ["--data", str(tiny_data), "--n", "12", "--out", "page", "--runs", "runs"]
     assert main([f"one={TINY}", f"two={TINY} --loss hinge --n-critic 2", *common]) == 0
-    assert main([f"one={TINY}", *common, "--seed", "3"]) == 0
+    scored = f"one={TINY} --eval-every 2 --eval-n 12"
+    assert main([scored, *common, "--seed", "3"]) == 0
     rows = [json.loads(line) for line in Path("page", RESULTS).read_text().splitlines()]
     assert [(r["recipe"], r["seed"], r["steps"]) for r in rows] == [
         ("one", 0, 4), ("two", 0, 4), ("one", 3, 4),
@@ -33,6 +34,10 @@ def test_recipes_are_trained_scored_and_added_to_what_was_there(tiny_data, tmp_p
     kids = sorted(r["scores"]["kid"] for r in rows if r["recipe"] == "one")
     middle = f"{sum(kids) / 2:.4g} ({kids[0]:.3g} to {kids[1]:.3g})"
     assert f"| 5 | 1 | one | 2 | 32 | {middle} |" in text
+    assert [len(r["curve"]) for r in rows] == [0, 0, 2]
+    assert all(0 < minutes < 5 and kid > 0 for minutes, kid in rows[2]["curve"])
+    with Image.open(Path("page", f"kid-{tiny_data.stem}.png")) as plot:
+        assert plot.size[0] > 400
     # The page's own command trains again.
     command = rows[0]["commands"][0].split()
     command[command.index("--out") + 1] = "again"
@@ -52,6 +57,7 @@ def test_the_page_has_the_median_of_seeds_and_a_dash_for_what_is_not_known():
     scores |= {"spectrum_db": 1.0, "kid_floor": 0.0, "fid_floor": 4.0, "features": "f", "n": 7}
     row = {"recipe": "a", "data": "d", "image_size": 32, "minutes": 5.0, "cores": 2, "seed": 0}
     row |= {"images": 1000, "cpu_seconds": 60, "sheet": "a.png", "machine": "m", "commands": ["x"]}
+    row["curve"] = []
     rows = [{**row, "scores": {**scores, "kid": kid}} for kid in (0.4, 0.1, 0.25)]
     text = "\n".join(page(rows))
     kid = "0.25 (0.1 to 0.4)"
@@ -59,3 +65,18 @@ def test_the_page_has_the_median_of_seeds_and_a_dash_for_what_is_not_known():
     assert f"| 5 | 2 | a | 3 | 1,000 | {kid} | {every} |" in text
     assert "![samples of a](a.png)" in text
     assert "floor (real against real): KID 0.0000, FID 4.0" in text
+    assert "modes" not in text
+    assert "kid-d.png" not in text
+
+
+def test_the_page_has_a_column_of_modes_and_a_picture_of_kid_where_there_are_any():
+    scores = dict.fromkeys(["kid", "fid", "precision", "recall", "coverage", "peak"], 0.5)
+    scores |= {"spectrum_db": 1.0, "kid_floor": 0.0, "fid_floor": 4.0, "features": "f", "n": 7}
+    row = {"recipe": "a", "data": "d", "image_size": 32, "minutes": 5.0, "cores": 2, "seed": 0}
+    row |= {"images": 1000, "cpu_seconds": 60, "sheet": "a.png", "machine": "m", "commands": ["x"]}
+    row |= {"curve": [(1.0, 0.9), (5.0, 0.4)], "scores": {**scores, "modes": 917, "modes_kl": 0.25}}
+    text = "\n".join(page([row, {**row, "data": "e", "curve": [], "scores": scores}]))
+    assert "| peak | modes | KL |\n" in text
+    assert "| 0.5 | 917 | 0.25 |" in text
+    assert "![KID over minutes of training](kid-d.png)" in text
+    assert "kid-e.png" not in text
