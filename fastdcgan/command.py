@@ -65,6 +65,12 @@ def without_flags(options: type[Any], fields: Collection[str], name: str, module
     )
 
 
+def fields(args: Sequence[str]) -> set[str]:
+    """The fields whose flags are on a command line, whatever follows them."""
+    flags = (arg.partition("=")[0] for arg in args if arg.startswith("--"))
+    return {flag[2:].replace("-", "_") for flag in flags}
+
+
 def take(args: list[str], flag: str) -> str | None:
     """Removes "flag value" or "flag=value" from `args`; the last one counts."""
     value = None

@@ -2,10 +2,10 @@
 
 import dataclasses
 import sys
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 
 from fastdcgan import command
-from fastdcgan.training.config import ENDLESS, PRESETS, TrainConfig, preset
+from fastdcgan.training.config import PRESETS, TrainConfig, giving_way, preset
 from fastdcgan.training.example_flags import translate
 
 DESCRIPTION = f"""Train the standard DCGAN on your own images.
@@ -33,9 +33,10 @@ def options(args: Sequence[str]) -> TrainConfig:
     resumed.
     """
     rest = translate(args)
-    given = {arg.partition("=")[0] for arg in rest}
+    given = command.fields(rest)
     name = command.take(rest, "--preset")
-    default = _lasting(preset(name or ("dcgan" if "--data" in given else "blue-marble")), given)
+    recipe = preset(name or ("dcgan" if "data" in given else "blue-marble"))
+    default = giving_way(recipe, given)
 
     def parse(default: TrainConfig) -> TrainConfig:
         return command.parse(
@@ -57,22 +58,12 @@ def options(args: Sequence[str]) -> TrainConfig:
             resumed = dataclasses.replace(
                 TrainConfig.from_json(before), out=run_folder(target), resume=config.resume
             )
-            if "--epochs" in given:
+            if "epochs" in given:
                 resumed = dataclasses.replace(resumed, steps=None)  # epochs are counted again
             config = parse(resumed)
             if config.resume == "auto":
                 config = dataclasses.replace(config, resume=str(target))
     return config
-
-
-def _lasting(recipe: TrainConfig, given: Set[str]) -> TrainConfig:
-    """The recipe for a length that the command line names. A recipe of steps and minutes, whichever
-    end first, keeps neither: what is given is all that ends the run."""
-    if recipe.max_minutes is None:
-        return recipe
-    if given & {"--steps", "--epochs"}:
-        return dataclasses.replace(recipe, max_minutes=None)
-    return dataclasses.replace(recipe, epochs=ENDLESS) if "--max-minutes" in given else recipe
 
 
 def _train(args: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fastdcgan import command
 from fastdcgan.search.config import Base, SearchConfig
 from fastdcgan.search.space import presets
-from fastdcgan.training.config import PRESETS, preset
+from fastdcgan.training.config import PRESETS, giving_way, preset
 
 DESCRIPTION = f"""Search hyperparameters: train many short runs, drawn from a space, and report the
 best beside the recipe that they vary.
@@ -30,9 +30,9 @@ options change it.
 def options(args: Sequence[str]) -> SearchConfig:
     """The search that a command line asks for."""
     rest = list(args)
-    given = {arg.partition("=")[0] for arg in rest}
+    given = command.fields(rest)
     name = command.take(rest, "--preset")
-    recipe = preset(name or ("dcgan" if "--data" in given else "blue-marble"))
+    recipe = giving_way(preset(name or ("dcgan" if "data" in given else "blue-marble")), given)
     return command.parse(
         SearchConfig,
         prog="python -m fastdcgan.tune",

@@ -19,7 +19,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from fastdcgan.errors import InputError
-from fastdcgan.training.config import TrainConfig
+from fastdcgan.training.config import TrainConfig, giving_way
 
 PRESETS = Path(__file__).parent / "spaces"
 
@@ -125,17 +125,19 @@ class Space:
 
     def base(self, config: TrainConfig) -> TrainConfig:
         """`config` with the fixed fields."""
-        return dataclasses.replace(config, **self.fixed)
+        return _with(config, self.fixed)
 
     def at(self, config: TrainConfig, point: Mapping[str, Any]) -> TrainConfig:
         """`config` with the fixed fields and those of a point."""
-        return dataclasses.replace(config, **{**self.fixed, **point})
+        return _with(config, {**self.fixed, **point})
 
     def point(self, config: TrainConfig) -> dict[str, Any] | None:
         """The point of this space that `config` is; None where it is none."""
         found = {name: held(config, name) for name in self.varied}
         inside = all(value in self.varied[name] for name, value in found.items())
-        return found if inside and self.base(config) == config else None
+        by_lr = {"lr": config.lr} if "lr" in found else {}
+        trains_so = _with(config, {**self.fixed, **by_lr}) == config
+        return found if inside and trains_so else None
 
     def grid(self, seed: int, most: int | None = None) -> list[dict[str, Any]]:
         """The points of the grid, in an order drawn by `seed`: the first few are spread over it.
@@ -174,6 +176,11 @@ def _point(axes: Mapping[str, Sequence[Any]], index: int) -> dict[str, Any]:
         index, i = divmod(index, len(values))
         point[name] = values[i]
     return point
+
+
+def _with(config: TrainConfig, fields: Mapping[str, Any]) -> TrainConfig:
+    """`config` with other values, --lr's in place of --lr-g's and --lr-d's."""
+    return dataclasses.replace(giving_way(config, {"lr"} & set(fields)), **fields)
 
 
 def held(config: TrainConfig, name: str) -> Any:
@@ -283,7 +290,7 @@ def _try_values(space: Space, config: TrainConfig) -> None:
     base = space.base(config)
     for name, dimension in space.varied.items():
         for value in dimension.ends():
-            one = dataclasses.replace(base, **{name: value})
+            one = _with(base, {name: value})
             if not possible(one):
                 _raise_if_never_possible(one, {k: v for k, v in rest.items() if k != name}, space)
 
@@ -302,7 +309,7 @@ def _raise_if_never_possible(
 ) -> None:
     """A value may need another field's (a weight that only one loss has): any one will do."""
     for name, values in others.items():
-        if any(possible(dataclasses.replace(config, **{name: v})) for v in values):
+        if any(possible(_with(config, {name: v})) for v in values):
             return
     try:
         config.validate()

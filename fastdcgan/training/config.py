@@ -8,6 +8,7 @@ it may change when a run is resumed, because it does not touch what the run comp
 import dataclasses
 import json
 import math
+from collections.abc import Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -410,8 +411,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_minutes": 9.0,
     },
     # R3GAN's loss and penalties on the example's nets: a paired loss, R1 and R2, and no norm. Its
-    # rates are for minutes, not days: at the paper's 2e-4 it learns a third as much in four
-    # (benchmarks/results/recipes).
+    # rates, its start and its lazy penalties are for minutes (benchmarks/results/recipes/r3.md).
     "r3": {
         "loss": "relativistic",
         "r1": 2.0,
@@ -462,11 +462,29 @@ def preset(name: str, **overrides: Any) -> TrainConfig:
         name: "dcgan" (the PyTorch example), "blue-marble" (the best that nine minutes of a CPU buy
             on the built-in data), "r3" (R3GAN's loss and penalties, no norm), "small-data" (half
             the width, spectral normalisation) or "tf28" (the TensorFlow tutorial).
-        **overrides: fields of `TrainConfig`.
+        **overrides: fields of `TrainConfig`, which replace the recipe's (`giving_way`).
     """
     if name not in PRESETS:
         raise InputError(f"unknown preset {name!r}; there are: {', '.join(PRESETS)}")
-    return TrainConfig(**{**PRESETS[name], **overrides})
+    recipe = giving_way(TrainConfig(**PRESETS[name]), set(overrides))
+    return dataclasses.replace(recipe, **overrides)
+
+
+def giving_way(recipe: TrainConfig, given: Set[str]) -> TrainConfig:
+    """A recipe without what the fields in `given` say in its place.
+
+    `lr` is the rate of both nets. A recipe of epochs and minutes, whichever end first, keeps
+    neither where the length is given: what is given is all that ends the run.
+    """
+    changes: dict[str, Any] = {}
+    if "lr" in given:
+        changes |= {"lr_g": None, "lr_d": None}
+    if recipe.max_minutes is not None:
+        if given & {"steps", "epochs"}:
+            changes["max_minutes"] = None
+        elif "max_minutes" in given:
+            changes["epochs"] = ENDLESS
+    return dataclasses.replace(recipe, **changes)
 
 
 def _flag(name: str) -> str:

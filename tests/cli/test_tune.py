@@ -40,6 +40,7 @@ def test_base_flags_are_those_of_training():
     assert config.reference().eval_every == 1
     assert options([]).base.batch_size == 16, "the recipe of the built-in data"
     assert options(["--preset", "tf28"]).base.net == "tf28"
+    assert options(["--lr", "1e-3"]).base.lr_g is None, "the recipe's rate of G gives way"
     with_clock = options(["--minutes", "3", "--eval-every", "5", "--objective", "fid"]).reference()
     assert (with_clock.max_minutes, with_clock.best_by) == (3.0, "fid")
     assert with_clock.epochs == 1_000_000, "the clock ends it"

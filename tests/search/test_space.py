@@ -141,6 +141,21 @@ def test_a_value_that_needs_another_fields_value_is_possible():
         parse(image_size=[28, 32])
 
 
+def test_lr_is_the_rate_of_both_nets_also_where_the_recipe_names_a_rate_for_each():
+    base = dataclasses.replace(BASE, lr_g=4e-4, lr_d=1e-4)
+    both = dataclasses.replace(base, lr=3e-4, lr_g=None, lr_d=None)
+    varied = parse_space({"lr": [3e-4, 2e-4]}, base, name="my.toml")
+    assert varied.at(base, {"lr": 3e-4}) == both
+    assert varied.base(base) == base
+    assert varied.point(base) is None
+    assert varied.point(both) == {"lr": 3e-4}
+    fixed = parse_space({"lr": 3e-4, "ngf": [64]}, base, name="my.toml")
+    assert fixed.at(base, {"ngf": 64}) == both
+    assert fixed.point(base) is None
+    own = parse_space({"lr": [3e-4], "lr_d": [1e-4]}, base, name="my.toml")
+    assert own.at(base, {"lr": 3e-4, "lr_d": 1e-4}) == dataclasses.replace(both, lr_d=1e-4)
+
+
 def test_the_recipe_is_a_point_only_if_all_its_values_are():
     assert parse(lr_g=[1e-4, 2e-4], ngf=[64]).point(BASE) == {"lr_g": 2e-4, "ngf": 64}
     assert parse(lr_g=[1e-4], ngf=[64]).point(BASE) is None
