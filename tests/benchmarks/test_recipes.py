@@ -3,12 +3,13 @@
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from benchmarks.recipes import RESULTS, main, page
+from benchmarks.recipes import RESULTS, commands, main, page
 
 ROOT = Path(__file__).parents[2]
 TINY = "--nz 6 --ngf 4 --ndf 4 --batch-size 8 --steps 4 --no-tensorboard"
@@ -43,6 +44,19 @@ def test_recipes_are_trained_scored_and_added_to_what_was_there(tiny_data, tmp_p
     command[command.index("--out") + 1] = "again"
     assert subprocess.run([sys.executable, *command[1:]], check=False).returncode == 0
     assert Path("again", "netG_ema.safetensors").is_file()
+
+
+def test_modes_are_asked_of_evaluate():
+    asked = {"data": "stacked-mnist", "image_size": 32, "minutes": 10.0, "seed": 1, "n": 70}
+    asked |= {"runs": Path("runs")}
+    _, scoring = commands("r3", "--preset r3", Namespace(**asked, modes=True))
+    run = str(Path("runs", "stacked-mnist-r3-10-1"))
+    assert scoring == [
+        *("fastdcgan.evaluate", "--real", "stacked-mnist", "--fake", run),
+        *("--n", "70", "--modes", "--json"),
+    ]
+    _, scoring = commands("r3", "--preset r3", Namespace(**asked, modes=False))
+    assert "--modes" not in scoring
 
 
 def test_a_recipe_that_fails_ends_the_command(tiny_data, tmp_path, monkeypatch):
