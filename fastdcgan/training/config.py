@@ -414,15 +414,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     # rates, its start and its lazy penalties are for minutes (benchmarks/results/recipes/r3.md).
     "r3": {
         "loss": "relativistic",
-        "r1": 2.0,
-        "r2": 2.0,
+        "r1": 1.0,
+        "r2": 1.0,
         "penalty_form": "difference",
         "penalty_every": 4,
         "norm_g": "none",
         "norm_d": "none",
         "init": "resize",
-        "lr_g": 1e-3,
-        "lr_d": 2e-3,
+        "lr": 1e-3,
         "lr_decay": 0.5,
         "beta1": 0.0,
         "beta2": 0.99,

@@ -36,7 +36,7 @@ def test_what_is_given_in_python_replaces_a_recipes_too():
     recipe = preset("blue-marble")
     both = preset("blue-marble", lr=1e-3)
     assert (both.lr, both.lr_g, both.lr_d) == (1e-3, None, None)
-    assert preset("r3", lr=1e-3, lr_d=2e-3).lr_d == 2e-3
+    assert preset("small-data", lr=1e-3, lr_d=2e-3).lr_d == 2e-3
     assert preset("blue-marble", steps=10).max_minutes is None
     assert preset("blue-marble", max_minutes=3).epochs == ENDLESS
     assert preset("blue-marble", ngf=8) == dataclasses.replace(recipe, ngf=8)
@@ -118,7 +118,7 @@ def test_every_field_can_be_set_from_the_command_line_and_is_documented(capsys):
         ("--lr 1e-4", {"lr": 1e-4, "lr_g": None, "lr_d": None, "max_minutes": 9.0}),
         ("--lr 1e-4 --lr-d 3e-4", {"lr": 1e-4, "lr_g": None, "lr_d": 3e-4}),
         ("--data pics --max-minutes 5", {"epochs": 25, "max_minutes": 5.0}),
-        ("--preset r3 --data pics", {"r1": 2.0, "r2": 2.0, "norm_g": "none", "norm_d": "none"}),
+        ("--preset r3 --data pics", {"r1": 1.0, "r2": 1.0, "norm_g": "none", "norm_d": "none"}),
         ("--data pics", {"data": "pics", "batch_size": 64}),
         ("--dataroot=pics", {"data": "pics", "batch_size": 64}),
         ("--preset dcgan", {"data": "blue-marble", "batch_size": 64}),
