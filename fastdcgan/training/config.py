@@ -55,7 +55,8 @@ class TrainConfig:
     steps: int | None = _option(None, free=True)
     """Train exactly this many steps instead of --epochs."""
     lr: float = _option(2e-4, example="lr")
-    """Adam's learning rate for both nets."""
+    """Adam's learning rate for both nets; where it is given, it replaces a preset's --lr-g and
+    --lr-d."""
     lr_g: float | None = _option(None)
     """The generator's learning rate, where it differs from --lr."""
     lr_d: float | None = _option(None)
