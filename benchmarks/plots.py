@@ -71,11 +71,13 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], out: Path) -> list[str]:
     Returns:
         The names of the files.
     """
-    pyplot = _pyplot()
     scored: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         if row["curve"]:
             scored.setdefault(row["data"], []).append(row)
+    if not scored:
+        return []  # nor is matplotlib needed
+    pyplot = _pyplot()
     figures = {curve_name(data): _curves(data, of_it, pyplot) for data, of_it in scored.items()}
     return _save(figures, out, pyplot)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from benchmarks.plots import draw_curves
 from benchmarks.recipes import RESULTS, commands, main, page
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +45,12 @@ def test_recipes_are_trained_scored_and_added_to_what_was_there(tiny_data, tmp_p
     command[command.index("--out") + 1] = "again"
     assert subprocess.run([sys.executable, *command[1:]], check=False).returncode == 0
     assert Path("again", "netG_ema.safetensors").is_file()
+
+
+def test_recipes_that_were_not_scored_on_their_way_need_no_plots(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert draw_curves([{"data": "d", "curve": []}], tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_modes_are_asked_of_evaluate():
