@@ -119,7 +119,9 @@ def train(trainings: list[list[str]], cores: int) -> list[float]:
 def score(
     recipe: str, words: tuple[list[str], list[str]], cpu_seconds: float, given: argparse.Namespace
 ) -> Row:
-    """The row of a recipe that has been trained; its last sheet of samples goes beside the page."""
+    """The row of a recipe that has been trained; half of its last sheet goes beside the page."""
+    from PIL import Image
+
     training, scoring = words
     done = subprocess.run(
         [sys.executable, "-m", *scoring], check=True, stdout=subprocess.PIPE, text=True
@@ -128,7 +130,9 @@ def score(
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     grid = max((run / "samples").glob("step-*.png"))
     sheet = f"{run.name}.png"
-    (given.out / sheet).write_bytes(grid.read_bytes())
+    with Image.open(grid) as all_rows:
+        width, height = all_rows.size
+        all_rows.crop((0, 0, width, height // 2)).save(given.out / sheet, optimize=True)
     return {
         **{"recipe": recipe, "data": stem(given.data), "image_size": given.image_size},
         **{"minutes": given.minutes, "cores": given.cores, "seed": given.seed},
@@ -209,12 +213,22 @@ def _of_data(data: str, rows: list[Row]) -> Iterator[str]:
     if any(row["curve"] for row in rows):
         yield ""
         yield f"![KID over minutes of training]({plots.curve_name(data)})"
-    for row in rows:
+    for minutes, cores in kinds:
         yield ""
-        yield (
-            f"{row['recipe']}, {row['minutes']:g} minutes, seed {row['seed']}:\n\n"
-            f"![samples of {row['recipe']}]({row['sheet']})"
-        )
+        yield f"Samples after {minutes:g} minutes of {cores} core{'s' * (cores > 1)}:"
+        yield ""
+        yield from _sheets([r for r in rows if (r["minutes"], r["cores"]) == (minutes, cores)])
+
+
+def _sheets(rows: list[Row]) -> Iterator[str]:
+    """A table of pictures: a column for each recipe, a line for each seed."""
+    recipes = list(dict.fromkeys(row["recipe"] for row in rows))
+    yield f"| seed | {' | '.join(recipes)} |"
+    yield "|---" * (1 + len(recipes)) + "|"
+    for seed in sorted({row["seed"] for row in rows}):
+        cells = {row["recipe"]: row["sheet"] for row in rows if row["seed"] == seed}
+        pictures = [f"![samples of {r}]({cells[r]})" if r in cells else "" for r in recipes]
+        yield f"| {seed} | {' | '.join(pictures)} |"
 
 
 def _spread(values: list[float | None]) -> str:

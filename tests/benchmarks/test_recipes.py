@@ -30,8 +30,11 @@ def test_recipes_are_trained_scored_and_added_to_what_was_there(tiny_data, tmp_p
     assert [r["images"] for r in rows] == [32, 64, 32]
     assert all(r["cpu_seconds"] > 0 and r["scores"]["n"] == 12 for r in rows)
     for row in rows:
-        with Image.open(Path("page", row["sheet"])) as sheet:
-            assert sheet.size[0] > 8 * 32
+        run = Path(row["commands"][1].split("--fake ")[1].split()[0])
+        last = max((run / "samples").glob("step-*.png"))
+        with Image.open(Path("page", row["sheet"])) as sheet, Image.open(last) as samples:
+            half = samples.crop((0, 0, samples.width, samples.height // 2))
+            assert sheet.tobytes() == half.tobytes()
     text = Path("page", "page.md").read_text()
     kids = sorted(r["scores"]["kid"] for r in rows if r["recipe"] == "one")
     middle = f"{sum(kids) / 2:.4g} ({kids[0]:.3g} to {kids[1]:.3g})"
@@ -84,10 +87,31 @@ def test_the_page_has_the_median_of_seeds_and_a_dash_for_what_is_not_known():
     kid = "0.25 (0.1 to 0.4)"
     every = "9 (9 to 9) | 0.1 (0.1 to 0.1) | 0.2 (0.2 to 0.2) | 0.3 (0.3 to 0.3) | 1 (1 to 1) | -"
     assert f"| 5 | 2 | a | 3 | 1,000 | {kid} | {every} |" in text
-    assert "![samples of a](a.png)" in text
+    assert "Samples after 5 minutes of 2 cores:\n\n| seed | a |\n|---|---|\n" in text
+    assert "| 0 | ![samples of a](a.png) |" in text
     assert "floor (real against real): KID 0.0000, FID 4.0" in text
     assert "modes" not in text
     assert "kid-d.png" not in text
+
+
+def test_sheets_stand_in_a_column_for_each_recipe_and_a_line_for_each_seed():
+    scores = dict.fromkeys(["kid", "fid", "precision", "recall", "coverage", "peak"], 0.5)
+    scores |= {"spectrum_db": 1.0, "kid_floor": 0.0, "fid_floor": 4.0, "features": "f", "n": 7}
+    row = {"data": "d", "image_size": 32, "cores": 1, "images": 1000, "cpu_seconds": 60}
+    row |= {"machine": "m", "commands": ["x"], "curve": [], "scores": scores}
+    runs = [("a", 1, 5.0), ("b", 0, 5.0), ("a", 0, 5.0), ("a", 0, 15.0)]
+    rows = [
+        {**row, "recipe": name, "seed": seed, "minutes": minutes, "sheet": f"{i}.png"}
+        for i, (name, seed, minutes) in enumerate(runs)
+    ]
+    text = "\n".join(page(rows))
+    five, fifteen = text.split("Samples after ")[1:]
+    lines = [line for line in five.splitlines() if ".png" in line]
+    assert lines == [
+        "| 0 | ![samples of a](2.png) | ![samples of b](1.png) |",
+        "| 1 | ![samples of a](0.png) |  |",
+    ]
+    assert fifteen.startswith("15 minutes of 1 core:\n\n| seed | a |\n")
 
 
 def test_the_page_has_a_column_of_modes_and_a_picture_of_kid_where_there_are_any():
