@@ -183,7 +183,7 @@ def tuned_step(device: torch.device, batch: int, amp: torch.dtype | None) -> Wor
     netG, netD = (
         _last(net(blocks), device) for blocks in (generator_layers(), discriminator_layers())
     )
-    G, D = torch.compile(netG, dynamic=False), _compiled_discriminator(netD)
+    G, D = _compiled_generator(netG), _compiled_discriminator(netD)
     criterion = nn.BCEWithLogitsLoss()
     optD, optG = (
         torch.optim.Adam(
@@ -219,11 +219,17 @@ def tuned_step(device: torch.device, batch: int, amp: torch.dtype | None) -> Wor
     return Workload(_graphed(step, device), batch)
 
 
+def _compiled_generator(netG: nn.Module) -> Callable[[Tensor], Tensor]:
+    """All but the first convolution compiled, for the reason below."""
+    first, *layers = netG.children()
+    body = torch.compile(nn.Sequential(*layers), dynamic=False)
+    return lambda z: body(first(z))
+
+
 def _compiled_discriminator(netD: nn.Module) -> Callable[[Tensor], Tensor]:
-    """All but the last layer compiled. Of that one's gradients, from 1x1 pixels, torch.compile of
-    PyTorch 2.11 expects channels_last, where cuDNN on an H200 gave another format: an assertion of
-    the compiled code ended the step. Eagerly it is the same convolution, with nothing behind it
-    that could be fused."""
+    """All but the last layer compiled. Of a convolution from or to 1x1 pixels torch.compile of
+    PyTorch 2.11 expects gradients in channels_last, where cuDNN on an H200 gave another format: an
+    assertion of the compiled code ended the step. Eagerly it is the same convolution, by cuDNN."""
     *layers, last = netD.children()
     body = torch.compile(nn.Sequential(*layers), dynamic=False)
     return lambda x: last(body(x))

@@ -18,7 +18,7 @@ Facts = dict[str, Any]
 
 PHASES = tuple(phase.name for phase in driver.PHASES)
 OURS, TUNED, EXAMPLE = "fastdcgan --amp", "pytorch tuned", "pytorch example"
-OVERLAPPING, WAITING = f"{OURS} --overlap", f"{OURS}, no early launches"
+IN_ONE_STREAM = f"{OURS} --no-overlap"
 """Ours with a switch turned: a second stream; no programmatic dependent launch."""
 ROWS = 40
 """Launches in the table of where the time goes."""

@@ -11,6 +11,10 @@ penalised is then the gradient of the sum of the batch's logits, which is not th
 normalises by its own batch and leaves running statistics as they were.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -22,7 +26,23 @@ STEP = 0.0003
 """Standard deviation of the noise by which an image is moved for a difference, of pixels in
 [-1, 1]. Beside D's curvature it must be small, because noise on all pixels is a long way: of a D
 trained without a penalty the mean is 1.04 of the exact value at this length, 1.25 at 0.001 and 11
-at 0.01 (`python -m benchmarks.penalty_forms`). Rounding of float32 logits is far below."""
+at 0.01 (`python -m benchmarks.penalty_forms`). Rounding of float32 logits is far below; that of
+TF32, in which GPUs multiply float32 unless told not to, is not (`without_tf32`)."""
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Inside, float32 is multiplied in float32 on GPUs, forward and backward, by PyTorch and by
+    fused blocks."""
+    settings: Any = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    before = [one.fp32_precision for one in settings]
+    try:
+        for one in settings:
+            one.fp32_precision = "ieee"
+        yield
+    finally:
+        for one, value in zip(settings, before, strict=True):
+            one.fp32_precision = value
 
 
 def zero_centred(gradients: Tensor, gamma: float) -> Tensor:

@@ -21,7 +21,7 @@ from fastdcgan.training import distributed
 from fastdcgan.training.augmentation import Augmentation
 from fastdcgan.training.compiling import Compiler
 from fastdcgan.training.losses import Loss, Role
-from fastdcgan.training.regularisers import Penalty
+from fastdcgan.training.regularisers import Penalty, without_tf32
 from fastdcgan.training.state import TrainState
 from fastdcgan_kernels.aside import forked
 from fastdcgan_kernels.choice.targets import implementation
@@ -314,8 +314,9 @@ class Step:
     def _penalise(self, real: Tensor, fake: Tensor, share: float, *labels: Tensor) -> None:
         """Adds the gradients of D's penalty, in the steps that have it, to those of its loss."""
         if self.penalty.due(self.state.step):
-            penalty = self.penalty(self.state.netD, real, fake, *labels) * share
-            self.state.scalers[0].scale(penalty).backward()
+            with without_tf32():
+                penalty = self.penalty(self.state.netD, real, fake, *labels) * share
+                self.state.scalers[0].scale(penalty).backward()
 
     def _in_one_pass(self) -> bool:
         """Whether D takes its two batches in one pass: where blocks take groups of statistics."""

@@ -5,7 +5,7 @@ the step is captured as a CUDA graph, compared with itself run eagerly, and from
 The algorithm is in step.py; nothing is added to it here."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from fastdcgan.training.proof import (
 from fastdcgan.training.readings import Readings
 from fastdcgan.training.state import TrainState
 from fastdcgan.training.step import Step
-from fastdcgan_kernels.choice.targets import early, implementation, starts_early
+from fastdcgan_kernels.choice.targets import implementation
 from fastdcgan_kernels.compared import ALLOWED, Compared
 from fastdcgan_kernels.functional import runs_kernels
 from fastdcgan_kernels.placing import placed
@@ -96,8 +96,7 @@ class WholeStep:
         self._say, self._wanted = say, engine.cuda_graph
         self._graphs: dict[bool, _StepGraph] = {}
         self._replayed: _StepGraph | None = None  # in the last step
-        self._prove, self._early = prove, True  # whether launches may start early
-        self._proved = False
+        self._prove, self._proved = prove, False
         self._step = Step(
             state,
             batch_size=state.config.batch_size,
@@ -132,10 +131,6 @@ class WholeStep:
     def __call__(self) -> Tensor:
         """One step; returns step.READINGS, (5,) float32 on the device, times this process's share
         of the batch. The next replay overwrites it."""
-        with early(self._early):
-            return self._next()
-
-    def _next(self) -> Tensor:
         step = self.state.step
         images, rows = self.feed.rows(step)
         labels = self.feed.labels(step)
@@ -201,6 +196,11 @@ class WholeStep:
                 plain, scale = self._plain_gradients(given, batch, undo)
                 step.impl = asked
                 try:
+                    if self.state.device.type == "cuda":
+                        from fastdcgan_kernels.gpu.launch import compile_ahead
+
+                        compile_ahead(lambda: self._gradients_at(scale, given, batch))
+                        undo()
                     why = self._wrong_kernels(given, batch, plain, scale)
                 except (RuntimeError, NotImplementedError, ValueError) as error:
                     why = _first_line(error)
@@ -276,30 +276,21 @@ class WholeStep:
 
     def _capture(self, given: tuple[Tensor, ...], batch: int) -> "_StepGraph | None":
         """The graph of this step, proved; None, after saying why, where it cannot be had."""
-        retreats = self._retreats()
-        while True:
-            with early(self._early):
-                graph, why = self._captured(given, batch)
-            if not why:
-                return graph
-            retreat = next(retreats, "")
-            if not retreat:
-                break
-            self._say(f"--cuda-graph: the step does not work as a graph here ({why}); {retreat}")
+        graph, why = self._captured(given, batch)
+        if why and self._step.overlap:
+            self._step.overlap = False
+            self._say(
+                f"--cuda-graph: the step does not work as a graph here ({why}); once more without "
+                "--overlap"
+            )
+            graph, why = self._captured(given, batch)
+        if not why:
+            return graph
         if self._wanted == "on":
             raise RunError(f"--cuda-graph on was given, and the step's graph does not work: {why}")
         self._say(f"--cuda-graph: the whole step does not work as a graph here ({why}); eager")
         self._wanted = "off"
         return None
-
-    def _retreats(self) -> Iterator[str]:
-        """Gives up what launches overlap in, one thing after the other, and says what."""
-        if self._step.overlap:
-            self._step.overlap = False
-            yield "once more without --overlap"
-        if starts_early(self.state.device):
-            self._early = False
-            yield "once more without launches that start early"
 
     def _captured(self, given: tuple[Tensor, ...], batch: int) -> "tuple[_StepGraph | None, str]":
         """The graph, and what is wrong with it; "": nothing."""
@@ -364,7 +355,10 @@ def _first_line(error: Exception) -> str:
 
 class _StepGraph:
     """One step captured, after PyTorch's recipe for whole networks (CUDA semantics, "CUDA graphs"):
-    warm-up on a side stream, gradients made anew inside, inputs at fixed addresses."""
+    warm-up on a side stream, gradients made anew inside, inputs at fixed addresses. Each time it is
+    one step, the next of those with a penalty, or without, like the one that the state is at: so a
+    number of the host's that is frozen inside is another than in the step that a replay is compared
+    with."""
 
     def __init__(
         self,
@@ -378,19 +372,25 @@ class _StepGraph:
         self._images = images if feed.resident else images.clone()
         self._numbers = [each.clone() for each in numbers]
         """Rows and, where there are classes, labels."""
+        step = state.step + state.config.penalty_every
+
+        def run_one() -> Tensor:
+            state.step = step
+            return run(batch, self._images, *self._numbers)
+
         with torch.cuda.device(state.device):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(WARM_UPS):
-                    run(batch, self._images, *self._numbers)
+                    run_one()
             torch.cuda.current_stream().wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
             if state.generator is not None:
                 self._graph.register_generator_state(state.generator)
             # In "global" mode the feed's thread, which pins memory meanwhile, breaks the capture.
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                self._row = run(batch, self._images, *self._numbers)
+                self._row = run_one()
             self.gradients = _gradients(state)  # steps outside of the graph make others
 
     def replay(self, images: Tensor, *numbers: Tensor) -> Tensor:

@@ -525,6 +525,32 @@ def test_steps_with_all_of_it_run_on_the_meta_device_as_kernels(fields):
     assert asked, "blocks ran as kernels"
 
 
+@pytest.mark.parametrize("form", ["exact", "difference"])
+def test_a_penalty_is_multiplied_in_float32_forward_and_backward(monkeypatch, form):
+    """TF32's rounding is as large as a difference. Other passes keep PyTorch's setting."""
+    seen, conv = [], torch.backends.cudnn.conv
+
+    class Told(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            seen.append(conv.fp32_precision)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            seen.append(conv.fp32_precision)
+            return gradient
+
+    taken = Penalty.__call__
+    monkeypatch.setattr(Penalty, "__call__", lambda self, *given: Told.apply(taken(self, *given)))
+    config = TrainConfig(**SMALL, r1=1.0, penalty_form=form, norm_d="none")
+    conv.fp32_precision = "tf32"
+    step = Step(TrainState(config, CPU), batch_size=6)
+    step(torch.rand(6, 3, 32, 32), torch.randn(6, 12, 1, 1))
+    assert seen == ["ieee", "ieee"]
+    assert conv.fp32_precision == "tf32"
+
+
 def test_the_penalty_of_a_scaled_loss_is_scaled_alike():
     """Adam sees the same gradient with fp16's loss scale and without."""
     moments = []

@@ -283,7 +283,11 @@ H100 = targets.TARGETS["sm_90"]
     [
         ({}, CUDA, ""),
         ({"image_size": 64}, CPU, "it takes a second CUDA stream, and this is cpu"),
-        ({"compile": True}, CUDA, "passes that --compile compiles read the gradients on their way"),
+        (
+            {"compile": True, "cuda_graph": "off"},
+            CUDA,
+            "passes that --compile compiles read the gradients on their way",
+        ),
         ({"updates": "simultaneous"}, CUDA, "with --updates simultaneous two passes add"),
         ({"impl": "reference"}, CUDA, "it is for fused blocks, and these are plain PyTorch"),
     ],
@@ -295,6 +299,27 @@ def test_a_plan_says_where_nothing_overlaps(monkeypatch, options, device, why):
     assert engine.overlap == (not why)
     said = [note for note in engine.notes if "--overlap" in note]
     assert said == [] if not why else said[0].startswith(f"--overlap: off, because {why}")
-    plain = plan.choose_engine(dataclasses.replace(config, overlap=False), Ranks(), device)
-    assert not plain.overlap
-    assert [note for note in plain.notes if "--overlap" in note] == []
+    for wish in (False, None):
+        engine = plan.choose_engine(dataclasses.replace(config, overlap=wish), Ranks(), device)
+        assert engine.overlap == (wish is None and not why)
+        assert [note for note in engine.notes if "--overlap" in note] == []
+
+
+def test_by_default_passes_overlap_in_a_graph_alone(monkeypatch):
+    monkeypatch.setattr(plan.targets, "target_of", lambda of: H100)
+    for graph in ("auto", "off"):
+        engine = plan.choose_engine(TrainConfig(channels=3, cuda_graph=graph), Ranks(), CUDA)
+        assert engine.overlap == (graph == "auto")
+    assert not plan.choose_engine(TrainConfig(channels=3), Ranks(0, 2), CUDA).overlap
+
+
+@pytest.mark.parametrize(
+    ("options", "compiled"),
+    [({}, False), ({"cuda_graph": "off"}, True), ({"impl": "reference"}, True)],
+)
+def test_nothing_is_compiled_where_blocks_and_a_graph_leave_nothing(monkeypatch, options, compiled):
+    monkeypatch.setattr(plan.targets, "target_of", lambda of: H100)
+    engine = plan.choose_engine(TrainConfig(channels=3, compile=True, **options), Ranks(), CUDA)
+    assert engine.compile == compiled
+    assert engine.overlap == (not compiled)
+    assert any(note.startswith("--compile: left out") for note in engine.notes) == (not compiled)

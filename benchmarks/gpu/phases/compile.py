@@ -1,7 +1,7 @@
 """Compiles what the other phases' steps launch: every kernel of ours, as planned at each batch, and
-at the main ones those that start after the launch ahead (for the profile) and all blocks one way;
-meanwhile PyTorch tuned is compiled by PyTorch, for the same reason. Whatever is not compiled here
-is compiled at its first call, one after the other. A rehearsal compiles some, for an H100."""
+at the main ones with all blocks one way; meanwhile PyTorch tuned is compiled by PyTorch. Whatever
+is not compiled here is compiled at its first call, one after the other. A rehearsal compiles some,
+for an H100."""
 
 import subprocess
 import sys
@@ -15,12 +15,10 @@ from benchmarks.gpu.phase import Items, Setting
 from benchmarks.gpu.phases.ways import WAYS
 from fastdcgan.hardware import amp_dtype
 from fastdcgan_kernels.choice import targets
-from fastdcgan_kernels.choice.targets import early
 from fastdcgan_kernels.choice.types import Target
 from fastdcgan_kernels.gpu.launch import Launch, watching
 
 SPARE_SECONDS = 3.0
-WAITING = "waiting"
 REHEARSED = 4
 """Launches."""
 
@@ -32,7 +30,7 @@ def measure(to: Items, setting: Setting) -> None:
     wanted = [("default", batch) for batch in size.batches]
     tuned: dict[str, subprocess.Popen[bytes]] = {}
     if not setting.rehearsal:
-        wanted += [(way, batch) for way in (WAITING, *WAYS) for batch in size.main]
+        wanted += [(way, batch) for way in WAYS for batch in size.main]
         for batch in size.main:
             if to.wants(f"tuned {batch}"):
                 command = [sys.executable, "-m", __name__, str(batch)]
@@ -56,9 +54,9 @@ def launches(how: str, setting: Setting, batch: int, target: Target) -> list[Lau
     """Those of a step, as this target would be asked for them."""
     found: list[Launch] = []
     dtype = "fp16" if amp_dtype(setting.device) == torch.float16 else "bf16"
-    device, planned = cost_model.DEVICES["h100"], "default" if how == WAITING else how
-    with watching(found.append), early(how != WAITING):
-        cost_model.our_step(planned, device, batch, setting.size.image, dtype, target=target)
+    device = cost_model.DEVICES["h100"]
+    with watching(found.append):
+        cost_model.our_step(how, device, batch, setting.size.image, dtype, target=target)
     return found
 
 

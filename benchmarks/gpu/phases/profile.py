@@ -1,7 +1,6 @@
 """Where the time of a step goes: each launch in a replay of its CUDA graph, beside what it would
 take at the card's peaks. The profiler's kernels are joined with the launches that the step makes
-when it is run eagerly; both are in the same order. No launch starts early here: the time of one
-that does holds its wait for the one ahead, too."""
+when it is run eagerly; both are in the same order, because all are in one stream."""
 
 import json
 import os
@@ -20,7 +19,6 @@ from benchmarks.cost_model import DEVICES, seconds_of
 from benchmarks.gpu.launches import Seen, seeing, task_facts
 from benchmarks.gpu.phase import Items, Setting, line_of
 from benchmarks.gpu.step import whole_step
-from fastdcgan_kernels.choice.targets import early
 from fastdcgan_kernels.gpu.launch import Launch, watching
 from fastdcgan_kernels.tuner.trials import device_time
 
@@ -52,19 +50,21 @@ def measure(to: Items, setting: Setting) -> None:
     peaks = _peaks(setting)
     for batch in setting.size.main:
         if to.wants(str(batch)):
-            with to.item(str(batch)) as facts, early(False):
+            with to.item(str(batch)) as facts:
                 facts |= {"batch": batch, "peaks": peaks, **_profile(setting, batch, peaks)}
 
 
 def _profile(setting: Setting, batch: int, peaks: dict[str, Any]) -> dict[str, Any]:
     said: list[str] = []
-    eager = whole_step(setting, batch, say=said.append, prove=False, cuda_graph="off")
+    eager = whole_step(
+        setting, batch, say=said.append, prove=False, cuda_graph="off", overlap=False
+    )
     facts: dict[str, Any] = {"said": said, "span_seconds": None, "others": []}
     if setting.device.type == "cuda":
         eager()  # its working copies of weights exist from now on
         with seeing(eager.state) as seen:
             eager()
-        whole = whole_step(setting, batch, say=said.append, prove=False)
+        whole = whole_step(setting, batch, say=said.append, prove=False, overlap=False)
         whole()
         whole()
         try:

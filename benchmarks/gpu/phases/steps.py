@@ -11,13 +11,12 @@ from typing import Any
 import torch
 
 from benchmarks import peers
-from benchmarks.gpu.page import EXAMPLE, OURS, OVERLAPPING, TUNED, WAITING
+from benchmarks.gpu.page import EXAMPLE, IN_ONE_STREAM, OURS, TUNED
 from benchmarks.gpu.phase import Items, Setting, line_of, raise_if_poisoned
 from benchmarks.gpu.step import whole_step
 from benchmarks.timing import Measured, Workload
 from benchmarks.timing import measure as timed
 from fastdcgan.hardware import amp_dtype
-from fastdcgan_kernels.choice.targets import early
 
 
 def measure(to: Items, setting: Setting) -> None:
@@ -31,8 +30,7 @@ def measure(to: Items, setting: Setting) -> None:
     for batch in size.main:
         makers: dict[str, Callable[[], Workload]] = {OURS: partial(ours, setting, batch)}
         if batch == size.main[0]:
-            makers[OVERLAPPING] = partial(ours, setting, batch, overlap=True)
-            makers[WAITING] = partial(waiting, setting, batch)
+            makers[IN_ONE_STREAM] = partial(ours, setting, batch, overlap=False)
             makers[EXAMPLE] = partial(peer, setting, peers.example_step, batch)
         tuned = partial(peers.tuned_step, amp=amp_dtype(setting.device))
         makers[TUNED] = partial(peer, setting, tuned, batch)
@@ -58,19 +56,6 @@ def ours(setting: Setting, batch: int, **options: Any) -> Workload:
     said: list[str] = []
     whole = whole_step(setting, batch, say=said.append, prove=False, **options)
     return Workload(whole, batch, repeat=setting.size.repeat, facts={"said": said})
-
-
-def waiting(setting: Setting, batch: int) -> Workload:
-    """Ours, where each launch waits for the end of the one ahead before it is set up."""
-    workload = ours(setting, batch)
-    step = workload.run
-
-    def run() -> None:
-        with early(False):
-            step()
-
-    workload.run = run
-    return workload
 
 
 def peer(setting: Setting, make: Callable[..., Workload], batch: int) -> Workload:

@@ -4,7 +4,6 @@ Triton only to see whether it is there."""
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import os
 from collections.abc import Iterator
@@ -25,16 +24,13 @@ TARGETS = {
     for target in (
         Target("sm_80", "cuda", 80, 32, 166_912, 108, False, DEVICES["a100"]),
         Target("sm_89", "cuda", 89, 32, 101_376, 142, False, DEVICES["l40s"]),
-        Target("sm_90", "cuda", 90, 32, 232_448, 132, True, DEVICES["h100"], pdl=True),
-        Target("sm_100", "cuda", 100, 32, 232_448, 148, True, DEVICES["b200"], pdl=True),
-        Target("sm_120", "cuda", 120, 32, 101_376, 170, True, DEVICES["rtx5090"], pdl=True),
+        Target("sm_90", "cuda", 90, 32, 232_448, 132, True, DEVICES["h100"]),
+        Target("sm_100", "cuda", 100, 32, 232_448, 148, True, DEVICES["b200"]),
+        Target("sm_120", "cuda", 120, 32, 101_376, 170, True, DEVICES["rtx5090"]),
         Target("gfx942", "hip", "gfx942", 64, 65_536, 304, False, DEVICES["mi300x"]),
         Target("gfx950", "hip", "gfx950", 64, 163_840, 256, False, DEVICES["mi355x"], tf32=False),
     )
 }
-PDL_IN_GRAPHS = 12030
-"""The first driver whose CUDA graphs hold programmatic dependent launches: CUDA 12.3 (its release
-notes: edges of graphs have data)."""
 INTERPRETER = Target(
     "interpreter", "cpu", "interpreter", 1, 1 << 40, 1, False, DEVICES["h100"],
     device="interpreter",
@@ -42,7 +38,6 @@ INTERPRETER = Target(
 
 _modes: list[str] = []
 _assumed: list[Target] = []
-_early: list[bool] = [True]
 Given = TypeVar("Given")
 
 
@@ -97,27 +92,6 @@ def target_of(device: torch.device) -> Target | None:
     return None
 
 
-def _driver() -> int:
-    """The CUDA version of the driver: 12030 for 12.3; 0 where it cannot be asked."""
-    version = ctypes.c_int()
-    try:
-        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
-    except OSError:
-        return 0
-    return version.value
-
-
-def starts_early(device: torch.device) -> bool:
-    """Whether launches on this device start while the one ahead ends (gpu/launch.py)."""
-    target = target_of(device)
-    return _early[-1] and target is not None and target.pdl
-
-
-def early(on: bool) -> contextlib.AbstractContextManager[bool]:
-    """Inside, where the device has that, launches start early if they do outside and it is `on`."""
-    return pushed(_early, on and _early[-1])
-
-
 @functools.cache
 def _cuda_target(index: int) -> Target | None:
     """The known target at or below this device's capability, with the device's own figures."""
@@ -140,5 +114,4 @@ def _cuda_target(index: int) -> Target | None:
         most = min(most, getattr(found, "shared_memory_per_block_optin", most))
     return replace(
         known, shared_bytes=most, multiprocessors=found.multi_processor_count, device=found.name,
-        pdl=known.pdl and _driver() >= PDL_IN_GRAPHS,
     )  # fmt: skip

@@ -27,7 +27,6 @@ class Target:
     descriptors: bool  # loads by tensor descriptor (TMA)
     peaks: Device  # of a card of this kind; a device has as much of them as multiprocessors
     tf32: bool = True  # products of float32 in TF32
-    pdl: bool = False  # programmatic dependent launch
     device: str = ""  # name of the device itself, by which measured choices are stored
 
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..choice.geometry import cdiv
-from .launch import Launch, begin
+from .launch import Launch
 
 BLOCK = 1024
 
@@ -72,12 +72,10 @@ def adam(
     LAST: tl.constexpr,  # of the launches of an update: it counts the update
     FIRST: tl.constexpr,  # block of each value's first element, and how many blocks there are
     SIZES: tl.constexpr, BLOCK: tl.constexpr,  # elements of each value, and of a block
-    PDL: tl.constexpr,
 ):  # fmt: skip
     """m += (1 - beta1) (g - m); v += (1 - beta2) (g g - v);
     p -= rate / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps), or where it is INSIDE with
     eps / sqrt(1 - beta2^t). Grid: (blocks,)."""
-    begin(PDL)
     block = tl.program_id(0)
     at = (block - pick(FIRST, block, FIRST)) * BLOCK + tl.arange(0, BLOCK)
     mask = at < pick(SIZES, block, FIRST)

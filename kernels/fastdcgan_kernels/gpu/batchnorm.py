@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..choice.geometry import cdiv
 from ..reference import process_group
-from .launch import Launch, begin
+from .launch import Launch
 from .partials import MergedStatistics, MergedSums, Partial, Place, finish, join, merge, moments
 
 # isort: split
@@ -198,10 +198,9 @@ def norm_gradient(gcoef: Tensor, sync: str = "") -> tuple[Tensor, Tensor, Tensor
 def partial_statistics(
     y,  # [groups, rows, C]
     end,  # Stored, like y
-    groups, rows, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+    groups, rows, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """What the epilogue `statistics` makes, of a tensor that is already there."""
-    begin(PDL)
     at = place_of(C, BLOCK_N)
     own = nothing(BLOCK_N)
     for tile in range(at.program, tl.cdiv(rows, BLOCK_M), at.programs):
@@ -218,10 +217,9 @@ def apply_prologue(
     x,  # Loaded: [groups, rows, C]; [3, groups, C] coefficients
     out,  # like x.value
     groups, rows, slope, C: tl.constexpr, PROLOGUE: tl.constexpr, ACTIVATION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """An operand as its consumer would see it, written out. A program has one tile."""
-    begin(PDL)
     at = place_of(C, BLOCK_N)
     _, offsets, mask = rows_at(at, at.program, rows, C, BLOCK_M)
     tile = load_operand(
@@ -236,10 +234,9 @@ def prologue_sums(
     x,  # Loaded: [groups, rows, C]; [3, groups, C] coefficients
     end,  # Stored, of one group
     groups, rows, slope, C: tl.constexpr, PROLOGUE: tl.constexpr, ACTIVATION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The column sums of an operand as its consumer would see it, over all groups."""
-    begin(PDL)
     at = place_of(C, BLOCK_N)
     own = nothing(BLOCK_N)
     for tile in range(at.program, tl.cdiv(rows, BLOCK_M), at.programs):
@@ -261,10 +258,9 @@ def activation_gradient(
     out,  # like g: scale * dz
     end,  # Stored, like g
     groups, rows, slope, C: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The epilogue `gradient`, on a gradient that is already there."""
-    begin(PDL)
     at = place_of(C, BLOCK_N)
     own = nothing(BLOCK_N)
     for tile in range(at.program, tl.cdiv(rows, BLOCK_M), at.programs):

@@ -39,7 +39,7 @@ from ..choice.geometry import Geometry, Tile, box_of, empty
 from ..choice.persistent import DTYPES, Plan, plan_of
 from ..choice.targets import target_of
 from .descriptors import fits_descriptors, large_box
-from .launch import Launch, begin
+from .launch import Launch
 from .partials import merge
 from .tile import Epilogue, Operand, Result, activate, activation_derivative
 
@@ -456,10 +456,8 @@ def gather_gluon(
     end,  # Stored
     groups, images,  # N / groups
     slope, S: gl.constexpr,  # Plan
-    PDL: gl.constexpr,
 ):  # fmt: skip
     """Grid: (any number of programs), which share the tiles; one a multiprocessor is meant."""
-    begin(PDL)
     x_box: gl.constexpr = x.block_type.shape
     w_box: gl.constexpr = w.block_type.shape
     out_box: gl.constexpr = out.block_type.shape

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..choice.geometry import Geometry, Shape, Tile, cdiv, empty
 from ..placing import empty_or_placed
-from .launch import Launch, begin
+from .launch import Launch
 from .partials import finish, join, nothing, place_of, turns_of
 from .tile import Epilogue, Operand, Result, load_operand, of_group, parts_like, pixels, reduce
 
@@ -199,11 +199,9 @@ def image_down(
     HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr,
     ONE: tl.constexpr,  # tile a program
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
     """From the image. Grid: (programs * column tiles, groups). Rows are small pixels of a group;
     BLOCK_K divides WINDOW."""
-    begin(PDL)
     WINDOW: tl.constexpr = S.WINDOW
     at = place_of(S.CS, BLOCK_N)
     tiles = tl.cdiv(images * (S.P * S.Q), BLOCK_M)
@@ -241,7 +239,6 @@ def image_up(
     HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr,
     ONE: tl.constexpr,  # tile a program
     STRIP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
     """To the image. Grid: (programs, groups), which share (images of a group * strips * tiles of a
     strip); see `strips`.
@@ -249,7 +246,6 @@ def image_up(
     Corner (i, j) is where the small pixels (i - 1, j - 1) to (i, j) meet. Each of these 4 pixels
     has 4 of its 16 taps in the 2x2 square of the image around the corner.
     """
-    begin(PDL)
     WINDOW: tl.constexpr = S.WINDOW
     CHUNKS: tl.constexpr = (S.CS + BLOCK_K - 1) // BLOCK_K
     STRIPS: tl.constexpr = (S.Q + STRIP) // STRIP
@@ -323,11 +319,9 @@ def image_weight_gradient(
     small_slope, large_slope, S: tl.constexpr, SMALL_PROLOGUE: tl.constexpr,
     SMALL_ACTIVATION: tl.constexpr, LARGE_PROLOGUE: tl.constexpr, LARGE_ACTIVATION: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tiles of CS, SPLIT). The second axis cuts the blocks of pixels into SPLIT ranges; no
     block has pixels of two groups. All taps at once: the columns are those of the window."""
-    begin(PDL)
     WINDOW: tl.constexpr = S.WINDOW
     s_tile, split = tl.program_id(0), tl.program_id(1)
     cs = s_tile * BLOCK_M + tl.arange(0, BLOCK_M)

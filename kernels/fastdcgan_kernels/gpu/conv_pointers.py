@@ -24,7 +24,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..choice.geometry import Geometry, Tile, cdiv
-from .launch import begin
 from .partials import finish, join, nothing, place_of, turns_of
 from .tile import Epilogue, Operand, Result, gather_launch, gather_sum, is_there, of_group, pixels
 
@@ -59,11 +58,9 @@ def gather_pointers(
     HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, SPLIT: tl.constexpr,
     ONE: tl.constexpr,  # tile a program
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (programs * column tiles, groups, SPLIT). Rows are places of a group; each phase of
     them is a tile."""
-    begin(PDL)
     PHASES: tl.constexpr = S.PHASE * S.PHASE
     at = place_of(S.CO, BLOCK_N)
     split = tl.program_id(2)

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..choice.geometry import Geometry, Tile, box_of, cdiv
 from .descriptors import box_pixels, described, descriptor, fits_descriptors, large_box, load_box
-from .launch import begin
 from .partials import finish, join, nothing, place_of, turns_of
 from .tile import Epilogue, Loaded, Operand, Result, apply, gather_launch, is_there, store_pixels
 
@@ -92,12 +91,10 @@ def gather_descriptors(
     X_ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr,
     ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, ONE: tl.constexpr,  # tile a program
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (programs * column tiles, groups, SPLIT). A box has BLOCK_M pixels; each phase of it is
     a tile of the product, [BLOCK_N, BLOCK_M]; but for the transposed convolution BLOCK_K divides
     CL."""
-    begin(PDL)
     CHUNKS: tl.constexpr = (S.CI + BLOCK_K - 1) // BLOCK_K
     BOXES_OF_IMAGES: tl.constexpr = (S.P // BOX[1]) * (S.Q // BOX[2])
     PHASES: tl.constexpr = S.PHASE * S.PHASE

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..choice.geometry import Geometry, Tile, box_is_rows, box_of, bucket, cdiv, empty
 from .descriptors import box_pixels, described, descriptor, fits_descriptors, large_box, load_box
-from .launch import Launch, begin
+from .launch import Launch
 from .tile import Loaded, Operand, apply, load_operand, of_group, parts_like, pixels, reduce
 
 
@@ -68,11 +68,10 @@ def weight_gradient_pointers(
     small_slope, large_slope, S: tl.constexpr, SMALL_PROLOGUE: tl.constexpr,
     SMALL_ACTIVATION: tl.constexpr, LARGE_PROLOGUE: tl.constexpr, LARGE_ACTIVATION: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid: (K * K taps * tiles of CS * tiles of CL, SPLIT); the second axis cuts the blocks of
     pixels, of which none has those of two groups, into SPLIT ranges."""
-    begin(PDL)
     sum_pixels(
         small, large, small_slope, large_slope, out, groups, images, S, None, SMALL_PROLOGUE,
         SMALL_ACTIVATION, LARGE_PROLOGUE, LARGE_ACTIVATION, SPLIT, BLOCK_M, BLOCK_N, BLOCK_K,
@@ -93,13 +92,12 @@ def weight_gradient_descriptors(
     small_slope, large_slope, S: tl.constexpr, BOX: tl.constexpr, SMALL_PROLOGUE: tl.constexpr,
     SMALL_ACTIVATION: tl.constexpr, LARGE_PROLOGUE: tl.constexpr, LARGE_ACTIVATION: tl.constexpr,
     SPLIT: tl.constexpr, TAPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The same grid, where TAPS is 2 with half the programs: each has two taps of a row. A block is
     a box of BLOCK_K pixels; BOX's images divide a group's unless there is one group: no box holds
     another group's pixels. The small side is a matrix, so that matrix instructions read both
     operands from shared memory, as in conv_tma.py."""
-    begin(PDL)
     sum_pixels(
         Loaded(small, small_aux, small_coef), Loaded(large, large_aux, large_coef), small_slope,
         large_slope, out, groups, images, S, BOX,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..choice.geometry import cdiv
 from ..placing import empty_or_placed
-from .launch import Launch, begin
+from .launch import Launch
 
 BLOCK = 1024
 
@@ -59,10 +59,9 @@ def crop(
     flipped,  # [b] int64: 1 for from right to left; read where FLIPPED
     out,  # [b, SIZE, SIZE, C]
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr, SIZE: tl.constexpr,
-    MOVED: tl.constexpr, FLIPPED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    MOVED: tl.constexpr, FLIPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """value / 127.5 - 1, in float32 and rounded once. Grid: (blocks of an image's values, b)."""
-    begin(PDL)
     image = tl.program_id(1)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < SIZE * SIZE * C

@@ -1,30 +1,18 @@
 """One kernel launch as data: what runs on a device and what inspect/ compiles ahead of time are
-the same object. Not here: which launches a block needs (the families beside).
-
-Programmatic dependent launch (CUDA C++ Programming Guide, the section of that name): where a target
-has it, a launch is set up, and its programs start, while the one ahead of it in the stream still
-ends; there they wait. That is safe where every kernel waits before all else, which `begin` is for:
-so a launch that has ended has seen the end of all before it.
-"""
+the same object. Not here: which launches a block needs (the families beside)."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
-
-from ..choice.targets import starts_early
-
-try:
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-except ImportError:  # a Triton made for AMD alone
-    gdc_launch_dependents = gdc_wait = None
 
 # Of every compilation. a * b + c as one rounding: what Triton did before it asked to be told.
 OPTIONS = {"enable_fp_fusion": True}
@@ -33,26 +21,18 @@ OPTIONS = {"enable_fp_fusion": True}
 @dataclass(frozen=True)
 class Launch:
     """kernel: a triton.jit function; grid: programs along each axis; arguments: every parameter by
-    name but PDL: tensors, tensor descriptors and constants; warps and stages: for the compiler;
-    pdl: whether it may start early."""
+    name: tensors, tensor descriptors and constants; warps and stages: for the compiler."""
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
     warps: int = 4
     stages: int = 2
-    pdl: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
-        """Of its compilation. Some targets do not know the option that they do not have."""
-        early = {"launch_pdl": True} if self.pdl else {}
-        return {"num_warps": self.warps, "num_stages": self.stages, **OPTIONS, **early}
-
-    @property
-    def given(self) -> dict[str, Any]:
-        """Every argument of the kernel."""
-        return {**self.arguments, "PDL": self.pdl}
+        """Of its compilation."""
+        return {"num_warps": self.warps, "num_stages": self.stages, **OPTIONS}
 
     @property
     def named(self) -> dict[str, Any]:
@@ -65,20 +45,54 @@ class Launch:
 
     def run(self, device: torch.device) -> None:
         """Launch on `device` (whichever is current), or record if somebody is recording; on the
-        meta device there is nothing to do. It may start early if the device has that."""
-        launch = replace(self, pdl=starts_early(device))
+        meta device there is nothing to do."""
         for see in _watchers:
-            see(launch)
+            see(self)
         if _recorders:
-            _recorders[-1].append(launch)
+            launches, sketches = _recorders[-1]
+            launches.append(self.sketch if sketches else self)
         if _recorders or device.type == "meta":
             return
         with torch.cuda.device(device) if device.type == "cuda" else _interpreting:
-            launch.kernel[launch.grid](**launch.given, **launch.options)
+            self.kernel[self.grid](**self.arguments, **self.options)
 
     def compile(self) -> Any:
         """What Triton compiles for this launch and keeps in its cache; nothing runs."""
-        return self.kernel.warmup(**self.given, grid=self.grid, **self.options)
+        return self.kernel.warmup(**self.arguments, grid=self.grid, **self.options)
+
+    @property
+    def sketch(self) -> Launch:
+        """The same without data: enough to be compiled, and holds no memory."""
+        arguments = {name: _sketched(value) for name, value in self.arguments.items()}
+        return replace(self, arguments=arguments)
+
+
+def compile_ahead(run: Callable[[], object]) -> None:
+    """Compiles the kernels that `run` launches, side by side: Triton alone compiles each at its
+    first launch, one after the other, a second and more each. What fails here fails again, and is
+    told, at that launch. `run` is called, but launches nothing: its results are of no use."""
+    with recording(sketches=True) as launches:
+        run()
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    with ThreadPoolExecutor(processors) as pool:
+        with triton.AsyncCompileMode(pool, ignore_errors=True) as mode:
+            for launch in launches:
+                launch.compile()
+        kernels = [future.result(ignore_errors=True) for future in mode.future_kernels.values()]
+        # The piece of C by which Python launches a kernel, which Triton keeps, too.
+        launcher = triton.runtime.driver.active.launcher_cls
+        for kernel in kernels:
+            if kernel is not None:
+                pool.submit(launcher, kernel.src, kernel.metadata)
+
+
+def _sketched(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to("meta")
+    if isinstance(value, tuple):
+        found = map(_sketched, value)
+        return type(value)(*found) if hasattr(value, "_fields") else tuple(found)
+    return replace(value, base=_sketched(value.base)) if hasattr(value, "block_shape") else value
 
 
 def _one_by_one(name: str, value: Any) -> dict[str, Any]:
@@ -92,25 +106,17 @@ def _one_by_one(name: str, value: Any) -> dict[str, Any]:
     return found
 
 
-@triton.jit
-def begin(PDL: tl.constexpr):
-    """The first statement of every kernel: waits until all that the launch ahead has stored is
-    there, then lets the next launch start as soon as there is room beside this one."""
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-
-
 _interpreting = threading.Lock()  # Triton's interpreter has one state for all threads
-_recorders: list[list[Launch]] = []
+_recorders: list[tuple[list[Launch], bool]] = []
 _watchers: list[Callable[[Launch], object]] = []
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Launches inside are collected in order and not run; tensors may be on the meta device."""
+def recording(sketches: bool = False) -> Iterator[list[Launch]]:
+    """Launches inside are collected in order, or their sketches, and not run; tensors may be on the
+    meta device."""
     launches: list[Launch] = []
-    _recorders.append(launches)
+    _recorders.append((launches, sketches))
     try:
         yield launches
     finally:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, begin
+from .launch import Launch
 
 BLOCK = 1024
 
@@ -42,11 +42,10 @@ def bce_rows(
     gradient,  # like logits: of the losses' sum, times share and scale
     count, groups,
     share,  # row and gradient are multiplied by it
-    SCALED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    SCALED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Binary cross-entropy on logits, BLOCK of them at a time and always in the same order. Grid:
     (1,)."""
-    begin(PDL)
     factor = share / count
     back = factor
     if SCALED:

@@ -20,10 +20,10 @@ from torch import Tensor
 from ..choice.geometry import cdiv
 from ..choice.targets import target_of
 from ..choice.types import Target
-from .launch import Launch, begin
+from .launch import Launch
 
 POOL = 1 << 16  # tickets of a device
-ROWS = tl.constexpr(2048)  # times channels: what of the rows a program has in its registers
+ROWS = tl.constexpr(4096)  # times channels: what of the rows a program has in its registers
 OF_STREAM = 256  # tickets of a stream: programs of a launch have as many column tiles at most
 
 
@@ -313,45 +313,50 @@ def block_of_rows(
     partials, counts,  # [2, groups, rows, C]; [groups, rows]
     group, groups, start, rows, channel, channel_mask, C: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """The Partial of so many of a group's rows, from `start` on, as registers hold. They are not
-    read from an L1, which may have what was there before."""
-    BLOCK_C: tl.constexpr = channel.shape[0]
-    row = start + tl.arange(0, ROWS // BLOCK_C)
+    """A Partial of each of a group's rows from `start` on, as many as registers hold: [R, B], of
+    counts [R, 1]. They are not read from an L1, which may have what was there before."""
+    row = start + tl.arange(0, ROWS // channel.shape[0])
     first, plane = group * rows, groups * rows * C
     offsets = ((first + row) * C)[:, None] + channel[None, :]
     mask = (row < rows)[:, None] & channel_mask[None, :]
     ones = tl.load(partials + offsets, mask=mask, other=0.0, cache_modifier=".cg")
-    twos = ones
+    twos, count = ones, 0.0
     if KIND != "column":
         twos = tl.load(partials + plane + offsets, mask=mask, other=0.0, cache_modifier=".cg")
     if KIND == "statistics":
         count = tl.load(counts + first + row, mask=row < rows, other=0.0, cache_modifier=".cg")
-        # Means are taken from that of the first row.
-        origin = partials + (first + start) * C + channel
-        origin = tl.load(origin, mask=channel_mask, other=0.0, cache_modifier=".cg")
-        n = tl.sum(count, axis=0)
-        mean = tl.sum(count[:, None] * (ones - origin[None, :]), axis=0)
-        mean = origin + mean / tl.maximum(n, 1.0)
-        centred = ones - mean[None, :]
-        found = Partial(n, mean, tl.sum(twos + count[:, None] * centred * centred, axis=0))
-    else:
-        found = Partial(0.0, tl.sum(ones, axis=0), tl.sum(twos, axis=0))
-    return found
+        count = count[:, None]
+    return Partial(count, ones, twos)
 
 
 @triton.jit
 def all_rows(
-    partials, counts, group, groups, rows, channel, channel_mask, C: tl.constexpr,
-    KIND: tl.constexpr,
+    partials, counts, group, groups, program, programs, rows, channel, channel_mask,
+    C: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """The Partial of all of a group's rows, in their order."""
-    whole = nothing(channel.shape[0])
-    for start in range(0, rows, ROWS // channel.shape[0]):
+    """The Partial of a group's rows, of which a program takes every so many'th block. Blocks are
+    joined place by place and the places at the end: a sum over threads takes far longer than a load
+    of the next rows."""
+    R: tl.constexpr = ROWS // channel.shape[0]
+    whole = block_of_rows(
+        partials, counts, group, groups, program * R, rows, channel, channel_mask, C, KIND
+    )
+    for block in range(program + programs, tl.cdiv(rows, R), programs):
         found = block_of_rows(
-            partials, counts, group, groups, start, rows, channel, channel_mask, C, KIND
+            partials, counts, group, groups, block * R, rows, channel, channel_mask, C, KIND
         )
         whole = join(whole, found, KIND)
-    return whole
+    count, first, second = whole.count, whole.first, whole.second
+    if KIND == "statistics":
+        n = tl.sum(count)
+        # In two steps: the first one's rounding is a share of the mean, not of what is around it.
+        mean = tl.sum(count * first, axis=0) / tl.maximum(n, 1.0)
+        mean += tl.sum(count * (first - mean[None, :]), axis=0) / tl.maximum(n, 1.0)
+        centred = first - mean[None, :]
+        own = Partial(n, mean, tl.sum(second + count * centred * centred, axis=0))
+    else:
+        own = Partial(0.0, tl.sum(first, axis=0), tl.sum(second, axis=0))
+    return own
 
 
 @triton.jit
@@ -373,7 +378,7 @@ def merge_statistics(
         own_var = own_var.to(tl.float32)
     for group in range(groups):
         whole = all_rows(
-            partials, counts, group, groups, rows, channel, channel_mask, C, "statistics"
+            partials, counts, group, groups, 0, 1, rows, channel, channel_mask, C, "statistics"
         )
         n, mean = whole.count, whole.first
         var = whole.second / tl.maximum(n, 1.0)
@@ -415,7 +420,9 @@ def merge_sums(
     dbeta = tl.zeros((BLOCK_C,), dtype=tl.float32)
     plane = groups * C
     for group in range(groups):
-        whole = all_rows(partials, partials, group, groups, rows, channel, channel_mask, C, KIND)
+        whole = all_rows(
+            partials, partials, group, groups, 0, 1, rows, channel, channel_mask, C, KIND
+        )
         s1, s2 = whole.first, whole.second
         at = group * C + channel
         out = merged.out
@@ -446,16 +453,12 @@ def merge_rows(
     partials,  # [*, groups, rows, C] fp32
     counts,  # [groups, rows] fp32; of statistics
     end,  # Rows, fewer of them
-    groups, rows, C: tl.constexpr, BLOCK_C: tl.constexpr, KIND: tl.constexpr, PDL: tl.constexpr,
+    groups, rows, C: tl.constexpr, BLOCK_C: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """Rows that are there already: programs share them in blocks, by `Place`."""
-    begin(PDL)
     at = place_of(C, BLOCK_C)
-    own = nothing(BLOCK_C)
-    for block in range(at.program, tl.cdiv(rows, ROWS // BLOCK_C), at.programs):
-        found = block_of_rows(
-            partials, counts, at.group, groups, block * (ROWS // BLOCK_C), rows, at.channel,
-            at.channel_mask, C, KIND,
-        )  # fmt: skip
-        own = join(own, found, KIND)
+    own = all_rows(
+        partials, counts, at.group, groups, at.program, at.programs, rows, at.channel,
+        at.channel_mask, C, KIND,
+    )  # fmt: skip
     finish(own, end, at, groups, C, KIND)

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..choice.geometry import Geometry, Tile, cdiv, empty
-from .launch import Launch, begin
+from .launch import Launch
 from .partials import KINDS, MergedStatistics, MergedSums, Partial, rows_of, tickets
 
 # isort: split
@@ -540,11 +540,10 @@ def reduce_splits(
     out,  # [groups, rows, C]
     end, groups, rows, slope, C: tl.constexpr, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr,
     EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Parts of a sum, BLOCK_S at a time and always in the same order, then the epilogue. By rows
     (`Place`)."""
-    begin(PDL)
     at = place_of(C, BLOCK_N)
     plane = (groups * rows).to(tl.int64) * C
     own = nothing(BLOCK_N)

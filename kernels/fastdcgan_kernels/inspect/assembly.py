@@ -74,8 +74,7 @@ def instructions_of(text: str) -> list[tuple[int, str]]:
 
 
 def describe_sass(code: list[tuple[int, str]], matrix: str) -> dict[str, Any]:
-    """Matrix instructions, 128-bit accesses, the main loop, and whether a launch that starts early
-    waits, of (address, instruction) pairs."""
+    """Matrix instructions, 128-bit accesses and the main loop, of (address, instruction) pairs."""
     jumps = {}
     for at, text in code:
         branch = re.search(r"\bBRA\S*\s+(?:\S+,\s*)?`?\(?(0x[0-9a-f]+)", text)
@@ -90,22 +89,7 @@ def describe_sass(code: list[tuple[int, str]], matrix: str) -> dict[str, Any]:
             loops.append([t for a, t in code if to <= a <= at])
     texts, wide = [text for _, text in code], r"\b(LDG|STG|LDGSTS)\S*\.128"
     copies = {"TMA": r"\bUTMALDG", "cp.async": r"\bLDGSTS"}
-    found = _described(texts, loops, matrix, rf"\b{matrix}\b", wide, r"\b(LDL|STL)\b", copies)
-    memory = r"\b(LDG|STG|LDGSTS|LD|ST|ATOM|ATOMG|RED|REDG|UTMA\w+|UBLKCP)\b"
-    return {**found, "waits_first": _first(r"\bACQBULK\b", memory, texts)}
-
-
-def waits_first(ptx: str) -> bool:
-    """`waits_first` of a kernel in Gluon. Its binary may have other warps' code ahead of the wait;
-    they start at a barrier behind it."""
-    memory = r"\b(ld|st|atom|red)\.global|\bcp\.async\.bulk\.tensor|\bbarrier\.sync"
-    return _first(r"\bgriddepcontrol\.wait\b", memory, ptx.splitlines())
-
-
-def _first(wait: str, memory: str, lines: list[str]) -> bool:
-    """Whether a wait is there, and before anything is done to global memory."""
-    events = (line for line in lines if re.search(rf"{wait}|{memory}", line))
-    return re.search(wait, next(events, "")) is not None
+    return _described(texts, loops, matrix, rf"\b{matrix}\b", wide, r"\b(LDL|STL)\b", copies)
 
 
 # What a warp-specialised kernel does in an order that its source leaves to the compiler.

@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 from ..choice.targets import TARGETS
 from ..choice.types import Target
 from ..gpu.launch import Launch
-from .assembly import describe_amdgcn, describe_cubin, unordered, waits_first
+from .assembly import describe_amdgcn, describe_cubin, unordered
 
 # What a multiprocessor holds: CUDA C++ Programming Guide, "Technical Specifications per Compute
 # Capability": warps, blocks, bytes of shared memory (1 KB of it is the system's, each block).
@@ -71,7 +71,7 @@ def order_of(launch: Launch) -> Order:
 
     signature = []
     for at, parameter in enumerate(launch.kernel.params):
-        value, kind = launch.given[parameter.name], "constexpr"
+        value, kind = launch.arguments[parameter.name], "constexpr"
         if parameter.is_constexpr:
             constants.append(((at,), value))
         else:
@@ -117,7 +117,6 @@ def compile_order(order: Order, arch: str) -> dict[str, Any]:
         if kernel_of(order).is_gluon():
             ptx = built.asm["ptx"]
             found["unordered"] = unordered(ptx)
-            found["waits_first"] = waits_first(ptx)
             found["setmaxnreg"] = sorted(
                 {int(n) for n in re.findall(r"setmaxnreg\S+\s+(\d+)", ptx)}
             )

@@ -9,7 +9,6 @@ from typing import Any
 
 import triton
 
-from ..choice.targets import TARGETS
 from ..gpu.launch import Launch
 from .assembly import describe_codes
 from .compiling import Order, compile_order, order_of
@@ -123,7 +122,7 @@ def document(rows: list[dict[str, Any]]) -> str:
 
 def complaints(rows: list[dict[str, Any]]) -> list[str]:
     """What must not be: a spill, too much shared memory, a GEMM without the target's matrix
-    instruction, a main loop that waits for its loads, a launch that starts early and does not wait.
+    instruction, a main loop that waits for its loads.
 
     fp32 products in full precision have no matrix instruction. On AMD loads may go into registers
     a step ahead: gfx942 has no wide copy into LDS, and a prologue works on registers. What is
@@ -134,8 +133,6 @@ def complaints(rows: list[dict[str, Any]]) -> list[str]:
         if row["spill_bytes"] or row["local_accesses"]:
             found.append(f"{what}: spills {row['spill_bytes']} bytes")
         found += [f"{what}: {problem}" for problem in row.get("unordered", ())]
-        if TARGETS[row["arch"]].pdl and not row["waits_first"]:
-            found.append(f"{what}: does not wait for the launch ahead")
         if row["shared_bytes"] > row["shared_limit"]:
             found.append(f"{what}: {row['shared_bytes']} bytes of shared memory")
         if row["kernel"].startswith(GEMMS) and row["dtype"] != "fp32":

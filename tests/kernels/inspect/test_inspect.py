@@ -12,7 +12,6 @@ import triton
 
 from fastdcgan_kernels.choice.targets import TARGETS
 from fastdcgan_kernels.inspect.__main__ import ARCHS
-from fastdcgan_kernels.inspect.assembly import waits_first
 from fastdcgan_kernels.inspect.launches import OTHERS
 from fastdcgan_kernels.inspect.report import complaints
 
@@ -30,7 +29,7 @@ LIMIT = {  # bytes of shared memory a block may have
 # gfx942's loops no loads of their own; 3.6 does not use gfx950's copies into LDS either.
 OLD = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
 STACK = 8 if OLD else 0
-WITH_TMA = WITH_PDL = ("sm_90", "sm_100", "sm_120")
+WITH_TMA = ("sm_90", "sm_100", "sm_120")
 
 
 KINDS = {
@@ -50,7 +49,6 @@ def test_every_kernel_on_every_target(command, kind):
     every_layer_is_there(rows, archs)
     nothing_spills_and_everything_fits(rows)
     every_gemm_has_its_matrix_instruction(rows)
-    what_may_start_early_waits(rows)
     no_main_loop_waits_for_its_loads(rows, archs)
 
 
@@ -96,12 +94,6 @@ def every_gemm_has_its_matrix_instruction(rows):
     for row in gemms(rows):
         assert row["matrix_instruction"] == MATRIX[row["arch"]], row
         assert row["matrix_instructions"] > 0, row
-
-
-def what_may_start_early_waits(rows):
-    """Read in the binaries: the first that a kernel does to memory comes after its wait."""
-    for row in rows:
-        assert row.get("waits_first", False) == (row["arch"] in WITH_PDL), row
 
 
 def no_main_loop_waits_for_its_loads(rows, archs):
@@ -216,18 +208,6 @@ def test_matrix_instructions_read_both_operands_from_shared_memory(environment):
             assert loop["instructions"] <= limit, row
 
 
-@pytest.mark.parametrize(
-    "other", ["ld.global.b32 {%r1}, [%rd1];", "@%p1 atom.global.add", "barrier.sync 1;",
-              "@%p2 cp.async.bulk.tensor.5d.shared::cluster.global"],
-)  # fmt: skip
-def test_a_wait_counts_before_memory_alone(other):
-    """As PTX has it; "barrier.sync" is where other warps of a kernel in Gluon start."""
-    wait, lines = "griddepcontrol.wait; // dummy %r1", ["mov.b32 %r1, 0;", "setmaxnreg.inc"]
-    assert waits_first("\n".join([*lines, wait, other]))
-    assert not waits_first("\n".join([*lines, other, wait]))
-    assert not waits_first("\n".join(lines))
-
-
 def test_what_is_wrong_is_said():
     loop = {"copies": "cp.async", "copy_instructions": 8}
     good = {
@@ -243,7 +223,6 @@ def test_what_is_wrong_is_said():
         ({"shared_bytes": 200_000}, "200000 bytes of shared memory"),
         ({"matrix_instruction": ""}, "no matrix instruction"),
         ({"main_loop": {**loop, "copies": ""}}, "no asynchronous copies"),
-        ({"arch": "sm_90", "waits_first": False}, "does not wait for the launch ahead"),
     ):
         (said,) = complaints([{**good, **change}])
         assert words in said
