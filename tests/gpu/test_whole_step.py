@@ -19,12 +19,13 @@ pytestmark = pytest.mark.gpu
 STEPS, BATCH = 11, 16
 
 
-def run(graph, impl, dtype, *, compile=False, resident=True):
+def run(graph, impl, dtype, *, compile=False, resident=True, **options):
     """11 steps, a ragged one among every three."""
     device = torch.device("cuda", torch.cuda.current_device())
     config = TrainConfig(
-        image_size=32, channels=3, ngf=16, ndf=16, batch_size=BATCH, impl=impl, cuda_graph=graph
-    )
+        image_size=32, channels=3, ngf=16, ndf=16, batch_size=BATCH, impl=impl, cuda_graph=graph,
+        **options,
+    )  # fmt: skip
     engine = dataclasses.replace(
         choose_engine(config, Ranks(), device), autocast=dtype, compile=compile
     )
@@ -57,6 +58,26 @@ def test_a_graph_and_eager_agree_step_for_step(impl, dtype, resident, monkeypatc
     graphed, rows_too = run("on", impl, dtype, resident=resident)
     torch.testing.assert_close(rows_too, rows, rtol=0.02, atol=0.02)
     assert torch.equal(eager.generator.get_state(), graphed.generator.get_state())
+    for a, b in zip(eager.tensors(), graphed.tensors(), strict=True):
+        torch.testing.assert_close(b, a, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("form", ["exact", "difference"])
+def test_steps_with_a_penalty_and_without_have_a_graph_each(form):
+    options = {
+        "loss": "relativistic", "r1": 1.0, "r2": 1.0, "penalty_form": form, "penalty_every": 4,
+        "norm_g": "none", "norm_d": "none",
+    }  # fmt: skip
+    _, rows = run("off", "auto", torch.bfloat16, **options)
+    _, rows_too = run("on", "auto", torch.bfloat16, **options)
+    torch.testing.assert_close(rows_too, rows, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_second_stream_changes_nothing(overlap):
+    eager, rows = run("off", "auto", torch.bfloat16, overlap=False)
+    graphed, rows_too = run("on", "auto", torch.bfloat16, overlap=overlap)
+    torch.testing.assert_close(rows_too, rows, rtol=0.02, atol=0.02)
     for a, b in zip(eager.tensors(), graphed.tensors(), strict=True):
         torch.testing.assert_close(b, a, rtol=0.02, atol=0.02)
 

@@ -8,8 +8,8 @@ A choice is one of
     prologue      our GEMM, which normalises and activates its operands as it loads them
     vendor        PyTorch's convolution, with our statistics, normalise, activate and backward
     reference     plain PyTorch
-None of the defaults was timed on a GPU: they are predictions. The tuner measures on the user's
-device, and what it stored (measured.py) is taken before any default.
+The defaults are predictions; one GPU has timed them (benchmarks/results/gpu), not beside the others.
+The tuner measures on the user's device, and what it stored (measured.py) is taken before them.
 
 By count (benchmarks/cost_model.py) a step of 128 images of the standard DCGAN moves
 
