@@ -42,3 +42,32 @@ def test_plain_pytorch_has_no_share():
     engine = Engine(torch.device("cpu"), None, impl="reference")
     lines = plan.describe(config, engine, Ranks(), source="", epoch_images=None, images="")
     assert "blocks     plain PyTorch" in lines
+
+
+@pytest.mark.parametrize(
+    ("options", "device", "said"),
+    [
+        ({"max_minutes": 10.0}, "cpu", "advice     3,000 images, 10 minutes: --preset blue-marble"),
+        ({}, "cpu", "advice     for minutes of a CPU: --preset blue-marble"),
+        ({"epochs": 3, "seed": 1, "batch_size": 64}, "cpu", "advice     for minutes of a CPU"),
+        ({"max_minutes": 60.0}, "cpu", ""),
+        ({"ngf": 32}, "cpu", ""),
+        ({"lr": 1e-4}, "cpu", ""),
+        ({"net_d": "sngan"}, "cpu", ""),
+        ({"max_minutes": 10.0}, "meta", ""),
+    ],
+)
+def test_the_recipe_for_minutes_is_advised_beside_the_examples(options, device, said):
+    config = preset("dcgan", channels=3, impl="reference", **options)
+    engine = Engine(torch.device(device), None, impl="reference")
+    lines = plan.describe(
+        config, engine, Ranks(), source="", epoch_images=3000, images="3,000 images"
+    )
+    found = [line for line in lines if line.startswith("advice")]
+    assert [line[: len(said)] for line in found] == ([said] if said else [])
+
+
+def test_advice_ends_where_it_is_taken():
+    for name in ("blue-marble", "small-data", "r3", "tf28"):
+        config = preset(name, channels=3, impl="reference")
+        assert plan._advice(config, torch.device("cpu"), "") == []

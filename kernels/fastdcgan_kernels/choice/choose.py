@@ -8,7 +8,7 @@ A choice is one of
     prologue      our GEMM, which normalises and activates its operands as it loads them
     vendor        PyTorch's convolution, with our statistics, normalise, activate and backward
     reference     plain PyTorch
-The defaults are predictions; one GPU has timed them (benchmarks/results/gpu), not beside the others.
+The defaults are predictions: a GPU timed them, but not beside the others (benchmarks/results/gpu).
 The tuner measures on the user's device, and what it stored (measured.py) is taken before them.
 
 By count (benchmarks/cost_model.py) a step of 128 images of the standard DCGAN moves
