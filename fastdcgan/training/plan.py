@@ -19,8 +19,8 @@ from fastdcgan_kernels.cpu.build import library
 
 LISTED = 12  # names of classes in the plan; others are counted
 MINUTES, GAIN = 15, "0.34 to 0.47"
-"""Of one CPU core: how long the recipe for minutes was measured beside others; and its KID after five
-as a share of that of the example's, on Fashion-MNIST, emojis and the map
+"""Of one CPU core: how long the recipe for minutes was measured beside others; and its KID after
+five as a share of that of the example's, on Fashion-MNIST, emojis and the map
 (`python -m benchmarks.recipes`)."""
 
 
