@@ -13,9 +13,9 @@ The tuner measures on the user's device, and what it stored (measured.py) is tak
 
 By count (benchmarks/cost_model.py) a step of 128 images of the standard DCGAN moves
 
-    materialised  1.73 GB in 92 launches
-    hybrid        1.50 GB in 78
-    prologue      1.27 GB in 61
+    materialised  1.72 GB in 92 launches
+    hybrid        1.49 GB in 78
+    prologue      1.26 GB in 60
 
 That counts no instructions. An epilogue touches each value once, and is nearly free beside the pass
 that it replaces. A prologue transforms each value once for every tap and column tile that reads it:
