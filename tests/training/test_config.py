@@ -175,6 +175,7 @@ def test_a_device_that_is_not_here(name):
 def test_amp_uses_bf16_only_where_it_is_native(monkeypatch, kind, native, expected):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
     monkeypatch.setattr(hardware, "_cpu_has_bf16", lambda: native)
+    monkeypatch.setattr(plan.targets, "target_of", lambda device: None)
     device = torch.device(kind)
     assert hardware.amp_dtype(device) == expected
     engine = plan.choose_engine(TrainConfig(amp=True), Ranks(), device)

@@ -29,7 +29,7 @@ HYBRID = {
     "last logit to input": ["gather"],
     "image to weight": ["image_weight_gradient"],
     "image to input": ["image_up"],
-    "picture to both": ["image_down", "image_weight_gradient"],
+    "picture to both": ["apply_prologue", "image_down", "image_weight_gradient"],
 }
 # Norm and activation as passes of their own on both ways.
 MATERIALISED = {
@@ -47,7 +47,7 @@ MATERIALISED = {
     "last logit to input": ["gather"],
     "image to weight": ["image_weight_gradient"],
     "image to input": ["apply_prologue", "image_up"],
-    "picture to both": ["image_down", "image_weight_gradient"],
+    "picture to both": ["apply_prologue", "image_down", "image_weight_gradient"],
 }  # fmt: skip
 # All that is in the products' loads and stores.
 PROLOGUE = {

@@ -124,7 +124,8 @@ def _sizes(task: Task, target: Target, engine: Engine) -> Iterator[tuple[int, in
         both = task.prologue != "none" and task.epilogue in READING
         most_columns, results = 64, (64 if both and target.name == "sm_100" else 128) * 64
     if _is_image(task):
-        most_rows = 64 if sums_pixels else 128
+        spills = target.name == "sm_120" and task.epilogue == "gradient"
+        most_rows = 64 if sums_pixels or spills else 128
         least_columns = most_columns = min(64, n)  # of two kernels it is what they have
     elif _is_irregular(task) and (
         engine == "pointers" or target.name == "sm_100" or (op, task.epilogue) == SUMMING

@@ -47,7 +47,6 @@ def gpu(monkeypatch):
         targets._cuda_target.cache_clear()
         monkeypatch.setattr(torch.version, "hip", hip)
         properties = {"name": "Some GPU", "multi_processor_count": 7, **properties}
-        monkeypatch.setattr(targets, "_driver", lambda: 13000)
         monkeypatch.setattr(
             torch.cuda, "get_device_properties", lambda index: SimpleNamespace(**properties)
         )
