@@ -280,10 +280,10 @@ def _convolution_backward(
         weight = working_weight(saved)
     if need.bias:
         found["bias"] = batchnorm.column_sum(dy, groups)
-    # Where a small pixel's taps of an image are one tile, and its gradient is not asked for, each
-    # value is read once: a prologue repeats nothing. (Of an image itself one did: 16 taps of it, on
-    # an H200 70 us of the data gradient of G's last layer, where its bytes take 10.)
-    cheap = how != "vendor" and geometry.is_image(False) and not transposed and not need.x
+    # A weight's gradient reads each value of an image's layer once or nearly so: a prologue repeats
+    # nothing. (A data gradient repeated it for 16 taps of an image: on an H200 70 us of that of G's
+    # last layer, whose bytes take 10.)
+    cheap = how != "vendor" and geometry.is_image(False) and not need.x
     if how != "prologue" and not cheap:
         dy = Operand(_materialise(dy, groups))
     dtype, act = gradient_dtype(saved.weight), (spec.x_activation, spec.x_slope)

@@ -161,6 +161,32 @@ def test_a_launch_of_its_own_merges_the_same(kind, family, groups):
         close(again.stats, epilogue.merged.stats.double())
 
 
+@GROUPS
+@pytest.mark.parametrize("rows", [1, 300, 1000])
+def test_many_rows_are_one(rows, groups):
+    """More than a program holds at once, some of no values, far from 0: in float64."""
+    draw = torch.Generator().manual_seed(5)
+    counts = torch.randint(0, 9, (groups, rows), generator=draw, dtype=torch.float64) + 1
+    counts[:, 1::7] = 0
+    of_rows = torch.randn(2, groups, rows, 24, generator=draw, dtype=torch.float64)
+    of_rows = torch.stack([100 + of_rows[0], of_rows[1].square()]).float().double()
+    means, m2, weight = of_rows[0], of_rows[1], counts[:, :, None]
+    n = weight.sum(1)
+    mean = (weight * means).sum(1) / n
+    var = (m2 + weight * (means - mean[:, None]).square()).sum(1) / n
+
+    merged = norm.merged_statistics(torch.zeros(1), groups, 24, None, None, EPS)
+    partials.merge(of_rows.float(), counts.float(), merged)
+    found = merged.stats.double()
+    torch.testing.assert_close(found[0], mean, rtol=2e-7, atol=0)
+    torch.testing.assert_close(found[1], var, rtol=2e-6, atol=1e-9)
+    torch.testing.assert_close(found[2], n.expand_as(mean), rtol=0, atol=0)
+
+    out = torch.full((groups, 24), torch.nan)
+    partials.merge(of_rows[:1].float(), None, partials.MergedSums(out, (), ()))
+    torch.testing.assert_close(out.double(), means.sum(1), rtol=2e-6, atol=0)
+
+
 @pytest.mark.parametrize("batch", [128, 1024])
 @pytest.mark.parametrize("target", ["sm_90", "sm_80"])
 def test_at_most_two_rows_a_multiprocessor(target, batch):
