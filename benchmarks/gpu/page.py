@@ -18,7 +18,7 @@ Facts = dict[str, Any]
 
 PHASES = tuple(phase.name for phase in driver.PHASES)
 OURS, TUNED, EXAMPLE = "fastdcgan --amp", "pytorch tuned", "pytorch example"
-IN_ONE_STREAM = f"{OURS} --no-overlap"
+IN_ONE_STREAM = f"{OURS} --overlap off"
 """Ours with a switch turned."""
 ROWS = 40
 """Launches in the table of where the time goes."""

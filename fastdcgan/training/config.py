@@ -131,9 +131,9 @@ class TrainConfig:
     cuda_graph: Literal["auto", "on", "off"] = _option("auto", free=True)
     """auto: on CUDA, the whole step is captured as one CUDA graph, compared with a step that is
     not, and replayed; where that fails, a line says so. on: where it fails, the run ends. off."""
-    overlap: bool | None = _option(None, free=True)
+    overlap: Literal["auto", "on", "off"] = _option("auto", free=True)
     """With fused blocks on CUDA, weight gradients and the updates by them run in a second stream,
-    beside the rest of the way back; by default in a CUDA graph. On an H200 a step took 0.93 of the
+    beside the rest of the way back. auto: in a CUDA graph. On an H200 a step took 0.93 of the
     time."""
     device: str = _option("auto", free=True)
     """auto, cpu, cuda, cuda:N or mps."""

@@ -86,9 +86,9 @@ def choose_engine(config: TrainConfig, ranks: Ranks, device: torch.device) -> En
         compile = False
         notes.append("--compile: left out; fused blocks in a CUDA graph leave nothing to compile")
     why = _no_overlap(config, device, compile)
-    if why and config.overlap:
+    if why and config.overlap == "on":
         notes.append(f"--overlap: off, because {why}")
-    wanted = graph != "off" if config.overlap is None else config.overlap
+    wanted = graph != "off" if config.overlap == "auto" else config.overlap == "on"
     overlap = wanted and not why
     return Engine(device, autocast, compile, config.impl, graph, overlap, tuple(notes))
 

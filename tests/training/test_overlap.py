@@ -294,14 +294,14 @@ H100 = targets.TARGETS["sm_90"]
 )
 def test_a_plan_says_where_nothing_overlaps(monkeypatch, options, device, why):
     monkeypatch.setattr(plan.targets, "target_of", lambda of: H100 if of.type == "cuda" else None)
-    config = TrainConfig(channels=3, overlap=True, **options)
+    config = TrainConfig(channels=3, overlap="on", **options)
     engine = plan.choose_engine(config, Ranks(), device)
     assert engine.overlap == (not why)
     said = [note for note in engine.notes if "--overlap" in note]
     assert said == [] if not why else said[0].startswith(f"--overlap: off, because {why}")
-    for wish in (False, None):
+    for wish in ("off", "auto"):
         engine = plan.choose_engine(dataclasses.replace(config, overlap=wish), Ranks(), device)
-        assert engine.overlap == (wish is None and not why)
+        assert engine.overlap == (wish == "auto" and not why)
         assert [note for note in engine.notes if "--overlap" in note] == []
 
 

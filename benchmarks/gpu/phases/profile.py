@@ -57,14 +57,14 @@ def measure(to: Items, setting: Setting) -> None:
 def _profile(setting: Setting, batch: int, peaks: dict[str, Any]) -> dict[str, Any]:
     said: list[str] = []
     eager = whole_step(
-        setting, batch, say=said.append, prove=False, cuda_graph="off", overlap=False
+        setting, batch, say=said.append, prove=False, cuda_graph="off", overlap="off"
     )
     facts: dict[str, Any] = {"said": said, "span_seconds": None, "others": []}
     if setting.device.type == "cuda":
         eager()  # its working copies of weights exist from now on
         with seeing(eager.state) as seen:
             eager()
-        whole = whole_step(setting, batch, say=said.append, prove=False, overlap=False)
+        whole = whole_step(setting, batch, say=said.append, prove=False, overlap="off")
         whole()
         whole()
         try:

@@ -30,7 +30,7 @@ def measure(to: Items, setting: Setting) -> None:
     for batch in size.main:
         makers: dict[str, Callable[[], Workload]] = {OURS: partial(ours, setting, batch)}
         if batch == size.main[0]:
-            makers[IN_ONE_STREAM] = partial(ours, setting, batch, overlap=False)
+            makers[IN_ONE_STREAM] = partial(ours, setting, batch, overlap="off")
             makers[EXAMPLE] = partial(peer, setting, peers.example_step, batch)
         tuned = partial(peers.tuned_step, amp=amp_dtype(setting.device))
         makers[TUNED] = partial(peer, setting, tuned, batch)

@@ -54,7 +54,7 @@ def test_each_phase_measures_what_it_says(rehearsed):
     assert {one["engine"] for one in engines if one.get("skipped")} >= {"gluon"}
     assert found["steps"].keys() == {
         "2 alone: fastdcgan --amp", "2 in turn: fastdcgan --amp", "2 in turn: pytorch example",
-        "2 in turn: pytorch tuned", "2 in turn: fastdcgan --amp --no-overlap",
+        "2 in turn: pytorch tuned", "2 in turn: fastdcgan --amp --overlap off",
     }  # fmt: skip
     rows = found["profile"]["2"]["rows"]
     assert {"D1", "D4", "G1", "G4", "step"} <= {row["layer"] for row in rows}
