@@ -334,9 +334,9 @@ def all_rows(
     partials, counts, group, groups, program, programs, rows, channel, channel_mask,
     C: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """The Partial of a group's rows, of which a program takes every so many'th block. Blocks are
-    joined place by place and the places at the end: a sum over threads takes far longer than a load
-    of the next rows."""
+    """The Partial of a group's rows, of which a program takes the blocks program, program +
+    programs, ... Blocks are joined place by place and the places at the end: a sum over threads
+    takes far longer than a load of the next rows."""
     R: tl.constexpr = ROWS // channel.shape[0]
     whole = block_of_rows(
         partials, counts, group, groups, program * R, rows, channel, channel_mask, C, KIND
