@@ -21,11 +21,13 @@ def diffaugment(images: Tensor, policy: Sequence[str]) -> Tensor:
     color: x + b, b ~ U[-1/2, 1/2); then away from the pixel's mean over channels by s ~ U[0, 2);
     then away from the image's mean by c ~ U[1/2, 3/2). translation: by whole pixels, up to 1/8 of
     the side each way; zeros come in. cutout: a square of half the side around a random pixel
-    becomes zero.
+    becomes zero. shift, which is not theirs: as translation, but the image's own mirror image comes
+    in, as in Karras et al. 2020, "Training generative adversarial networks with limited data",
+    appendix B: so D is never shown a border.
 
     Args:
         images: (B, C, H, W), any floating dtype; computed in float32 at least.
-        policy: of "color", "translation", "cutout"; applied in this order.
+        policy: of `POLICIES`; applied in their order.
 
     Returns:
         Like `images`, channels_last. First and higher derivatives are PyTorch's.
@@ -34,7 +36,9 @@ def diffaugment(images: Tensor, policy: Sequence[str]) -> Tensor:
     if "color" in policy:
         x = _color(x)
     if "translation" in policy:
-        x = _translation(x)
+        x = _moved(x, mirrored=False)
+    if "shift" in policy:
+        x = _moved(x, mirrored=True)
     if "cutout" in policy:
         x = _cutout(x)
     return x.to(images.dtype).contiguous(memory_format=torch.channels_last)
@@ -51,15 +55,21 @@ def _color(x: Tensor) -> Tensor:
     return torch.lerp(x.mean((1, 2, 3), keepdim=True), x, _uniform(x, 0.5, 1.5))
 
 
-def _translation(x: Tensor) -> Tensor:
+def _moved(x: Tensor, *, mirrored: bool) -> Tensor:
+    """Each image moved by whole pixels. What comes in is the image mirrored at its outermost
+    pixels, or zeros."""
     for dim in (2, 3):
         side = x.shape[dim]
-        furthest = round(side * SHIFT)
+        furthest, last = round(side * SHIFT), side - 1
         by = torch.randint(-furthest, furthest + 1, (len(x), 1), device=x.device)
         source = torch.arange(side, device=x.device) - by  # (B, side)
         shape = (len(x), 1, side, 1) if dim == 2 else (len(x), 1, 1, side)
-        inside = ((source >= 0) & (source < side)).view(shape)
-        x = x.gather(dim, source.clamp(0, side - 1).view(shape).expand_as(x)) * inside
+        inside = ((source >= 0) & (source <= last)).view(shape)
+        if mirrored:
+            source = last - (last - source.abs()).abs()
+        x = x.gather(dim, source.clamp(0, last).view(shape).expand_as(x))
+        if not mirrored:
+            x = x * inside
     return x
 
 

@@ -17,6 +17,8 @@ from fastdcgan.errors import InputError
 
 ENDLESS = 1_000_000
 """Epochs of a run that the clock ends."""
+POLICIES = ("color", "translation", "shift", "cutout")
+"""What `diffaugment` may have, in the order of their use."""
 
 
 def _option(default: Any, *, example: str | None = None, free: bool = False) -> Any:
@@ -109,7 +111,8 @@ class TrainConfig:
     """The discriminator is to give real images 1 minus this (bce and lsgan)."""
     diffaugment: str | None = _option(None)
     """Change real and generated images alike at random before the discriminator sees them: some
-    of color,translation,cutout. For few images."""
+    of color,translation,shift,cutout. For few images; shift, with whose moves the image goes on in
+    its mirror image, also where what it shows has no place, as on maps."""
     instance_noise: float = _option(0.0)
     """Standard deviation of noise on all images that the discriminator sees, fading to nothing."""
     instance_noise_steps: int | None = _option(None)
@@ -281,11 +284,11 @@ class TrainConfig:
                 "--sync-bn was given, and a penalty, whose second derivatives synchronised "
                 "BatchNorm does not have: leave one of them out, or add --norm-d none"
             )
-        unknown = set(self.augmentations) - {"color", "translation", "cutout"}
+        unknown = set(self.augmentations) - set(POLICIES)
         if unknown or self.diffaugment == "":
             raise InputError(
                 f"--diffaugment {self.diffaugment} was given; give some of "
-                "color,translation,cutout, with commas between"
+                f"{','.join(POLICIES)}, with commas between"
             )
         if self.instance_noise_steps is not None and not self.instance_noise:
             raise InputError("--instance-noise-steps was given, and no --instance-noise")

@@ -288,12 +288,15 @@ def test_color_moves_brightness_saturation_and_contrast(seeded):
         assert high - 0.2 * (high - low) < values.max() <= high + 1e-6
 
 
-def test_translation_moves_by_whole_pixels_and_zeros_come_in(seeded):
-    x = torch.rand(40, 2, 16, 16) + 1
-    y = diffaugment(x, ["translation"])
+@pytest.mark.parametrize(("policy", "border"), [("translation", "constant"), ("shift", "reflect")])
+def test_an_image_moves_by_whole_pixels_and_its_border_is_zeros_or_its_mirror_image(
+    policy, border, seeded
+):
+    x = torch.rand(200, 2, 16, 16) + 1
+    y = diffaugment(x, [policy])
     seen = set()
     for before, after in zip(x, y, strict=True):
-        padded = F.pad(before, (2, 2, 2, 2))
+        padded = F.pad(before, (2, 2, 2, 2), mode=border)
         places = [
             (i, j)
             for i, j in itertools.product(range(5), range(5))
@@ -301,7 +304,7 @@ def test_translation_moves_by_whole_pixels_and_zeros_come_in(seeded):
         ]
         assert len(places) == 1
         seen.update(places)
-    assert {i for i, _ in seen} == {j for _, j in seen} == set(range(5))
+    assert seen == set(itertools.product(range(5), range(5)))
 
 
 def test_cutout_zeroes_one_square_of_half_the_side(seeded):
@@ -321,7 +324,7 @@ def test_gradients_go_through_augmentation(seeded):
 
     def again(x):
         torch.manual_seed(3)
-        return diffaugment(x, ["color", "translation", "cutout"])
+        return diffaugment(x, ["color", "translation", "shift", "cutout"])
 
     assert torch.autograd.gradcheck(again, x)
     assert not torch.equal(diffaugment(x, ["color"]), diffaugment(x, ["color"]))

@@ -224,8 +224,9 @@ def test_a_discriminator_has_won_when_its_loss_stays_low():
 
 def test_a_discriminator_that_guesses_is_said():
     guess = {**HEALTHY, "accuracy_real": 1.0, "accuracy_fake": 0.05}
-    said, _ = judged([HEALTHY, *[guess] * 8, HEALTHY])
-    assert said == [("blind", True, 5200), ("blind", False, 5450)]
+    said, _ = judged([HEALTHY, *[guess] * 12, HEALTHY])
+    assert said == [("blind", True, 5400), ("blind", False, 5650)]
+    assert judged([HEALTHY, *[guess] * 7, HEALTHY, *[guess] * 7])[0] == [], "it caught up"
     assert "blind" not in watch.STOPS, "half of D's rate would be no help"
 
 
