@@ -400,19 +400,21 @@ PRESETS: dict[str, dict[str, Any]] = {
     # pytorch/examples dcgan/main.py: the defaults of TrainConfig.
     "dcgan": {},
     # The best that some minutes of a CPU buy on the built-in data: half the width and small batches
-    # for three times the steps; a G that begins without a grid and learns faster than D; rates that
-    # fall to 0; and D is shown each map at another place, because a map has none. It ends with its
+    # for three times the steps; latent vectors wide enough that the sixteen places of G's first map
+    # differ; a G that begins without a grid and learns faster than D; rates that fall to 0; and D is
+    # shown each map at another place, because a map has none, and never its border. It ends with its
     # steps, or by the clock.
     "blue-marble": {
         "data": "blue-marble",
         "batch_size": 16,
+        "nz": 400,
         "ngf": 32,
         "ndf": 32,
         "init": "resize",
         "lr_g": 4e-4,
         "lr_d": 1e-4,
         "lr_decay": 0.5,
-        "diffaugment": "translation",
+        "diffaugment": "shift",
         "epochs": 120,
         "max_minutes": 9.0,
     },
