@@ -20,8 +20,9 @@ Examples:
 
 --preset {{{",".join(PRESETS)}}} chooses the recipe whose values stand for flags that are not given:
 dcgan (where --data is given) is the PyTorch example's, blue-marble (where it is not) one for nine
-minutes of a CPU and the built-in data, r3 R3GAN's (a paired loss, two penalties, no norm),
-small-data one for few images and little time, tf28 the TensorFlow tutorial's (Fashion-MNIST).
+minutes of a CPU and the built-in data, minutes the same for any data, r3 R3GAN's (a paired loss,
+two penalties, no norm), small-data one for few images and little time, tf28 the TensorFlow
+tutorial's (Fashion-MNIST).
 The flags of the PyTorch example (--dataroot, --batchSize, --niter, --outf, --netG ...) work too.
 """
 

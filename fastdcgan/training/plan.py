@@ -320,8 +320,9 @@ def _advice(config: TrainConfig, device: torch.device, images: str) -> list[str]
     if device.type == "cpu" and _is_the_examples(config) and (config.max_minutes or 0) <= MINUTES:
         minutes = config.max_minutes
         given = f"{images}, {minutes:g} minutes" if minutes else "for minutes of a CPU"
+        name = "blue-marble" if config.data == "blue-marble" else "minutes"
         found.append(
-            f"advice     {given}: --preset blue-marble, whose KID on a CPU was {GAIN} of this "
+            f"advice     {given}: --preset {name}, whose KID on a CPU was {GAIN} of this "
             "recipe's after five (benchmarks/results/recipes)"
         )
     return found
@@ -329,6 +330,6 @@ def _advice(config: TrainConfig, device: torch.device, images: str) -> list[str]
 
 def _is_the_examples(config: TrainConfig) -> bool:
     """Whether the recipe is that of --preset dcgan: the net, its width and how it learns."""
-    example, recipe = TrainConfig(), PRESETS["blue-marble"].keys() - {"data", "epochs"}
-    fields = {"net", "net_d", "loss", "lr", *recipe} - {"max_minutes"}
+    example, recipe = TrainConfig(), PRESETS["minutes"].keys() - {"epochs", "max_minutes"}
+    fields = {"net", "net_d", "loss", "lr", "nz", *recipe}
     return all(getattr(config, name) == getattr(example, name) for name in fields)

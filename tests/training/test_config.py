@@ -118,6 +118,8 @@ def test_every_field_can_be_set_from_the_command_line_and_is_documented(capsys):
         ("--lr 1e-4", {"lr": 1e-4, "lr_g": None, "lr_d": None, "max_minutes": 9.0}),
         ("--lr 1e-4 --lr-d 3e-4", {"lr": 1e-4, "lr_g": None, "lr_d": 3e-4}),
         ("--data pics --max-minutes 5", {"epochs": 25, "max_minutes": 5.0}),
+        ("--preset minutes --data p", {"epochs": ENDLESS, "max_minutes": 9.0, "nz": 100}),
+        ("--preset minutes --data p --epochs 3", {"epochs": 3, "max_minutes": None}),
         ("--preset r3 --data pics", {"r1": 1.0, "r2": 1.0, "norm_g": "none", "norm_d": "none"}),
         ("--data pics", {"data": "pics", "batch_size": 64}),
         ("--dataroot=pics", {"data": "pics", "batch_size": 64}),

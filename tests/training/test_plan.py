@@ -11,7 +11,7 @@ from fastdcgan_kernels.choice import targets
 
 
 @pytest.mark.parametrize("size", [32, 64, 128])
-@pytest.mark.parametrize("name", ["dcgan", "blue-marble", "small-data"])
+@pytest.mark.parametrize("name", ["dcgan", "minutes", "blue-marble", "small-data"])
 def test_presets_are_fused_on_a_gpu(name, size):
     config = preset(name, image_size=size, channels=3)
     before = torch.get_rng_state()
@@ -49,6 +49,7 @@ def test_plain_pytorch_has_no_share():
     [
         ({"max_minutes": 10.0}, "cpu", "advice     3,000 images, 10 minutes: --preset blue-marble"),
         ({}, "cpu", "advice     for minutes of a CPU: --preset blue-marble"),
+        ({"data": "photos"}, "cpu", "advice     for minutes of a CPU: --preset minutes, whose KID"),
         ({"epochs": 3, "seed": 1, "batch_size": 64}, "cpu", "advice     for minutes of a CPU"),
         ({"max_minutes": 60.0}, "cpu", ""),
         ({"ngf": 32}, "cpu", ""),
@@ -68,6 +69,6 @@ def test_the_recipe_for_minutes_is_advised_beside_the_examples(options, device, 
 
 
 def test_advice_ends_where_it_is_taken():
-    for name in ("blue-marble", "small-data", "r3", "tf28"):
+    for name in ("minutes", "blue-marble", "small-data", "r3", "tf28"):
         config = preset(name, channels=3, impl="reference")
         assert plan._advice(config, torch.device("cpu"), "") == []
