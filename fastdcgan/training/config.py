@@ -111,8 +111,8 @@ class TrainConfig:
     """The discriminator is to give real images 1 minus this (bce and lsgan)."""
     diffaugment: str | None = _option(None)
     """Change real and generated images alike at random before the discriminator sees them: some
-    of color,translation,shift,cutout. For few images; shift, with whose moves the image goes on in
-    its mirror image, also where what it shows has no place, as on maps."""
+    of color,translation,shift,cutout. For few images. shift is translation with the image's mirror
+    image at the border in place of zeros: for maps and the like."""
     instance_noise: float = _option(0.0)
     """Standard deviation of noise on all images that the discriminator sees, fading to nothing."""
     instance_noise_steps: int | None = _option(None)
