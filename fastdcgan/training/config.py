@@ -428,12 +428,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "epochs": 120,
     },
     # R3GAN's loss and penalties on the example's nets: a paired loss, R1 and R2, and no norm. Its
-    # rates, its start and its lazy penalties are for minutes (benchmarks/results/recipes/r3.md).
+    # rates, its start and its lazy penalties are for minutes (benchmarks/results/recipes/r3.md),
+    # and the penalties are exact: by differences it learns far worse.
     "r3": {
         "loss": "relativistic",
         "r1": 1.0,
         "r2": 1.0,
-        "penalty_form": "difference",
         "penalty_every": 4,
         "norm_g": "none",
         "norm_d": "none",
