@@ -20,9 +20,9 @@ from fastdcgan_kernels.cpu.build import library
 LISTED = 12  # names of classes in the plan; others are counted
 MINUTES = 15
 GAIN = {"minutes": "0.34 to 0.47", "blue-marble": "0.24"}
-"""Of one CPU core: how long the recipes for minutes were measured beside others; and their KID after
-five as a share of that of the example's: on Fashion-MNIST, emojis and the map, and on the map alone
-(`python -m benchmarks.recipes`)."""
+"""Of one CPU core: how long the recipes for minutes were measured beside others; and their KID
+after five as a share of that of the example's: on Fashion-MNIST, emojis and the map, and on the map
+alone (`python -m benchmarks.recipes`)."""
 
 
 @dataclass(frozen=True)
