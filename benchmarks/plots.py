@@ -294,6 +294,7 @@ def _curves(data: str, rows: Sequence[Mapping[str, Any]], pyplot: Any) -> Any:
     axes.set(xlabel="minutes of training", ylabel="KID", title=data)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
     axes.set_ylim(bottom=0)
     _legend(axes)
     return figure
