@@ -90,7 +90,8 @@ class TrainConfig:
     with R1 alone it diverges (R3GAN's paper)."""
     penalty_form: Literal["exact", "difference"] = _option("exact")
     """How R1 and R2 are computed: exact: by second derivatives. difference: from what the
-    discriminator says of an image and of the image with a little noise, in fused blocks."""
+    discriminator says of an image and of the image with a little noise, in fused blocks; it
+    trains worse (docs/losses.md)."""
     gradient_penalty: float | None = _option(None)
     """Weight of the penalty of wgan-gp on the discriminator's slope between real and generated
     images; by default 10 with --loss wgan-gp, else none. Strictly for --norm-d none."""
