@@ -59,17 +59,15 @@ def _moved(x: Tensor, *, mirrored: bool) -> Tensor:
     """Each image moved by whole pixels. What comes in is the image mirrored at its outermost
     pixels, or zeros."""
     for dim in (2, 3):
-        side = x.shape[dim]
-        furthest, last = round(side * SHIFT), side - 1
-        by = torch.randint(-furthest, furthest + 1, (len(x), 1), device=x.device)
-        source = torch.arange(side, device=x.device) - by  # (B, side)
-        shape = (len(x), 1, side, 1) if dim == 2 else (len(x), 1, 1, side)
-        inside = ((source >= 0) & (source <= last)).view(shape)
-        if mirrored:
-            source = last - (last - source.abs()).abs()
-        x = x.gather(dim, source.clamp(0, last).view(shape).expand_as(x))
+        last = x.shape[dim] - 1
+        most = round(x.shape[dim] * SHIFT)
+        by = torch.randint(-most, most + 1, (len(x), 1), device=x.device)
+        source = torch.arange(last + 1, device=x.device) - by  # (B, side)
+        shape = (len(x), 1, -1, 1) if dim == 2 else (len(x), 1, 1, -1)
+        within = last - (last - source.abs()).abs()  # where a mirror image has them
+        x = x.gather(dim, within.view(shape).expand_as(x))
         if not mirrored:
-            x = x * inside
+            x = x * (within == source).view(shape)
     return x
 
 

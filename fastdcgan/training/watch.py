@@ -47,8 +47,7 @@ below 0 is a Wasserstein critic's, and says nothing of the kind.)"""
 BLIND, SEEING = 0.55, 0.65
 """A discriminator right on this share of images or less is as good as guessing."""
 GUESSES = 8
-"""Measurements in a row after which that is said. Runs that ended well, of the blue-marble preset
-and near to it, had at most 5 in a row, and runs that did not 13, 30 and 43 (docs/collapse.md)."""
+"""Measurements in a row after which that is said: more than good runs had (docs/collapse.md)."""
 
 MEASURED = (
     *("diversity", "nearest", "accuracy_real", "accuracy_fake"),
