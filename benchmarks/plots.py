@@ -295,6 +295,7 @@ def _curves(data: str, rows: Sequence[Mapping[str, Any]], pyplot: Any) -> Any:
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="x", which="both", length=3, pad=3)  # one line of labels
     axes.set_ylim(bottom=0)
     _legend(axes)
     return figure

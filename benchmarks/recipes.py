@@ -235,8 +235,13 @@ def _spread(values: list[float | None]) -> str:
     found = [value for value in values if value is not None]
     if not found:
         return "-"
-    middle = f"{statistics.median(found):.4g}"
-    return middle if len(found) == 1 else f"{middle} ({min(found):.3g} to {max(found):.3g})"
+    middle, low, high = _plain(statistics.median(found), 4), min(found), max(found)
+    return middle if len(found) == 1 else f"{middle} ({_plain(low, 3)} to {_plain(high, 3)})"
+
+
+def _plain(value: float, digits: int) -> str:
+    """Rounded to `digits` digits; a larger number stays whole and has no exponent."""
+    return f"{value:.{digits}g}" if value < 10 ** (digits - 1) else f"{value:.0f}"
 
 
 if __name__ == "__main__":

@@ -82,10 +82,14 @@ def test_the_page_has_the_median_of_seeds_and_a_dash_for_what_is_not_known():
     row = {"recipe": "a", "data": "d", "image_size": 32, "minutes": 5.0, "cores": 2, "seed": 0}
     row |= {"images": 1000, "cpu_seconds": 60, "sheet": "a.png", "machine": "m", "commands": ["x"]}
     row["curve"] = []
-    rows = [{**row, "scores": {**scores, "kid": kid}} for kid in (0.4, 0.1, 0.25)]
+    rows = [
+        {**row, "scores": {**scores, "kid": kid, "fid": fid}}
+        for kid, fid in ((0.4, 998.7), (0.1, 1234.5), (0.25, 10499.6))
+    ]
     text = "\n".join(page(rows))
     kid = "0.25 (0.1 to 0.4)"
-    every = "9 (9 to 9) | 0.1 (0.1 to 0.1) | 0.2 (0.2 to 0.2) | 0.3 (0.3 to 0.3) | 1 (1 to 1) | -"
+    every = "1234 (999 to 10500)"
+    every += " | 0.1 (0.1 to 0.1) | 0.2 (0.2 to 0.2) | 0.3 (0.3 to 0.3) | 1 (1 to 1) | -"
     assert f"| 5 | 2 | a | 3 | 1,000 | {kid} | {every} |" in text
     assert "Samples after 5 minutes of 2 cores:\n\n| seed | a |\n|---|---|\n" in text
     assert "| 0 | ![samples of a](a.png) |" in text
